@@ -1,0 +1,1 @@
+"""The messages of calserve on the wire, generated from the .proto files beside this."""

@@ -1,0 +1,283 @@
+"""The model repository: Triton's layout, read from disk.
+
+<root>/<model>/<version>/model.onnx
+<root>/<model>/config.pbtxt            optional: max_batch_size, inputs, outputs, version policy
+<root>/<model>/calserve.toml           optional: where the logits and the features are, class names
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+from calserve.open_inference import messages
+from google.protobuf import text_format
+
+from calibrators import inspect_model
+from calibrators.inspection import Inspection
+from service.errors import CalserveError, InvalidRequest, NotFound, NotReady, Refused, shown
+from service.inference.datatypes import NUMPY
+from service.inference.model import ServedModel
+from service.inference.session import Device, TensorSpec
+
+log = logging.getLogger(__name__)
+
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,127}")
+VERSION = re.compile(r"[1-9][0-9]{0,17}")
+SIGNAL_KEYS = ("logits", "log_odds", "probabilities", "probability", "features")
+TOML_KEYS = (*SIGNAL_KEYS, "labels")
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """What a model's folder says, before anything is loaded."""
+
+    path: Path
+    config: Any  # inference.ModelConfig
+    signals: dict[str, str]  # tensor names written in calserve.toml
+    class_names: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @classmethod
+    def read(cls, path: Path) -> ModelFolder:
+        """Refused, naming file and key, for files that cannot be understood."""
+        config = _read_config(path)
+        settings = _read_toml(path / "calserve.toml")
+        labels = settings.pop("labels", None) or next(
+            (o.label_filename for o in config.output if o.label_filename), None
+        )
+        return cls(path, config, settings, _read_labels(path, labels))
+
+    def versions(self) -> list[str]:
+        """The versions that the policy selects (default: the latest), ascending; Refused if there is none."""
+        found = sorted(int(p.name) for p in self.path.iterdir() if p.is_dir() and VERSION.fullmatch(p.name))
+        policy = self.config.version_policy
+        match policy.WhichOneof("policy_choice"):
+            case "all":
+                chosen = found
+            case "specific":
+                chosen = [version for version in found if version in policy.specific.versions]
+            case _:
+                chosen = found[-(policy.latest.num_versions or 1) :]
+        if not chosen:
+            raise Refused(
+                f"model {self.name!r} has no version folder that its policy selects (found {found or 'none'})"
+            )
+        return [str(version) for version in chosen]
+
+    def read_model(self, version: str) -> tuple[onnx.ModelProto, str]:
+        """The model and the sha256 of its file."""
+        filename = self.config.default_model_filename or "model.onnx"
+        path = self.path / version / filename
+        if Path(filename).name != filename or not path.is_file():
+            raise Refused(f"model {self.name!r} version {version} has no file {filename!r}")
+        data = path.read_bytes()
+        proto = onnx.ModelProto()
+        try:
+            proto.ParseFromString(data)
+        except Exception as error:  # protobuf's DecodeError has no public home that is stable across releases
+            raise Refused(f"{filename} of model {self.name!r} version {version} is not an ONNX file") from error
+        if not proto.graph.output:
+            raise Refused(
+                f"{filename} of model {self.name!r} version {version} is not an ONNX model: it has no outputs"
+            )
+        return proto, hashlib.sha256(data).hexdigest()
+
+    def inspect(self, proto: onnx.ModelProto) -> Inspection:
+        """Where the signals are; ValueError with the reason if the model is no classifier."""
+        return inspect_model(proto, **self.signals)
+
+
+@dataclass
+class Repository:
+    """The loaded models, and why others are not.
+
+    Attributes
+    ----------
+    failures : model name -> why it is not served
+    """
+
+    root: Path
+    device: Device
+    max_queued_runs: int = 256
+    failures: dict[str, str] = field(default_factory=dict)
+    _models: dict[str, dict[str, ServedModel]] = field(default_factory=dict)
+
+    def load_all(self) -> None:
+        """Load and warm every model; one that fails is logged and named in `failures`, the others are served."""
+        for path in folders(self.root):
+            try:
+                self._models[path.name] = self._load(ModelFolder.read(path))
+            except CalserveError as error:
+                self.failures[path.name] = error.message
+                log.error("model %s is not served: %s", path.name, error.message)
+
+    def names(self) -> list[str]:
+        """All models of the repository, served or failed."""
+        return sorted({*self._models, *self.failures})
+
+    def models(self) -> Iterator[ServedModel]:
+        """Every loaded version, by name and version."""
+        for name in sorted(self._models):
+            yield from self._models[name].values()
+
+    def versions(self, name: str) -> list[str]:
+        return list(self._models.get(name, ()))
+
+    def get(self, name: str, version: str = "") -> ServedModel:
+        """The model's version, its newest if none is named.
+
+        Raises
+        ------
+        NotFound, NotReady, InvalidRequest
+            no such model or version; one that failed to load; a version that is not a positive number
+        """
+        if version and not VERSION.fullmatch(version):
+            raise InvalidRequest(f"a model version is a positive number or empty, got {shown(version)}")
+        if name in self.failures:
+            raise NotReady(f"model {shown(name)} is not served: {self.failures[name]}")
+        loaded = self._models.get(name)
+        if loaded is None:
+            raise NotFound(f"no model {shown(name)}; there are: {', '.join(sorted(self._models)) or 'none'}")
+        if not version:
+            return next(reversed(loaded.values()))
+        if version not in loaded:
+            raise NotFound(f"model {shown(name)} has no version {version}; it has: {', '.join(loaded)}")
+        return loaded[version]
+
+    def close(self) -> None:
+        for model in self.models():
+            model.close()
+
+    def _load(self, folder: ModelFolder) -> dict[str, ServedModel]:
+        return {version: self._load_version(folder, version) for version in folder.versions()}
+
+    def _load_version(self, folder: ModelFolder, version: str) -> ServedModel:
+        proto, digest = folder.read_model(version)
+        inspection = None
+        try:
+            inspection = folder.inspect(proto)
+            log.info(
+                "model %s/%s: logits from %r, %s",
+                folder.name,
+                version,
+                inspection.logits.tensor,
+                inspection.logits.reason,
+            )
+            log.info(
+                "model %s/%s: features %r, %s", folder.name, version, inspection.features, inspection.features_reason
+            )
+        except ValueError as error:
+            if folder.signals:
+                raise Refused(f"calserve.toml of model {folder.name!r}: {error}") from error
+            log.warning("model %s/%s is served without calibration: %s", folder.name, version, error)
+        model = ServedModel(
+            folder.name, version, proto, digest, self.device, inspection,
+            class_names=folder.class_names,
+            max_batch_size=folder.config.max_batch_size,
+            max_queued_runs=self.max_queued_runs,
+        )  # fmt: skip
+        if folder.class_names and inspection and len(folder.class_names) != model.n_classes:
+            raise Refused(
+                f"model {folder.name!r} has {model.n_classes} classes, its labels file {len(folder.class_names)}"
+            )
+        _check_config(folder, model)
+        try:
+            model.warm_up(model.active)
+        except InvalidRequest as error:
+            log.warning(
+                "model %s/%s could not be warmed up with made-up inputs: %s", folder.name, version, error.message
+            )
+        return model
+
+
+def folders(root: Path) -> list[Path]:
+    """The model folders below `root`, sorted by name; Refused if there is no such directory."""
+    if not root.is_dir():
+        raise Refused(f"the model repository {shown(str(root))} is not a directory")
+    return sorted(path for path in root.iterdir() if path.is_dir() and MODEL_NAME.fullmatch(path.name))
+
+
+def _read_config(path: Path) -> Any:
+    config = messages.ModelConfig()
+    file = path / "config.pbtxt"
+    if file.is_file():
+        try:
+            text_format.Parse(file.read_text(), config, allow_unknown_field=True)
+        except (text_format.ParseError, UnicodeDecodeError) as error:
+            raise Refused(f"config.pbtxt of model {path.name!r}: {error}") from error
+    if config.name not in {"", path.name}:
+        raise Refused(f"config.pbtxt of model {path.name!r} names another model, {shown(config.name)}")
+    return config
+
+
+def _read_toml(file: Path) -> dict[str, str]:
+    if not file.is_file():
+        return {}
+    try:
+        settings = tomllib.loads(file.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise Refused(f"calserve.toml of model {file.parent.name!r}: {error}") from error
+    for key, value in settings.items():
+        if key not in TOML_KEYS or not isinstance(value, str):
+            raise Refused(
+                f"calserve.toml of model {file.parent.name!r}: {shown(key)} = {shown(value)}; "
+                f"known keys, each a string: {', '.join(TOML_KEYS)}"
+            )
+    return settings
+
+
+def _read_labels(path: Path, filename: str | None) -> tuple[str, ...]:
+    if filename is None:
+        return ()
+    file = path / filename
+    if Path(filename).name != filename or not file.is_file():
+        raise Refused(f"model {path.name!r} has no labels file {shown(filename)} in its folder")
+    return tuple(file.read_text().split("\n")[: -1 if file.read_text().endswith("\n") else None])
+
+
+def _check_config(folder: ModelFolder, model: ServedModel) -> None:
+    """What config.pbtxt declares must be what the model has."""
+    batched = folder.config.max_batch_size > 0
+    own = dict(model.active.own_outputs.items())
+    by_name = {spec.name: spec for spec in model.outputs}
+    outputs = {name: by_name[served] for name, served in own.items()}
+    inputs = {spec.name: spec for spec in model.inputs}
+    for what, declared, actual in (("input", folder.config.input, inputs), ("output", folder.config.output, outputs)):
+        for tensor in declared:
+            if tensor.name not in actual:
+                raise Refused(
+                    f"config.pbtxt of model {folder.name!r}: the model has no {what} {shown(tensor.name)}; "
+                    f"it has: {', '.join(actual)}"
+                )
+            _check_declared(folder.name, what, tensor, actual[tensor.name], batched=batched)
+
+
+def _check_declared(model: str, what: str, declared: Any, actual: TensorSpec, *, batched: bool) -> None:
+    datatype = messages.pool.FindEnumTypeByName("inference.DataType").values_by_number[declared.data_type].name[5:]
+    datatype = "BYTES" if datatype == "STRING" else datatype
+    if datatype in NUMPY and datatype != actual.datatype:
+        raise Refused(f"config.pbtxt of model {model!r}: {what} {actual.name!r} is {actual.datatype}, not {datatype}")
+    dims = ([-1] if batched else []) + list(declared.reshape.shape or declared.dims)
+    agree = len(dims) == len(actual.shape) and all(
+        a == b or -1 in (a, b) for a, b in zip(dims, actual.shape, strict=True)
+    )
+    if declared.dims and not agree:
+        raise Refused(
+            f"config.pbtxt of model {model!r}: {what} {actual.name!r} has shape {list(actual.shape)}, "
+            f"the declared dims{' with the batch in front' if batched else ''} are {dims}"
+        )
+    if batched and actual.shape[:1] != (-1,):
+        raise Refused(
+            f"config.pbtxt of model {model!r}: max_batch_size > 0, but {what} {actual.name!r} has no batch dimension"
+        )

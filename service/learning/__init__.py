@@ -1,0 +1,1 @@
+"""Calibrators' lives: fits in a process of their own, revisions, activation."""

@@ -1,0 +1,173 @@
+"""Which revision serves: activation, roll-back, and back to what was active after a restart.
+
+Activating never touches what serves until everything is proved: the artifact is what was stored, it belongs to this
+model file, its fit still gives the probabilities it gave when it was made, and the graph computes the same. Then one
+attribute is assigned.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+import numpy as np
+import safetensors.numpy
+
+import calibrators
+from calibrators import Calibrator
+from calibrators.graph import stage
+from service.errors import CalserveError, Damaged, Refused, shown
+from service.inference.model import NO_REVISION, ServedModel, Snapshot
+from service.inference.repository import Repository
+from service.inference.session import Session
+from service.store.blobs import Blobs
+from service.store.catalogue import ActivationRow, Catalogue, RevisionRow
+
+log = logging.getLogger(__name__)
+
+KEPT_SNAPSHOTS = 8
+"""Snapshots kept for requests that name a revision which is not active."""
+
+
+class Revisions:
+    """The revisions of all models. Methods are for the event loop."""
+
+    def __init__(self, catalogue: Catalogue, blobs: Blobs, repository: Repository) -> None:
+        self._catalogue, self._blobs, self._repository = catalogue, blobs, repository
+        self._lock = asyncio.Lock()  # one activation at a time: each changes the history the next one reads
+        self._snapshots: dict[tuple[str, str], Snapshot] = {}
+
+    async def restore(self) -> None:
+        """Make active what was active before the restart. A model whose revision is damaged is not served at all."""
+        for model in list(self._repository.models()):
+            try:
+                for activation in await asyncio.to_thread(self._catalogue.activations, model.name, model.digest):
+                    model.active = await self._prepare(model, activation.revision)
+                    break
+            except CalserveError as error:
+                self._repository.failures[model.name] = f"its active revision cannot be served: {error.message}"
+                log.error("model %s: %s", model.name, error.message)
+
+    async def of_model(self, model: str) -> list[RevisionRow]:
+        self._repository.get(model)
+        return await asyncio.to_thread(self._catalogue.revisions, model)
+
+    async def get(self, model: str, revision: str) -> RevisionRow:
+        return await asyncio.to_thread(self._catalogue.revision, model, revision)
+
+    async def artifact(self, row: RevisionRow) -> bytes:
+        return await asyncio.to_thread(self._blobs.get, row.artifact_digest)
+
+    def is_active(self, row: RevisionRow) -> bool:
+        return any(model.active.revision == row.revision for model in self._models_of(row))
+
+    async def snapshot(self, model: ServedModel, revision: str) -> Snapshot:
+        """The snapshot that a request named by its `calibrator` parameter."""
+        if revision == model.active.revision:
+            return model.active
+        if revision == NO_REVISION:
+            return model.uncalibrated if model.is_classifier else model.active
+        key = (f"{model.name}/{model.version}", revision)
+        if key not in self._snapshots:
+            self._snapshots[key] = await self._prepare(model, revision)
+            while len(self._snapshots) > KEPT_SNAPSHOTS:
+                self._snapshots.pop(next(iter(self._snapshots)))
+        return self._snapshots[key]
+
+    async def activate(self, model_name: str, revision: str, version: str = "") -> tuple[str, str]:
+        """Make a revision (or `none`) serve; return (active now, active before). A failure changes nothing."""
+        async with self._lock:
+            model = await self._model_for(model_name, revision, version)
+            snapshot = await self._prepare(model, revision)
+            row = ActivationRow(model.name, model.digest, revision, time.time())
+            await asyncio.to_thread(self._catalogue.record_activation, row)
+            return self._swap(model, snapshot)
+
+    async def roll_back(self, model_name: str, version: str = "") -> tuple[str, str]:
+        """Activate what was active before the present one; return (active now, active before)."""
+        async with self._lock:
+            model = self._repository.get(model_name, version)
+            history = await asyncio.to_thread(self._catalogue.activations, model.name, model.digest)
+            if not history:
+                raise Refused(f"model {shown(model_name)}: nothing was ever activated, there is nothing to roll back")
+            earlier = history[1].revision if len(history) > 1 else NO_REVISION
+            snapshot = await self._prepare(model, earlier)
+            await asyncio.to_thread(self._catalogue.undo_activation, model.name, model.digest)
+            return self._swap(model, snapshot)
+
+    async def delete(self, model_name: str, revision: str) -> None:
+        """Forget a revision. Refused while it is active, or while rolling back would activate it."""
+        async with self._lock:
+            row = await self.get(model_name, revision)
+            history = await asyncio.to_thread(self._catalogue.activations, model_name, row.model_digest)
+            if any(activation.revision == revision for activation in history[:2]):
+                raise Refused(
+                    f"revision {shown(revision)} is active or would be after a roll-back; activate others first"
+                )
+            if await asyncio.to_thread(self._catalogue.delete_revision, row):
+                await asyncio.to_thread(self._blobs.delete, row.artifact_digest)
+            self._snapshots = {key: value for key, value in self._snapshots.items() if value.revision != revision}
+
+    def _swap(self, model: ServedModel, snapshot: Snapshot) -> tuple[str, str]:
+        before = model.active.revision
+        model.active = snapshot
+        log.info("model %s/%s: %s is active, before %s", model.name, model.version, snapshot.revision, before)
+        return snapshot.revision, before
+
+    def _models_of(self, row: RevisionRow) -> list[ServedModel]:
+        return [m for m in self._repository.models() if m.name == row.model and m.digest == row.model_digest]
+
+    async def _model_for(self, name: str, revision: str, version: str) -> ServedModel:
+        """The loaded version that the revision was fitted on."""
+        model = self._repository.get(name, version)
+        if revision == NO_REVISION:
+            return model
+        row = await self.get(name, revision)
+        if version or model.digest == row.model_digest:
+            return model  # a digest that differs is refused in `_prepare`
+        return next(iter(self._models_of(row)), model)
+
+    async def _prepare(self, model: ServedModel, revision: str) -> Snapshot:
+        """A proved, warm snapshot."""
+        if revision == NO_REVISION:
+            return model.uncalibrated if model.is_classifier else model.active
+        row = await self.get(model.name, revision)
+        return await asyncio.to_thread(self._prove, model, row)
+
+    def _prove(self, model: ServedModel, row: RevisionRow) -> Snapshot:
+        if row.model_digest != model.digest:
+            raise Refused(
+                f"revision {row.revision} was fitted on another file of model {model.name!r} "
+                f"(sha256 {row.model_digest[:12]}..., version {model.version} has {model.digest[:12]}...); fit again",
+                reason="DIGEST_DIFFERS",
+            )
+        try:
+            calibrator = calibrators.loads(self._blobs.get(row.artifact_digest))
+        except ValueError as error:
+            raise Damaged(f"the artifact of revision {row.revision} cannot be read: {error}") from error
+        golden = safetensors.numpy.load(self._blobs.get(row.golden_digest))
+        _agree(calibrator, golden["logits"], golden["probabilities"], f"revision {row.revision} no longer computes")
+        _stage_agrees(calibrator, golden["logits"], model, row.revision)
+        snapshot = model.snapshot(calibrator, row.revision)
+        logits, probabilities = model.warm_up(snapshot)
+        _agree(
+            calibrator, logits, probabilities, f"the graph of model {model.name!r} with {row.revision} does not compute"
+        )
+        return snapshot
+
+
+def _stage_agrees(calibrator: Calibrator, logits: np.ndarray, model: ServedModel, revision: str) -> None:
+    """The calibrator's own graph gives on the golden rows what `predict_proba` gives."""
+    session = Session(stage(calibrator).to_bytes(), model.device)
+    (probabilities,) = session.run(["probabilities"], {"logits": logits})
+    _agree(calibrator, logits, probabilities, f"the graph of {revision} does not compute")
+
+
+def _agree(calibrator: Calibrator, logits: np.ndarray, probabilities: np.ndarray, what: str) -> None:
+    worst = float(np.abs(calibrator.predict_proba(logits) - probabilities).max(initial=0.0))
+    if not worst <= calibrator.float32_atol:
+        raise Refused(
+            f"{what} the probabilities of its fit: they differ by {worst:.2g}, more than {calibrator.float32_atol:g}",
+            reason="GRAPH_DISAGREES",
+        )

@@ -1,0 +1,141 @@
+"""The process that fits: `python -m service.learning.worker FOLDER`.
+
+Reads a job's folder, writes its result there, and prints one JSON line for each step of progress. It knows no network
+and no store; killing it at any moment leaves either a whole result or none.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+from sklearn.model_selection import train_test_split
+
+import calibrators
+from calibrators.kinds.identity import Identity
+from calibrators.metrics import Estimate, scores
+from service.learning.job import ARTIFACT, GOLDEN, RESULT, JobSpec, Rows
+from service.store.files import write_whole
+
+GOLDEN_ROWS = 32
+LEVEL = 0.95
+NICENESS = 10
+_PR_SET_PDEATHSIG = 1
+
+Report = Callable[[float, str], None]
+
+
+class JobError(Exception):
+    """The job cannot be done; the text is for the caller."""
+
+
+def run(folder: Path, report: Report) -> None:
+    """Do the job in `folder` and write its result there."""
+    spec = JobSpec.read(folder)
+    report(0.05, "reading rows")
+    rows = Rows.read(folder, spec.n_classes)
+    if len(rows) == 0:
+        raise JobError("the calibration set has no rows")
+    result = fit(folder, spec, rows, report) if spec.action == "fit" else evaluate(folder, spec, rows, report)
+    write_whole(folder / RESULT, json.dumps(result).encode())
+    report(1.0, "done")
+
+
+def fit(folder: Path, spec: JobSpec, rows: Rows, report: Report) -> dict[str, Any]:
+    """Score a fit on the rows it has not seen, then fit on all rows: that fit is the revision."""
+    calibrator = calibrators.create(spec.kind, **json.loads(spec.params_json))
+    held_out = None
+    if spec.held_out_fraction > 0:
+        fitted_on, unseen = split(rows, spec.held_out_fraction, spec.seed)
+        report(0.1, f"fitting on {len(fitted_on)} rows")
+        calibrator.fit(fitted_on.logits, fitted_on.labels, sample_weight=fitted_on.weights)
+        report(0.4, f"scoring on {len(unseen)} rows")
+        held_out = compare(calibrator, unseen, spec.seed)
+    report(0.5, f"fitting on all {len(rows)} rows")
+    calibrator.fit(rows.logits, rows.labels, sample_weight=rows.weights)
+    report(0.9, "writing the revision")
+    artifact = calibrators.dumps(calibrator)
+    write_whole(folder / ARTIFACT, artifact)
+    write_whole(folder / GOLDEN, golden_rows(calibrators.loads(artifact), rows))
+    notes = [] if getattr(calibrator, "converged_", True) else ["the fit has no finite optimum or did not converge"]
+    return {"row_count": len(rows), "class_count": spec.n_classes, "held_out": held_out, "notes": notes}
+
+
+def evaluate(folder: Path, spec: JobSpec, rows: Rows, report: Report) -> dict[str, Any]:
+    """Compare the artifact in the folder with the model's own probabilities."""
+    calibrator = calibrators.loads((folder / ARTIFACT).read_bytes())
+    report(0.2, f"scoring on {len(rows)} rows")
+    return {"evaluation": compare(calibrator, rows, spec.seed)}
+
+
+def split(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
+    """Rows to fit on and rows held out, each class shared out alike where it has two rows or more."""
+    n_held_out = max(1, round(fraction * len(rows)))
+    counts = np.bincount(rows.labels)
+    # Stratifying needs two rows of a class; lone rows are one stratum of their own.
+    stratum = np.where(counts[rows.labels] < 2, -1, rows.labels)
+    sizes = np.unique(stratum, return_counts=True)[1]
+    stratified = sizes.min() >= 2 and len(sizes) <= min(n_held_out, len(rows) - n_held_out)
+    try:
+        fitted_on, unseen = train_test_split(
+            np.arange(len(rows)), test_size=n_held_out, random_state=seed, stratify=stratum if stratified else None
+        )
+    except ValueError:
+        raise JobError(f"{len(rows)} rows are too few to hold out {fraction:.0%} of them for the scores") from None
+    return rows.take(np.sort(fitted_on)), rows.take(np.sort(unseen))
+
+
+def compare(calibrator: calibrators.Calibrator, rows: Rows, seed: int) -> dict[str, Any]:
+    """Scores of the model's own probabilities and of the calibrated ones on the same rows."""
+    before = Identity.of(rows.logits.shape[1]).predict_proba(rows.logits)
+    after = calibrator.predict_proba(rows.logits)
+    return {
+        "row_count": len(rows),
+        "level": LEVEL,
+        "before": _plain(scores(before, rows.labels, level=LEVEL, seed=seed)),
+        "after": _plain(scores(after, rows.labels, level=LEVEL, seed=seed)),
+    }
+
+
+def golden_rows(calibrator: calibrators.Calibrator, rows: Rows) -> bytes:
+    """Logits from the calibration set and the probabilities that this fit gives them, for checks at activation."""
+    chosen = np.unique(np.linspace(0, len(rows) - 1, GOLDEN_ROWS).astype(np.int64))
+    logits: NDArray[Any] = np.asarray(rows.logits[chosen], dtype=np.float32)
+    return safetensors.numpy.save({"logits": logits, "probabilities": calibrator.predict_proba(logits)})
+
+
+def _plain(estimates: dict[str, Estimate]) -> list[list[Any]]:
+    return [[name, estimate.value, estimate.low, estimate.high] for name, estimate in estimates.items()]
+
+
+def _report(progress: float, stage: str) -> None:
+    sys.stdout.write(json.dumps({"progress": progress, "stage": stage}) + "\n")
+    sys.stdout.flush()
+
+
+def main() -> int:
+    """Exit code 0: a result, or an error that the caller can mend, is in the folder."""
+    folder, memory_bytes = Path(sys.argv[1]), int(sys.argv[2])
+    os.nice(NICENESS)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # never outlive the server
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    try:
+        run(folder, _report)
+    except (JobError, ValueError, TypeError, ImportError, MemoryError) as error:
+        text = str(error) or "the fit needs more memory than a fit may use"
+        write_whole(folder / RESULT, json.dumps({"error": text}).encode())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,296 @@
+"""calserve.v1.CalibratorService: fits, revisions, activation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from calserve.v1 import calibrator_service_pb2 as pb
+from calserve.v1 import resources_pb2 as resources
+from numpy.typing import NDArray
+
+import calibrators
+from calibrators.numerics import check_labels, check_logits
+from service.errors import InvalidRequest, NotFound, Refused
+from service.inference.datatypes import NUMPY
+from service.inference.model import NO_REVISION, ServedModel
+from service.inference.repository import Repository
+from service.learning.job import JobSpec, RowWriter
+from service.learning.operations import Operation, Operations
+from service.learning.revisions import Revisions
+from service.rpc import inference_service, tensors
+from service.rpc.methods import Call, Method, methods_of
+from service.rpc.wire import CALIBRATOR_SERVICE
+from service.store.catalogue import RevisionRow
+
+DEFAULT_HELD_OUT_FRACTION = 0.2
+MAX_HELD_OUT_FRACTION = 0.9
+ROWS_PER_RUN = 64
+"""Rows of a caller's inputs that go through the model at once, where it sets no smaller limit."""
+
+_STATES = {
+    "running": resources.Operation.STATE_RUNNING,
+    "succeeded": resources.Operation.STATE_SUCCEEDED,
+    "failed": resources.Operation.STATE_FAILED,
+    "cancelled": resources.Operation.STATE_CANCELLED,
+}
+
+
+@dataclass(frozen=True)
+class CalibratorService:
+    """Servicer of calserve.v1.CalibratorService."""
+
+    repository: Repository
+    revisions: Revisions
+    operations: Operations
+
+    def methods(self) -> list[Method]:
+        return methods_of(CALIBRATOR_SERVICE, self)
+
+    async def list_models(self, request: pb.ListModelsRequest, call: Call) -> pb.ListModelsResponse:
+        return pb.ListModelsResponse(models=[_model_message(model) for model in self.repository.models()])
+
+    async def fit_calibrator(self, requests: AsyncIterator[pb.FitCalibratorRequest], call: Call) -> resources.Operation:
+        spec: pb.FitCalibratorRequest.Spec = await _first_spec(requests)
+        model = self._classifier(spec.model, spec.model_version)
+        job = JobSpec(
+            action="fit",
+            model=model.name,
+            model_digest=model.digest,
+            n_classes=model.n_classes,
+            kind=spec.kind,
+            params_json=_checked_params(spec.kind, spec.params_json),
+            held_out_fraction=_held_out_fraction(spec),
+            seed=spec.seed,
+        )
+        async with self.operations.rows() as (name, writer):
+            await self._receive(model, requests, writer)
+            operation = await self.operations.submit(name, writer, job, f"fit {spec.kind} on {writer.row_count} rows")
+        return await self._message(operation)
+
+    async def evaluate_revision(
+        self, requests: AsyncIterator[pb.EvaluateRevisionRequest], call: Call
+    ) -> resources.Operation:
+        spec: pb.EvaluateRevisionRequest.Spec = await _first_spec(requests)
+        model = self._classifier(spec.model, "")
+        revision = spec.revision or model.active.revision
+        if revision == NO_REVISION:
+            raise Refused(f"model {model.name!r} has no active revision; name one to evaluate")
+        row = await self.revisions.get(model.name, revision)
+        job = JobSpec(
+            "evaluate", model.name, row.model_digest, row.class_count, row.kind, row.params_json, 0.0, spec.seed
+        )
+        artifact = await self.revisions.artifact(row)
+        async with self.operations.rows() as (name, writer):
+            await self._receive(model, requests, writer)
+            what = f"evaluate {revision} on {writer.row_count} rows"
+            operation = await self.operations.submit(name, writer, job, what, artifact)
+        return await self._message(operation)
+
+    async def get_operation(self, request: pb.GetOperationRequest, call: Call) -> resources.Operation:
+        return await self._message(self.operations.get(request.operation))
+
+    async def list_operations(self, request: pb.ListOperationsRequest, call: Call) -> pb.ListOperationsResponse:
+        found = [await self._message(operation) for operation in self.operations.of_model(request.model)]
+        return pb.ListOperationsResponse(operations=found)
+
+    async def wait_operation(self, request: pb.WaitOperationRequest, call: Call) -> resources.Operation:
+        asked = request.timeout.ToTimedelta().total_seconds() if request.HasField("timeout") else None
+        limits = [seconds for seconds in (asked, call.seconds_left()) if seconds is not None]
+        further = request.until_progress_above if request.HasField("until_progress_above") else None
+        operation = await self.operations.wait(request.operation, min(limits, default=None), further)
+        return await self._message(operation)
+
+    async def cancel_operation(self, request: pb.CancelOperationRequest, call: Call) -> resources.Operation:
+        return await self._message(await self.operations.cancel(request.operation))
+
+    async def list_revisions(self, request: pb.ListRevisionsRequest, call: Call) -> pb.ListRevisionsResponse:
+        rows = await self.revisions.of_model(request.model)
+        return pb.ListRevisionsResponse(revisions=[self._revision_message(row) for row in rows])
+
+    async def get_revision(self, request: pb.GetRevisionRequest, call: Call) -> resources.Revision:
+        return self._revision_message(await self.revisions.get(request.model, request.revision))
+
+    async def get_artifact(self, request: pb.GetArtifactRequest, call: Call) -> pb.GetArtifactResponse:
+        row = await self.revisions.get(request.model, request.revision)
+        return pb.GetArtifactResponse(artifact=await self.revisions.artifact(row))
+
+    async def delete_revision(self, request: pb.DeleteRevisionRequest, call: Call) -> pb.DeleteRevisionResponse:
+        await self.revisions.delete(request.model, request.revision)
+        return pb.DeleteRevisionResponse()
+
+    async def activate_revision(self, request: pb.ActivateRevisionRequest, call: Call) -> pb.ActivateRevisionResponse:
+        active, before = await self.revisions.activate(request.model, request.revision, request.model_version)
+        return pb.ActivateRevisionResponse(active_revision=active, previous_revision=before)
+
+    async def roll_back(self, request: pb.RollBackRequest, call: Call) -> pb.RollBackResponse:
+        active, before = await self.revisions.roll_back(request.model, request.model_version)
+        return pb.RollBackResponse(active_revision=active, previous_revision=before)
+
+    def _classifier(self, name: str, version: str) -> ServedModel:
+        model = self.repository.get(name, version)
+        if not model.is_classifier:
+            raise Refused(
+                f"model {name!r} is served without calibration: it is not a classifier that calserve understands"
+            )
+        return model
+
+    async def _receive(self, model: ServedModel, requests: AsyncIterator[Any], writer: RowWriter) -> None:
+        """Write the streamed rows into the job's folder, each chunk checked when it comes."""
+        async for request in requests:
+            if request.WhichOneof("payload") != "rows":
+                raise InvalidRequest("only the first message of the stream may hold a spec; the others hold rows")
+            try:
+                logits, labels, weights = await self._read_rows(model, request.rows)
+            except (ValueError, TypeError) as error:
+                raise InvalidRequest(f"rows from {writer.row_count} on: {error}") from error
+            writer.append(logits, labels, weights)
+            if writer.byte_count > self.operations.limits.bytes_per_job:
+                raise InvalidRequest(
+                    f"a calibration set takes at most {self.operations.limits.bytes_per_job} bytes; "
+                    f"that is passed after {writer.row_count} rows"
+                )
+        if writer.row_count == 0:
+            raise InvalidRequest("the stream holds no rows")
+
+    async def _read_rows(
+        self, model: ServedModel, rows: resources.Rows
+    ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+        if rows.HasField("logits") == bool(rows.inputs):
+            raise InvalidRequest("rows hold either logits or the model's inputs")
+        if rows.HasField("logits"):
+            logits = _array("logits", rows.logits)
+        else:
+            logits = await self._logits(model, {named.name: _array(named.name, named.array) for named in rows.inputs})
+        logits = check_logits(logits, n_classes=model.n_classes)
+        labels = check_labels(_array("labels", rows.labels), n_samples=len(logits), n_classes=model.n_classes)
+        weights = np.ones(len(logits))
+        if rows.HasField("sample_weight"):
+            weights = _array("sample_weight", rows.sample_weight).astype(np.float64)
+            if weights.shape != (len(logits),) or not np.isfinite(weights).all() or weights.min(initial=0.0) < 0:
+                raise InvalidRequest(f"sample_weight must be {len(logits)} finite numbers, none negative")
+        return logits, labels, weights
+
+    async def _logits(self, model: ServedModel, inputs: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+        """The model's logits for the caller's inputs, a few rows at a time."""
+        specs = {spec.name: spec for spec in model.inputs}
+        for name, array in inputs.items():
+            inference_service.check_input_name(model, name, specs, {})
+            inference_service.check_datatype(name, tensors.datatype_of(array), specs[name])
+            inference_service.check_dimensions(name, array.shape, specs[name])
+        missing = specs.keys() - inputs.keys()
+        if missing:
+            raise InvalidRequest(f"model {model.name!r} needs the inputs {', '.join(sorted(missing))} too")
+        count = len(next(iter(inputs.values())))
+        step = min(model.max_batch_size or ROWS_PER_RUN, ROWS_PER_RUN)
+        parts = [
+            await model.logits({name: array[start : start + step] for name, array in inputs.items()})
+            for start in range(0, count, step)
+        ]
+        return np.concatenate(parts) if parts else np.empty((0, model.n_classes), np.float32)
+
+    async def _message(self, operation: Operation) -> resources.Operation:
+        row = operation.row
+        message = resources.Operation(
+            operation=row.operation,
+            model=row.model,
+            description=row.description,
+            state=_STATES[row.state],
+            progress=1.0 if row.state == "succeeded" else operation.progress,
+            stage=operation.stage if operation.running else row.state,
+            error_reason=row.error_reason,
+            error_message=row.error_message,
+        )
+        message.create_time.FromMicroseconds(int(row.create_time * 1e6))
+        if row.result and "revision" in row.result:
+            try:
+                found = await self.revisions.get(row.model, row.result["revision"])
+                message.revision.CopyFrom(self._revision_message(found))
+            except NotFound:
+                pass  # deleted since
+        elif row.result:
+            message.evaluation.CopyFrom(_evaluation_message(row.result["evaluation"]))
+        return message
+
+    def _revision_message(self, row: RevisionRow) -> resources.Revision:
+        message = resources.Revision(
+            model=row.model,
+            revision=row.revision,
+            kind=row.kind,
+            params_json=row.params_json,
+            model_digest=row.model_digest,
+            artifact_digest=row.artifact_digest,
+            row_count=row.row_count,
+            class_count=row.class_count,
+            active=self.revisions.is_active(row),
+            notes=row.notes,
+        )
+        message.create_time.FromMicroseconds(int(row.create_time * 1e6))
+        if row.held_out is not None:
+            message.held_out.CopyFrom(_evaluation_message(row.held_out))
+        return message
+
+
+async def _first_spec(requests: AsyncIterator[Any]) -> Any:
+    async for request in requests:
+        if request.WhichOneof("payload") == "spec":
+            return request.spec
+        break
+    raise InvalidRequest("the first message of the stream must hold a spec")
+
+
+def _checked_params(kind: str, params_json: str) -> str:
+    """The parameters as canonical JSON, proved by making an unfitted calibrator."""
+    try:
+        params = json.loads(params_json or "{}")
+    except (json.JSONDecodeError, RecursionError):
+        raise InvalidRequest("params_json is not JSON") from None
+    if not isinstance(params, dict):
+        raise InvalidRequest(f"params_json must be a JSON object, got a {type(params).__name__}")
+    try:
+        calibrators.create(kind, **params)
+    except (ValueError, TypeError, ImportError) as error:
+        raise InvalidRequest(str(error)) from error
+    return json.dumps(params, sort_keys=True, separators=(",", ":"))
+
+
+def _held_out_fraction(spec: pb.FitCalibratorRequest.Spec) -> float:
+    fraction = spec.held_out_fraction if spec.HasField("held_out_fraction") else DEFAULT_HELD_OUT_FRACTION
+    if not 0 <= fraction <= MAX_HELD_OUT_FRACTION:
+        raise InvalidRequest(f"held_out_fraction must be in 0..{MAX_HELD_OUT_FRACTION}, got {fraction}")
+    return fraction
+
+
+def _array(name: str, message: resources.Array) -> NDArray[Any]:
+    if message.datatype not in NUMPY or message.datatype == "BF16":
+        raise InvalidRequest(f"{name}: unknown datatype {message.datatype!r}")
+    return tensors.from_raw(name, message.datatype, message.shape, message.data)
+
+
+def _model_message(model: ServedModel) -> resources.Model:
+    message = resources.Model(
+        model=model.name,
+        version=model.version,
+        digest=model.digest,
+        class_count=model.n_classes,
+        active_revision=model.active.revision,
+        provider=model.active.session.provider,
+        class_names=model.class_names,
+    )
+    if model.inspection is not None:
+        message.logits_tensor = model.inspection.logits.tensor
+        message.logits_reason = model.inspection.logits.reason
+        message.features_tensor = model.inspection.features or ""
+        message.features_reason = model.inspection.features_reason
+    return message
+
+
+def _evaluation_message(evaluation: Mapping[str, Any]) -> resources.Evaluation:
+    message = resources.Evaluation(row_count=evaluation["row_count"], level=evaluation["level"])
+    for scores, target in ((evaluation["before"], message.before), (evaluation["after"], message.after)):
+        for name, value, low, high in scores:
+            target.add(name=name, value=value, low=low, high=high)
+    return message

@@ -1,0 +1,64 @@
+"""The messages on the wire and the services they make up: what fronts, handlers and the client share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+from calserve import open_inference
+from calserve.v1 import calibrator_service_pb2, resources_pb2
+from google.protobuf import descriptor_pb2, message_factory
+from google.protobuf.descriptor import FileDescriptor, MethodDescriptor, ServiceDescriptor
+from google.protobuf.message import Message
+
+inference = open_inference.messages
+INFERENCE_SERVICE = open_inference.SERVICE
+CALIBRATOR_SERVICE = calibrator_service_pb2.DESCRIPTOR.services_by_name["CalibratorService"]
+
+
+def method_path(method: MethodDescriptor) -> str:
+    """The HTTP/2 path of a method: /package.Service/Method."""
+    return f"/{method.containing_service.full_name}/{method.name}"
+
+
+class Stub:
+    """A client's view of a service: one callable a method, made from its descriptor."""
+
+    def __init__(self, channel: grpc.Channel, service: ServiceDescriptor) -> None:
+        for method in service.methods:
+            setattr(self, method.name, _callable(channel, method))
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        raise AttributeError(f"the service has no method {name}")
+
+
+def file_descriptors() -> Iterator[descriptor_pb2.FileDescriptorProto]:
+    """Every file of the project's protos with what it imports, each after its imports."""
+    yield from inference.files.file
+    seen: set[str] = set()
+
+    def with_imports(file: FileDescriptor) -> Iterator[descriptor_pb2.FileDescriptorProto]:
+        for imported in file.dependencies:
+            yield from with_imports(imported)
+        if file.name not in seen:
+            seen.add(file.name)
+            yield descriptor_pb2.FileDescriptorProto.FromString(file.serialized_pb)
+
+    for module in (resources_pb2, calibrator_service_pb2):
+        yield from with_imports(module.DESCRIPTOR)
+
+
+def _callable(channel: grpc.Channel, method: MethodDescriptor) -> Any:
+    arity = {
+        (False, False): channel.unary_unary,
+        (True, False): channel.stream_unary,
+        (False, True): channel.unary_stream,
+        (True, True): channel.stream_stream,
+    }[method.client_streaming, method.server_streaming]
+    answer = message_factory.GetMessageClass(method.output_type)
+    return arity(method_path(method), request_serializer=_serialize, response_deserializer=answer.FromString)
+
+
+def _serialize(message: Message) -> bytes:
+    return message.SerializeToString()
