@@ -28,6 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 import calibrators
 from calibrators import Calibrator
+from calibrators.metrics import Estimate
 from calibrators.numerics import to_numpy
 from service import errors
 from service.rpc import tensors
@@ -44,22 +45,13 @@ Inputs: TypeAlias = ArrayLike | Mapping[str, ArrayLike]
 
 
 @dataclass(frozen=True)
-class Score:
-    """A score with its confidence interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """What the model said and what the calibrator made of it, on the same labelled rows; intervals at `level`."""
 
     row_count: int
     level: float
-    before: dict[str, Score]
-    after: dict[str, Score]
+    before: dict[str, Estimate]
+    after: dict[str, Estimate]
 
 
 @dataclass(frozen=True)
@@ -243,7 +235,7 @@ class Client:
         """
         request = inference.ModelInferRequest(model_name=model)
         for name, values in self._named(model, inputs).items():
-            request.inputs.add(name=name, datatype=tensors.datatype_of(values), shape=values.shape)
+            request.inputs.add(name=name, datatype=tensors.datatype_of(name, values), shape=values.shape)
             request.raw_input_contents.append(tensors.to_raw(values))
         for name in outputs:
             request.outputs.add(name=name)
@@ -269,6 +261,8 @@ class Client:
             columns.update({f"/{name}": values for name, values in self._named(model, inputs).items()})
         if weight is not None:
             columns["sample_weight"] = to_numpy(weight)
+        for name, column in columns.items():
+            tensors.datatype_of(name, column)
         lengths = {name: len(column) for name, column in columns.items()}
         if len(set(lengths.values())) > 1:
             raise errors.InvalidRequest(f"the columns have different numbers of rows: {lengths}")
@@ -332,7 +326,7 @@ def _requests(kind: Any, spec: Any, columns: dict[str, Array], sent: Callable[[i
         for name, column in columns.items():
             message = rows.inputs.add(name=name[1:]).array if name.startswith("/") else getattr(rows, name)
             part = column[start : start + step]
-            message.datatype = tensors.datatype_of(part)
+            message.datatype = tensors.datatype_of(name, part)
             message.shape.extend(part.shape)
             message.data = tensors.to_raw(part)
         yield kind(rows=rows)
@@ -378,10 +372,16 @@ def _revision(message: resources.Revision) -> Revision:
 
 
 def _evaluation(message: resources.Evaluation) -> Evaluation:
-    def scores(messages: Sequence[resources.Score]) -> dict[str, Score]:
-        return {score.name: Score(score.value, score.low, score.high) for score in messages}
+    def scores(messages: Sequence[resources.Score]) -> dict[str, Estimate]:
+        return {score.name: _estimate(score) for score in messages}
 
     return Evaluation(message.row_count, message.level, scores(message.before), scores(message.after))
+
+
+def _estimate(score: resources.Score) -> Estimate:
+    if not score.HasField("low"):
+        return Estimate(score.value)
+    return Estimate(score.value, score.low, score.high)
 
 
 def _model(message: resources.Model) -> Model:

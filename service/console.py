@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from rich import box
 from rich.table import Table
 
 from calibrators.inspection import Inspection
-from service.client import Evaluation, Model, Revision, Score
+from calibrators.metrics import Estimate
+from service.client import Evaluation, Model, Revision
 
 SHOWN_SCORES = {
     "accuracy": "accuracy",
@@ -18,17 +20,20 @@ SHOWN_SCORES = {
 """Scores in a table's columns, in this order."""
 
 
-def score(value: Score | None) -> str:
-    """0.412 [0.397, 0.428]"""
-    return "" if value is None else f"{value.value:.4f} [dim]\\[{value.low:.4f}, {value.high:.4f}][/dim]"
+def score(value: Estimate | None) -> str:
+    """The value, and its interval on a line beneath: four of them fit beside a name in 80 columns."""
+    if value is None:
+        return ""
+    interval = f"\n[dim]{value.low:.3f} – {value.high:.3f}[/dim]" if value.has_interval else ""
+    return f"{value.value:.4f}{interval}"
 
 
-def scores_table(title: str, rows: Iterable[tuple[str, Mapping[str, Score]]], best: str | None = None) -> Table:
+def scores_table(title: str, rows: Iterable[tuple[str, Mapping[str, Estimate]]], best: str | None = None) -> Table:
     """One row for each named set of scores; the row named `best` stands out."""
-    table = Table(title=title, title_justify="left", caption_justify="left")
-    table.add_column("probabilities of")
+    table = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("probabilities of", no_wrap=True)
     for heading in SHOWN_SCORES.values():
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, scores in rows:
         style = "bold green" if name == best else None
         table.add_row(name, *(score(scores.get(key)) for key in SHOWN_SCORES), style=style)
@@ -41,22 +46,24 @@ def evaluation_table(title: str, name: str, evaluation: Evaluation) -> Table:
 
 
 def revisions_table(revisions: Iterable[Revision]) -> Table:
-    """Revisions with their held-out log loss and ECE, the active one marked."""
+    """Revisions with their held-out log loss and ECE, before and after; the active one marked."""
     table = Table()
-    for heading in ("", "revision", "params", "rows", "log loss before", "after", "ECE before", "after", "made"):
+    table.add_column("revision", no_wrap=True)
+    for heading in ("params", "rows", "log loss", "ECE", "made (UTC)"):
         table.add_column(heading)
     for revision in revisions:
-        held_out = revision.held_out
-        pairs = [
-            score(side.get(key)) if held_out else ""
-            for key in ("log_loss", "expected_calibration_error")
-            for side in ((held_out.before, held_out.after) if held_out else ({}, {}))
-        ]
+        name = f"[bold green]{revision.revision} (active)[/]" if revision.active else revision.revision
         params = ", ".join(f"{name}={value}" for name, value in revision.params.items())
-        made = revision.create_time.strftime("%Y-%m-%d %H:%M:%S UTC")
-        mark = "[bold green]active[/]" if revision.active else ""
-        table.add_row(mark, revision.revision, params, str(revision.row_count), *pairs, made)
+        changes = (_change(revision.held_out, key) for key in ("log_loss", "expected_calibration_error"))
+        made = revision.create_time.strftime("%Y-%m-%d %H:%M")
+        table.add_row(name, params, str(revision.row_count), *changes, made)
     return table
+
+
+def _change(evaluation: Evaluation | None, key: str) -> str:
+    if evaluation is None:
+        return "not scored"
+    return f"{evaluation.before[key].value:.4f} -> {evaluation.after[key].value:.4f}"
 
 
 def models_table(models: Iterable[Model]) -> Table:

@@ -74,6 +74,7 @@ class Session:
         self.provider: str = self._session.get_providers()[0]
         self.inputs = [_spec(node) for node in self._session.get_inputs()]
         self.outputs = [_spec(node) for node in self._session.get_outputs()]
+        self._string_inputs = {spec.name for spec in self.inputs if spec.datatype == "BYTES"}
         self._bfloat16_inputs = {spec.name for spec in self.inputs if spec.datatype == "BF16"}
         self._bfloat16_outputs = {spec.name for spec in self.outputs if spec.datatype == "BF16"}
 
@@ -86,6 +87,8 @@ class Session:
             if the graph cannot compute these values (an index out of range, dimensions that do not agree)
         """
         given: dict[str, Any] = dict(feeds)
+        for name in self._string_inputs & given.keys():
+            given[name] = _text(name, feeds[name])
         for name in self._bfloat16_inputs & given.keys():
             words = np.ascontiguousarray(feeds[name])
             given[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(words, _ONNX_BFLOAT16)
@@ -118,6 +121,17 @@ def _works(device: Device) -> bool:
 def _spec(node: Any) -> TensorSpec:
     shape = tuple(size if isinstance(size, int) else -1 for size in node.shape)
     return TensorSpec(node.name, datatypes.OF_RUNTIME.get(node.type, node.type), shape)
+
+
+def _text(name: str, array: NDArray[Any]) -> NDArray[Any]:
+    """BYTES as the runtime's strings, which are UTF-8."""
+    decoded = np.empty(array.size, dtype=object)
+    for index, item in enumerate(array.ravel()):
+        try:
+            decoded[index] = item.decode() if isinstance(item, bytes) else str(item)
+        except UnicodeDecodeError:
+            raise InvalidRequest(f"input {name!r}: element {index} is not UTF-8, which ONNX strings are") from None
+    return decoded.reshape(array.shape)
 
 
 def _ort_value(value: Any) -> Any:

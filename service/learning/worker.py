@@ -115,7 +115,11 @@ def golden_rows(calibrator: calibrators.Calibrator, rows: Rows) -> bytes:
 
 
 def _plain(estimates: dict[str, Estimate]) -> list[list[Any]]:
-    return [[name, estimate.value, estimate.low, estimate.high] for name, estimate in estimates.items()]
+    """[name, value, low, high] of each; no interval is None, because JSON has no NaN."""
+    return [
+        [name, estimate.value, *(None if np.isnan(end) else end for end in (estimate.low, estimate.high))]
+        for name, estimate in estimates.items()
+    ]
 
 
 def _report(progress: float, stage: str) -> None:

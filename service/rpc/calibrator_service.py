@@ -179,7 +179,7 @@ class CalibratorService:
         specs = {spec.name: spec for spec in model.inputs}
         for name, array in inputs.items():
             inference_service.check_input_name(model, name, specs, {})
-            inference_service.check_datatype(name, tensors.datatype_of(array), specs[name])
+            inference_service.check_datatype(name, tensors.datatype_of(name, array), specs[name])
             inference_service.check_dimensions(name, array.shape, specs[name])
         missing = specs.keys() - inputs.keys()
         if missing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable
 
-from google.protobuf import descriptor_pool
+from google.protobuf import descriptor_pb2, descriptor_pool, text_format
 from google.protobuf.descriptor import FileDescriptor
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
@@ -26,7 +26,7 @@ class Reflection:
         self._pool = descriptor_pool.DescriptorPool()
         for module in (health_pb2, reflection_pb2):
             self._pool.AddSerializedFile(module.DESCRIPTOR.serialized_pb)
-        for file in file_descriptors():
+        for file in (*file_descriptors(), _reflection_v1()):
             self._pool.AddSerializedFile(file.SerializeToString())
 
     def methods(self) -> list[Method]:
@@ -67,6 +67,13 @@ class Reflection:
                 seen.add(current.name)
                 response.file_descriptor_response.file_descriptor_proto.append(current.serialized_pb)
                 waiting.extend(current.dependencies)
+
+
+def _reflection_v1() -> descriptor_pb2.FileDescriptorProto:
+    """The file of grpc.reflection.v1, which grpcio-reflection lacks: v1alpha under its later name."""
+    file = descriptor_pb2.FileDescriptorProto.FromString(reflection_pb2.DESCRIPTOR.serialized_pb)
+    text = text_format.MessageToString(file).replace("reflection.v1alpha", "reflection.v1")
+    return text_format.Parse(text.replace("reflection/v1alpha", "reflection/v1"), descriptor_pb2.FileDescriptorProto())
 
 
 def _refuse(response: reflection_pb2.ServerReflectionResponse, code: int, message: str) -> None:

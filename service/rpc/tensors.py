@@ -77,7 +77,8 @@ def from_typed(name: str, datatype: str, shape: Sequence[int], contents: Any) ->
     if datatype == "BYTES":
         return _object_array(list(values), shape)
     dtype = NUMPY[datatype]
-    array = np.array(values, dtype=np.int64 if field == "int_contents" else None)
+    widest = {"i": np.dtype(np.int64), "u": np.dtype(np.uint64)}.get(dtype.kind, dtype)
+    array = np.array(values, dtype=widest)
     if dtype.kind in "iu" and count:
         limits = np.iinfo(dtype)
         if not (limits.min <= int(array.min()) and int(array.max()) <= limits.max):
@@ -88,9 +89,12 @@ def from_typed(name: str, datatype: str, shape: Sequence[int], contents: Any) ->
     return array.astype(dtype).reshape(shape)
 
 
-def datatype_of(array: NDArray[Any]) -> str:
+def datatype_of(name: str, array: NDArray[Any]) -> str:
     """The protocol's word for an array's element type (16-bit words count as UINT16)."""
-    return next(word for word, dtype in NUMPY.items() if dtype == array.dtype)
+    for word, dtype in NUMPY.items():
+        if dtype == array.dtype:
+            return word
+    raise InvalidRequest(f"{name}: an array of numbers, booleans or bytes wanted, got dtype {array.dtype}")
 
 
 def to_raw(array: NDArray[Any]) -> bytes:
