@@ -60,6 +60,10 @@ def test_a_fit_from_inputs_equals_a_fit_from_the_models_logits(client: Client) -
     assert a == pytest.approx(b, rel=1e-6)
 
 
+def test_the_client_gets_the_logits_that_calibrators_read(client: Client) -> None:
+    np.testing.assert_allclose(client.logits("mlp", X[:150]), LOGITS[:150], atol=1e-4)
+
+
 def test_a_calibration_set_larger_than_a_message_arrives_whole(client: Client) -> None:
     rows = 400_000
     repeated = np.tile(LOGITS, (rows // len(LOGITS), 1))

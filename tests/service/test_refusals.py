@@ -109,7 +109,7 @@ CASES: dict[str, tuple[Callable[[], messages.ModelInferRequest], grpc.StatusCode
         lambda: request(model_name="echo_BYTES", datatype="BYTES", shape=[1, 2], raw=[b"\1\0\0\0\xff\0\0\0\0"]), INVALID, r"'x': element 0 is not UTF-8"
     ),
     "unknown output": (lambda: request(outputs=["nope"]), INVALID, r"no output 'nope'; it has: scores, probabilities"),
-    "the tap is not an output": (lambda: request(outputs=["calserve/logits"]), INVALID, r"no output 'calserve/logits'"),
+    "a tensor inside": (lambda: request(outputs=["h"]), INVALID, r"no output 'h'"),
     "output twice": (lambda: request(outputs=["label", "label"]), INVALID, r"'label' is asked for twice"),
     "classification": (lambda: with_output_parameter("classification"), INVALID, r"'classification' is not supported"),
     "NaN": (lambda: request(raw=[NAN]), INVALID, r"'x' holds nan at index \[0, 2\]"),

@@ -94,6 +94,16 @@ def test_a_folder_that_cannot_be_served_is_named_with_the_reason(tmp_path: Path,
     assert str(tmp_path) not in repository.failures["mlp"]
 
 
+def test_a_classifier_that_no_calibrator_can_join_is_served_as_it_is(tmp_path: Path) -> None:
+    """Its operator set is older than the calibrators' nodes need."""
+    proto = models.classifier()
+    proto.opset_import[0].version = 8
+    models.write(tmp_path, "mlp", proto)
+    model = load(tmp_path).get("mlp")
+    assert not model.is_classifier
+    assert [spec.name for spec in model.outputs] == ["scores"]
+
+
 def test_external_data_is_refused(tmp_path: Path) -> None:
     """A model must not read files that are not itself: its weights are pointed at /etc/hostname."""
     proto = models.classifier()

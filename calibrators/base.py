@@ -1,0 +1,157 @@
+"""The interface of a calibrator.
+
+A fitted calibrator is one flat dict of arrays with three jobs: the tensors of its artifact, the overridable
+initializers of the fused graph, and what an online update swaps. `tensors` reads that dict, `set_tensors` writes it.
+
+A kind is one file in `calibrators/kinds/` holding one subclass; the filename is the kind's name everywhere. The
+contract that each must keep is a test: `tests/calibrators/test_contract.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
+from sklearn.base import BaseEstimator
+from sklearn.exceptions import NotFittedError
+
+from calibrators.graph import Graph
+from calibrators.numerics import Array, blocks, check_labels, check_logits, check_sample_weight
+
+
+class Calibrator(BaseEstimator):  # type: ignore[misc]  # scikit-learn ships no types
+    """Base of every kind: `fit` on logits and labels, `predict_proba` in numpy, `emit` the same arithmetic as ONNX.
+
+    Subclasses implement `_fit`, `_predict_proba` and `emit`, and list the arrays they learn in `learned`. Constructor
+    parameters are plain JSON values, stored under their own names (scikit-learn's rule), so that `clone`, `get_params`
+    and the artifact work without further code.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
+    """Signals read when serving: logits, features, inputs."""
+
+    fit_needs: ClassVar[frozenset[str]] = frozenset()
+    """Further signals read by `fit` alone."""
+
+    learned: ClassVar[tuple[str, ...]] = ()
+    """Attributes set by `_fit`, without the trailing underscore: the tensors of the artifact, beside `n_classes`."""
+
+    float32_atol: ClassVar[float] = 2e-6
+    """Largest difference between the float32 graph and a float64 `predict_proba`, for logits within ±100."""
+
+    n_classes_: int
+
+    @property
+    def kind(self) -> str:
+        """The name on the wire, in artifacts and in logs: the filename."""
+        return type(self).__module__.rpartition(".")[2]
+
+    def fit(self, logits: ArrayLike, y: ArrayLike, *, sample_weight: ArrayLike | None = None) -> Self:
+        """Learn from labelled rows.
+
+        Parameters
+        ----------
+        logits : (n_samples, n_classes) real; scores before softmax. For probabilities p pass log(p).
+        y : (n_samples,) class indices 0 .. n_classes-1
+        sample_weight : (n_samples,) not negative; weight two equals the row twice
+
+        Raises
+        ------
+        ValueError, TypeError
+            naming what was wrong, what was wanted and what came; the estimator is then left unfitted
+        """
+        self.check_params()
+        z = check_logits(logits).astype(np.float64, copy=False)
+        labels = check_labels(y, n_samples=len(z), n_classes=z.shape[1])
+        weight = check_sample_weight(sample_weight, n_samples=len(z))
+        present = np.unique(labels[weight > 0])
+        if len(present) < 2:
+            raise ValueError(
+                f"a calibration set needs rows of at least 2 classes, got {len(z)} rows with classes {present.tolist()}"
+            )
+        kept = weight > 0
+        if not kept.all():
+            z, labels, weight = z[kept], labels[kept], weight[kept]
+        self._fit(z, labels, weight)
+        self.n_classes_ = z.shape[1]
+        return self
+
+    def predict_proba(self, logits: ArrayLike) -> Array:
+        """Calibrated probabilities (n_samples, n_classes): rows sum to one; float32 in, float32 out, else float64.
+
+        Raises
+        ------
+        NotFittedError
+            before `fit`
+        ValueError, TypeError
+            for logits that are not finite reals of shape (n_samples, n_classes of the fit)
+        """
+        self._check_fitted()
+        z = check_logits(logits, n_classes=self.n_classes_)
+        return np.concatenate([self._predict_proba(z[block]) for block in blocks(*z.shape)])
+
+    def _fit(self, logits: Array, y: Array, weight: Array) -> None:
+        """Set the learned attributes from checked float64 logits, int64 labels and positive weights."""
+        raise NotImplementedError
+
+    def _predict_proba(self, logits: Array) -> Array:
+        """Probabilities from checked logits, in their dtype."""
+        raise NotImplementedError
+
+    def emit(self, graph: Graph, logits: str) -> str:
+        """Append this calibrator's arithmetic to `graph`; return the name of the FLOAT [B, K] probabilities.
+
+        `logits` names a FLOAT [B, K] tensor. Learned arrays enter by `graph.parameter`, so that another fit of the same
+        shape is another feed and not another session.
+        """
+        raise NotImplementedError
+
+    def tensors(self) -> dict[str, Array]:
+        """The learned arrays by name, `n_classes` among them."""
+        self._check_fitted()
+        arrays = {name: np.asarray(getattr(self, f"{name}_")) for name in self.learned}
+        return arrays | {"n_classes": np.asarray(self.n_classes_, dtype=np.int64)}
+
+    def set_tensors(self, tensors: Mapping[str, Array]) -> Self:
+        """Take learned arrays as `tensors` gave them.
+
+        Raises
+        ------
+        ValueError
+            if names are missing or unknown, or an array's dtype, shape or values are not what this kind learns
+        """
+        wanted = {*self.learned, "n_classes"}
+        if set(tensors) != wanted:
+            raise ValueError(f"{self.kind} has tensors {sorted(wanted)}, got {sorted(tensors)}")
+        self.check_params()
+        check_tensor("n_classes", tensors["n_classes"], np.int64, ())
+        n_classes = int(tensors["n_classes"])
+        if n_classes < 2:
+            raise ValueError(f"n_classes must be 2 or more, got {n_classes}")
+        self._check_learned(tensors, n_classes)
+        for name in self.learned:
+            setattr(self, f"{name}_", np.array(tensors[name]))
+        self.n_classes_ = n_classes
+        return self
+
+    def check_params(self) -> None:
+        """Raise ValueError for a constructor parameter outside its range (`create`, `fit` and `set_tensors` ask)."""
+
+    def _check_learned(self, tensors: Mapping[str, Array], n_classes: int) -> None:
+        """Raise ValueError for learned arrays that a fit on `n_classes` classes could not have made."""
+
+    def _check_fitted(self) -> None:
+        if not hasattr(self, "n_classes_"):
+            raise NotFittedError(f"this {type(self).__name__} is not fitted; call fit(logits, y) first")
+
+
+def check_tensor(name: str, array: Array, dtype: DTypeLike, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless a learned array has this dtype and shape and holds finite values."""
+    if array.dtype != dtype or array.shape != shape:
+        raise ValueError(
+            f"tensor {name!r} must be {np.dtype(dtype)} of shape {shape}, got {array.dtype} of shape {array.shape}"
+        )
+    if not np.all(np.isfinite(array)):
+        raise ValueError(f"tensor {name!r} holds a value that is not finite")

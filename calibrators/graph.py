@@ -1,0 +1,308 @@
+"""Model and calibrator as ONE ONNX graph.
+
+`fuse` appends to a classifier: a stage that turns its tapped tensor into logits (`calibrators.inspection` finds the
+tap), the calibrator's own nodes (`Calibrator.emit`), and the outputs `probabilities`, `confidence` and `label`. What
+the calibrator learned becomes overridable initializers, so serving another fit of the same shape is another feed of a
+few arrays, never another session.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+from numpy.typing import DTypeLike
+from onnx import TensorProto, helper, numpy_helper
+
+from calibrators.inspection import Inspection, Tap, inspect_model
+from calibrators.numerics import Array
+
+if TYPE_CHECKING:
+    from calibrators.base import Calibrator
+
+PREFIX = "calserve/"
+"""Every tensor and node added to a model begins with this."""
+
+ADDED_OUTPUTS = ("probabilities", "confidence", "label")
+"""Outputs that `fuse` adds: FLOAT [B, K], FLOAT [B], INT64 [B]."""
+
+LOGITS = f"{PREFIX}logits"
+"""The FLOAT [B, K] logits inside a fused graph, fetchable as an output."""
+
+MIN_OPSET = 9
+_REDUCTION_AXES_BECAME_INPUT = {"ReduceSum": 13}  # the other reductions: 18
+
+
+class Graph:
+    """Appends nodes to an ONNX model, in the operator set which that model declares.
+
+    Attributes
+    ----------
+    parameters : dict of the overridable initializers added so far, name -> float32 array
+    """
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.model = model
+        self.opset = default_opset(model)
+        self.parameters: dict[str, Array] = {}
+        self._count = 0
+
+    def node(self, op: str, *inputs: str, **attributes: Any) -> str:
+        """Append one node with one output; return the name of that output."""
+        return self.nodes(op, *inputs, n_outputs=1, **attributes)[0]
+
+    def nodes(self, op: str, *inputs: str, n_outputs: int, **attributes: Any) -> list[str]:
+        """Append one node with `n_outputs` outputs; return their names."""
+        self._count += 1
+        outputs = [f"{PREFIX}{op}_{self._count}" + (f"_{i}" if i else "") for i in range(n_outputs)]
+        self.model.graph.node.append(
+            helper.make_node(op, list(inputs), outputs, name=f"{PREFIX}{op}_{self._count}", **attributes)
+        )
+        return outputs
+
+    def constant(self, value: Array | float) -> str:
+        """A fixed initializer; Python floats and float64 arrays become float32."""
+        array = np.asarray(value)
+        if array.dtype == np.float64:
+            array = array.astype(np.float32)
+        self._count += 1
+        name = f"{PREFIX}constant_{self._count}"
+        self.model.graph.initializer.append(numpy_helper.from_array(array, name))
+        return name
+
+    def parameter(self, name: str, value: Array) -> str:
+        """An overridable float32 initializer holding what was learned; each run may feed another value of its shape."""
+        full_name = f"{PREFIX}{name}"
+        array = np.array(value, dtype=np.float32)
+        self.model.graph.initializer.append(numpy_helper.from_array(array, full_name))
+        self.model.graph.input.append(helper.make_tensor_value_info(full_name, TensorProto.FLOAT, array.shape))
+        self.parameters[full_name] = array
+        return full_name
+
+    def cast(self, x: str, dtype: DTypeLike) -> str:
+        """x as another type; from float to integer the fraction is cut off."""
+        return self.node("Cast", x, to=helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
+
+    def reduce(self, op: str, x: str, *, axis: int = -1, keepdims: bool = True) -> str:
+        """A reduction over one axis; `axes` moved from attribute to input at opset 13 (ReduceSum) or 18."""
+        if self.opset >= _REDUCTION_AXES_BECAME_INPUT.get(op, 18):
+            return self.node(op, x, self.constant(np.array([axis], dtype=np.int64)), keepdims=int(keepdims))
+        return self.node(op, x, axes=[axis], keepdims=int(keepdims))
+
+    def normalise(self, x: str) -> str:
+        """Each row of x [B, K] divided by its sum."""
+        return self.node("Div", x, self.reduce("ReduceSum", x))
+
+    def softmax(self, x: str) -> str:
+        """Softmax over the last axis of x [B, K]."""
+        return self.node("Softmax", x, axis=1)
+
+    def centre(self, x: str) -> str:
+        """x [B, K] less each row's maximum: float32 then keeps what decides the row, whatever the logits' offset."""
+        return self.node("Sub", x, self.reduce("ReduceMax", x))
+
+    def log_odds(self, logits: str) -> str:
+        """`numerics.log_odds` of FLOAT [B, K] logits."""
+        first, second = self._two_largest(logits)
+        above, gap = self.node("Sub", logits, second), self.node("Sub", first, second)
+        one, zero = self.constant(1.0), self.constant(0.0)
+        terms = self.node("Exp", self.node("Min", above, zero))
+        total = self.node("Sub", self.reduce("ReduceSum", terms), one)
+        others = self.node("Mul", self.node("Sub", total, terms), self.node("Exp", self.node("Neg", gap)))
+        below = self.node("Sub", self.node("Sub", above, gap), self.node("Log", self.node("Add", others, one)))
+        largest = self.node("Sub", gap, self.node("Log", total))
+        return self.node("Where", self.node("Greater", above, zero), largest, below)
+
+    def normalised_sigmoid(self, log_odds: str) -> str:
+        """`numerics.normalised_sigmoid` of FLOAT [B, K] log-odds."""
+        numerator = self.softmax(self.node("Min", log_odds, self.constant(0.0)))
+        decay = self.node("Exp", self.node("Neg", self.node("Abs", log_odds)))
+        return self.normalise(self.node("Div", numerator, self.node("Add", decay, self.constant(1.0))))
+
+    def _two_largest(self, x: str) -> list[str]:
+        """The largest and the second largest of each row of x [B, K], as [B, 1]; `k` moved to an input at opset 10."""
+        if self.opset >= 10:
+            values, _ = self.nodes("TopK", x, self.constant(np.array([2], dtype=np.int64)), n_outputs=2, axis=1)
+        else:
+            values, _ = self.nodes("TopK", x, n_outputs=2, axis=1, k=2)
+        return [self.node("Gather", values, self.constant(np.array([i], dtype=np.int64)), axis=1) for i in (0, 1)]
+
+    def reshape(self, x: str, shape: tuple[int, ...]) -> str:
+        """Reshape with ONNX's rules: 0 keeps a dimension, -1 is inferred."""
+        return self.node("Reshape", x, self.constant(np.array(shape, dtype=np.int64)))
+
+    def output(self, x: str, name: str, element_type: int, shape: tuple[str | int | None, ...]) -> None:
+        """Declare tensor `x` as the graph output `name`."""
+        self.model.graph.node.append(helper.make_node("Identity", [x], [name], name=f"{PREFIX}output/{name}"))
+        self.model.graph.output.append(helper.make_tensor_value_info(name, element_type, list(shape)))
+
+
+@dataclass(frozen=True)
+class FusedModel:
+    """A model with its calibrator inside.
+
+    `own_outputs` maps each output of the original model to its name in the fused graph: the same, unless calserve's own
+    outputs claim that name, then `raw_<name>`.
+    """
+
+    proto: onnx.ModelProto = field(repr=False)
+    parameters: dict[str, Array]
+    inspection: Inspection
+    own_outputs: dict[str, str]
+
+    def to_bytes(self) -> bytes:
+        return self.proto.SerializeToString()
+
+
+def fuse(model: onnx.ModelProto | bytes, calibrator: Calibrator, inspection: Inspection | None = None) -> FusedModel:
+    """The calibrated graph: the model's own outputs, then `probabilities`, `confidence`, `label`.
+
+    Parameters
+    ----------
+    model : the classifier; not modified
+    calibrator : fitted
+    inspection : where the logits are; found by `inspect_model` if not given
+
+    Raises
+    ------
+    ValueError
+        if no classifier output is found, the operator set is older than 9, the number of classes differs, or an input
+        of the model bears the name of an added output
+    """
+    proto = onnx.ModelProto()
+    proto.ParseFromString(model if isinstance(model, bytes) else model.SerializeToString())
+    _allow_overridable_initializers(proto)
+    found = inspection or inspect_model(proto)
+    n_classes = int(calibrator.tensors()["n_classes"])
+    if found.n_classes is not None and found.n_classes != n_classes:
+        raise ValueError(f"the model has {found.n_classes} classes, the calibrator was fitted on {n_classes}")
+    if default_opset(proto) < MIN_OPSET:
+        raise ValueError(f"the model uses opset {default_opset(proto)}; calibrators need opset {MIN_OPSET} or later")
+    own_outputs, renamed = _free_reserved_names(proto)
+    tap = Tap(renamed.get(found.logits.tensor, found.logits.tensor), found.logits.form, found.logits.reason)
+    graph = Graph(proto)
+    logits = graph.node("Identity", emit_logits(graph, tap))
+    proto.graph.node[-1].output[0] = LOGITS
+    logits = LOGITS
+    proto.graph.output.append(helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, [None, n_classes]))
+    _emit_outputs(graph, calibrator.emit(graph, logits), n_classes)
+    return FusedModel(proto, graph.parameters, found, own_outputs)
+
+
+def emit_logits(graph: Graph, tap: Tap) -> str:
+    """Turn the tapped tensor into FLOAT logits [B, K] (`Tap.form` says how)."""
+    x = graph.cast(tap.tensor, np.float32)
+    tiny = graph.constant(float(np.finfo(np.float32).tiny))
+    if tap.form == "logits":
+        return x
+    if tap.form == "probabilities":
+        return graph.node("Log", graph.node("Max", x, tiny))
+    column = graph.reshape(x, (-1, 1))
+    if tap.form == "log_odds":
+        return graph.node("Concat", graph.node("Mul", column, graph.constant(0.0)), column, axis=1)
+    both = graph.node("Concat", graph.node("Sub", graph.constant(1.0), column), column, axis=1)
+    return graph.node("Log", graph.node("Max", both, tiny))
+
+
+def stage(calibrator: Calibrator, opset: int = 17) -> FusedModel:
+    """The calibrator alone as a graph: input `logits` FLOAT [B, K], outputs as `fuse` adds them.
+
+    For comparing the graph's arithmetic with `predict_proba` without any model.
+    """
+    n_classes = int(calibrator.tensors()["n_classes"])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["B", n_classes])
+    proto = helper.make_model(
+        helper.make_graph([], "calibrator", [logits], []), opset_imports=[helper.make_opsetid("", opset)], ir_version=8
+    )
+    graph = Graph(proto)
+    _emit_outputs(graph, calibrator.emit(graph, "logits"), n_classes)
+    tap = Tap("logits", "logits", "the graph's own input")
+    return FusedModel(proto, graph.parameters, Inspection("logits", tap, None, "no model", n_classes), {})
+
+
+def signature(calibrator: Calibrator, opset: int = 17) -> str:
+    """A digest of the calibrator's graph without the values of its parameters.
+
+    Two fits with one signature are served by one session: only the feeds differ.
+    """
+    fused = stage(calibrator, opset)
+    kept = [tensor for tensor in fused.proto.graph.initializer if tensor.name not in fused.parameters]
+    del fused.proto.graph.initializer[:]
+    fused.proto.graph.initializer.extend(kept)
+    return hashlib.sha256(fused.proto.SerializeToString(deterministic=True)).hexdigest()
+
+
+def default_opset(model: onnx.ModelProto) -> int:
+    """Version of ONNX's own operator set which the model declares."""
+    return max((int(entry.version) for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=1)
+
+
+def _emit_outputs(graph: Graph, probabilities: str, n_classes: int) -> None:
+    graph.output(probabilities, "probabilities", TensorProto.FLOAT, (None, n_classes))
+    graph.output(graph.reduce("ReduceMax", probabilities, keepdims=False), "confidence", TensorProto.FLOAT, (None,))
+    label = graph.node("ArgMax", probabilities, axis=1, keepdims=0)
+    graph.output(label, "label", TensorProto.INT64, (None,))
+
+
+def _allow_overridable_initializers(model: onnx.ModelProto) -> None:
+    """Raise the IR version to 4, which tells defaults that a caller may override from constants.
+
+    Before, every initializer had to be listed as an input too. Those of the model go from the list: the runtime took
+    them as constants and folded them, and must go on doing so for the model's outputs to stay the same.
+    """
+    if model.ir_version >= 4:
+        return
+    model.ir_version = 4
+    constants = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in constants]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+
+
+def _free_reserved_names(model: onnx.ModelProto) -> tuple[dict[str, str], dict[str, str]]:
+    """Rename tensors that bear the name of an added output; return (the outputs' names old -> new, all renamed)."""
+    initializers = {tensor.name for tensor in model.graph.initializer}
+    inputs = {value.name for value in model.graph.input} - initializers
+    if taken := inputs.intersection(ADDED_OUTPUTS):
+        raise ValueError(f"the model has inputs named like the outputs that calserve adds: {sorted(taken)}")
+    names = initializers | inputs | _tensor_names(model.graph)
+    renamed = {name: _raw_name(name, names) for name in ADDED_OUTPUTS if name in names}
+    outputs = [value.name for value in model.graph.output]
+    if renamed:
+        _rename(model.graph, renamed)
+    return {name: renamed.get(name, name) for name in outputs}, renamed
+
+
+def _raw_name(name: str, taken: set[str]) -> str:
+    while name in taken:
+        name = f"raw_{name}"
+    return name
+
+
+def _tensor_names(graph: onnx.GraphProto) -> set[str]:
+    """Every name given to a value by a node of the graph or of its subgraphs."""
+    subgraphs = (subgraph for node in graph.node for subgraph in _subgraphs(node))
+    own = {name for node in graph.node for name in node.output}
+    return own.union(*(_tensor_names(subgraph) for subgraph in subgraphs))
+
+
+def _subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+    graphs = [attribute.g for attribute in node.attribute if attribute.type == onnx.AttributeProto.GRAPH]
+    return graphs + [graph for attribute in node.attribute for graph in attribute.graphs]
+
+
+def _rename(graph: onnx.GraphProto, renamed: dict[str, str]) -> None:
+    """Rename tensors in a graph and in the subgraphs that see its scope."""
+    for node in graph.node:
+        for names in (node.input, node.output):
+            for index, name in enumerate(names):
+                names[index] = renamed.get(name, name)
+        for subgraph in _subgraphs(node):
+            _rename(subgraph, renamed)
+    for value in (*graph.output, *graph.value_info):
+        value.name = renamed.get(value.name, value.name)
+    for tensor in graph.initializer:
+        tensor.name = renamed.get(tensor.name, tensor.name)

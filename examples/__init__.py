@@ -1,0 +1,1 @@
+"""Three scripts to run in order, and the demo that runs them all."""

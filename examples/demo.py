@@ -1,0 +1,137 @@
+"""The main job on a real model, explained as it goes: `make demo`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+from rich.console import Console
+
+import calibrators
+from calibrators.metrics import Estimate
+from calibrators.plots import html_report, reliability_diagram, telling_example
+from examples import step1_prepare, step2_fit, step3_predict
+from examples.step1_prepare import Prepared
+from examples.step2_fit import ITSELF, MODEL
+from service.client import Client
+from service.console import scores_table
+
+OUT = Path("demo")
+START_SECONDS = 60
+console = Console()
+
+
+def main() -> None:
+    begun = time.monotonic()
+    say("A deployed classifier says 0.93. Can you trust it? Here is a real one, its lies, and their cure.")
+
+    step(1, "a real model, and labelled rows of what it meets in production")
+    data = step1_prepare.prepare(OUT, console=console)
+
+    step(2, "the server wraps the model; calibrators are fitted on half of the rows and judged on the other half")
+    with server(data.model_repository) as address, Client(address, show_progress=True) as client:
+        client.wait_until_ready()
+        revisions = step2_fit.fit(client, data)
+        chosen = step2_fit.best(revisions)
+        scores = step2_fit.judge(client, data, revisions)
+        rows = int(data.is_test.sum())
+        console.print(scores_table(f"on {rows} rows that no fit has seen, with 95% intervals", scores.items(), chosen))
+        client.activate(MODEL, revisions[chosen].revision)
+        say(f"{revisions[chosen].revision} had the lowest log loss on the rows that its fit held out; it serves now.")
+
+        step(3, "a stock tritonclient asks, and gets calibrated probabilities")
+        served = step3_predict.predict(address, data.inputs[data.is_test])
+        expected = fused_probabilities(data, client.calibrator(MODEL, revisions[chosen].revision))
+        if served.revisions != {revisions[chosen].revision} or not np.array_equal(served.probabilities, expected):
+            sys.exit("The served probabilities are not those of the fused graph.")
+        say(
+            f"{rows} answers, each computed by {revisions[chosen].revision}, bit for bit those of the fused ONNX graph."
+        )
+
+    step(4, "pictures")
+    write_report(data, served, scores, chosen)
+    say(f"done in {time.monotonic() - begun:.0f} seconds; the server has stopped")
+
+
+def say(text: str) -> None:
+    console.print(text, highlight=False)
+
+
+def step(number: int, text: str) -> None:
+    console.rule(f"[bold]{number}[/]  {text}", align="left", style="dim")
+
+
+@contextmanager
+def server(model_repository: Path) -> Iterator[str]:
+    """`calserve serve` on free ports, with an empty store; stopped by SIGTERM at the end. Gives the address."""
+    command = ["serve", "--model-repository", str(model_repository), "--port", "0", "--metrics-port", "0"]
+    log = OUT / "server.log"
+    store = OUT / f"store-{int(time.time())}"
+    with log.open("w") as file:
+        process = subprocess.Popen([sys.executable, "-m", "service", *command, "--data-dir", str(store)], stderr=file)  # noqa: S603
+    try:
+        address = _address(process, log)
+        say(f"calserve {' '.join(command)}   [dim]listening on {address}, log in {log}[/]")
+        yield address
+    finally:
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(timeout=START_SECONDS)
+    if code != 0:
+        sys.exit(f"The server ended with exit code {code}; see {log}.")
+
+
+def _address(process: subprocess.Popen[bytes], log: Path) -> str:
+    """Where the server says that it listens."""
+    end = time.monotonic() + START_SECONDS
+    while time.monotonic() < end and process.poll() is None:
+        for line in log.read_text().splitlines():
+            if "gRPC on " in line:
+                return line.partition("gRPC on ")[2].split(",")[0]
+        time.sleep(0.05)
+    sys.exit(f"The server did not start; see {log}.")
+
+
+def fused_probabilities(data: Prepared, calibrator: calibrators.Calibrator) -> NDArray[np.float32]:
+    """What plain onnxruntime computes from model and calibrator in one graph, in the same batches."""
+    fused = calibrators.fuse(data.model_path.read_bytes(), calibrator)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = len(os.sched_getaffinity(0))
+    options.log_severity_level = 3
+    session = ort.InferenceSession(fused.to_bytes(), options, providers=["CPUExecutionProvider"])
+    inputs = data.inputs[data.is_test]
+    batches = (inputs[start : start + step3_predict.BATCH] for start in range(0, len(inputs), step3_predict.BATCH))
+    return np.concatenate([session.run(["probabilities"], {"bytes": batch})[0] for batch in batches])
+
+
+def write_report(
+    data: Prepared, served: step3_predict.Served, scores: dict[str, dict[str, Estimate]], chosen: str
+) -> None:
+    """The reliability diagram before and after, as a picture and inside a report that needs no explanation."""
+    labels = data.labels[data.is_test]
+    before, after = {"Before": served.own}, {f"After: {chosen}": served.probabilities}
+    reliability_diagram({**before, **after}, labels).savefig(OUT / "reliability.png", dpi=160)
+    page = html_report(
+        "magika on fragments of files",
+        scores,
+        baseline=ITSELF,
+        served=chosen,
+        example=telling_example(served.own, served.probabilities, labels),
+        n_calibration_rows=int((~data.is_test).sum()),
+        n_test_rows=len(labels),
+        figures=[reliability_diagram(panel, labels) for panel in (before, after)],
+    )
+    (OUT / "report.html").write_text(page)
+    say(f"reliability diagram: [bold]{OUT / 'reliability.png'}[/]   report: [bold]{OUT / 'report.html'}[/]")
+
+
+if __name__ == "__main__":
+    main()

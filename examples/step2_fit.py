@@ -1,0 +1,62 @@
+"""Second step: fit calibrators on labelled rows, judge them on others, and make the best one serve.
+
+calserve serve --model-repository demo/models &
+python -m examples.step2_fit
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+
+from calibrators.metrics import Estimate
+from examples.step1_prepare import Prepared, load
+from service.client import Client, Revision
+from service.console import scores_table
+
+MODEL = "magika"
+KINDS = ("temperature", "platt", "isotonic")
+ITSELF = "the model itself"
+
+
+def fit(client: Client, data: Prepared) -> dict[str, Revision]:
+    """A revision of each kind, fitted on the calibration half. The server computes the logits, once for all kinds."""
+    rows = ~data.is_test
+    logits = client.logits(MODEL, data.inputs[rows])
+    return {kind: client.fit(MODEL, kind, logits=logits, labels=data.labels[rows]) for kind in KINDS}
+
+
+def judge(client: Client, data: Prepared, revisions: Mapping[str, Revision]) -> dict[str, dict[str, Estimate]]:
+    """Scores of the model itself and of each kind on the test half, which no fit has seen."""
+    logits, labels = client.logits(MODEL, data.inputs[data.is_test]), data.labels[data.is_test]
+    scores: dict[str, dict[str, Estimate]] = {}
+    for kind, revision in revisions.items():
+        evaluation = client.evaluate(MODEL, revision.revision, logits=logits, labels=labels)
+        scores[ITSELF], scores[kind] = evaluation.before, evaluation.after
+    return {name: scores[name] for name in (ITSELF, *revisions)}
+
+
+def best(revisions: Mapping[str, Revision]) -> str:
+    """The kind with the lowest log loss on the rows its own fit held out: the test half has no say in the choice."""
+    return min(revisions, key=lambda kind: revisions[kind].held_out.after["log_loss"].value)  # type: ignore[union-attr]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="where step 1 put its files (default: demo)")
+    parser.add_argument("--address", default="127.0.0.1:8001", help="the server")
+    arguments = parser.parse_args()
+    console, data = Console(), load(arguments.out)
+    with Client(arguments.address) as client:
+        revisions = fit(client, data)
+        chosen = best(revisions)
+        console.print(scores_table("on the test half", judge(client, data, revisions).items(), chosen))
+        client.activate(MODEL, revisions[chosen].revision)
+        console.print(f"[bold]{revisions[chosen].revision}[/] serves now")
+
+
+if __name__ == "__main__":
+    main()
