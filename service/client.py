@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from typing import Any, Self, TypeAlias
 
 import grpc
+import numpy as np
 from calserve.v1 import calibrator_service_pb2 as pb
 from calserve.v1 import resources_pb2 as resources
 from google.rpc import error_details_pb2, status_pb2
@@ -28,6 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 import calibrators
 from calibrators import Calibrator
+from calibrators.graph import LOGITS
 from calibrators.metrics import Estimate
 from calibrators.numerics import to_numpy
 from service import errors
@@ -247,6 +249,20 @@ class Client:
             for output, raw in zip(response.outputs, response.raw_output_contents, strict=True)
         }
         return Prediction(arrays, response.parameters["calibrator_revision"].string_param or "none")
+
+    def logits(self, model: str, inputs: Inputs, *, batch_size: int = 64) -> Array:
+        """The logits (n_samples, n_classes) that the model's calibrators read, computed by the server batch by batch.
+
+        For fitting and comparing several kinds on the same rows: compute once, then pass `logits`.
+        """
+        columns = self._named(model, inputs)
+        count = len(next(iter(columns.values())))
+        parts = []
+        with self._progress() as progress:
+            for start in progress.track(range(0, count, batch_size), description=f"logits of {count} rows"):
+                batch = {name: values[start : start + batch_size] for name, values in columns.items()}
+                parts.append(self.predict(model, batch, outputs=[LOGITS]).outputs[LOGITS])
+        return np.concatenate(parts)
 
     def _rows(
         self, model: str, labels: ArrayLike, logits: ArrayLike | None, inputs: Inputs | None, weight: ArrayLike | None

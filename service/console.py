@@ -24,7 +24,7 @@ def score(value: Estimate | None) -> str:
     """The value, and its interval on a line beneath: four of them fit beside a name in 80 columns."""
     if value is None:
         return ""
-    interval = f"\n[dim]{value.low:.3f} – {value.high:.3f}[/dim]" if value.has_interval else ""
+    interval = f"\n[dim]{value.low:.3f}–{value.high:.3f}[/dim]" if value.has_interval else ""
     return f"{value.value:.4f}{interval}"
 
 
@@ -82,7 +82,7 @@ def inspection_table(name: str, inspection: Inspection) -> Table:
     """What was found in a model's graph, and why."""
     table = Table(title=name, title_justify="left", show_header=False)
     table.add_column(style="bold")
-    table.add_column()
+    table.add_column(overflow="fold")
     table.add_row("output", inspection.output)
     table.add_row("logits", f"{inspection.logits.tensor} ({inspection.logits.form})")
     table.add_row("because", inspection.logits.reason)

@@ -51,6 +51,7 @@ class ServedModel:
     Attributes
     ----------
     inputs, outputs : specs of what a request may send and ask for; a request that names no outputs gets all of these
+    hidden_outputs : specs of what a request gets only by naming it: the logits, as `calserve/logits`
     inspection : where logits and features are, None for a model that is no classifier (then served without calibration)
     active : the snapshot of the next batch
     """
@@ -84,6 +85,7 @@ class ServedModel:
             self.active = self.uncalibrated = self.snapshot(Identity.of(self.n_classes), NO_REVISION)
         self.inputs = list(self.active.session.inputs)
         self.outputs = [spec for spec in self.active.session.outputs if spec.name != LOGITS]
+        self.hidden_outputs = [spec for spec in self.active.session.outputs if spec.name == LOGITS]
         for spec in self.inputs:
             if spec.datatype not in datatypes.NUMPY:
                 raise Refused(f"input {spec.name!r} is of type {spec.datatype}, which the protocol has no word for")

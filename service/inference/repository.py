@@ -164,30 +164,20 @@ class Repository:
 
     def _load_version(self, folder: ModelFolder, version: str) -> ServedModel:
         proto, digest = folder.read_model(version)
-        inspection = None
         try:
             inspection = folder.inspect(proto)
-            log.info(
-                "model %s/%s: logits from %r, %s",
-                folder.name,
-                version,
-                inspection.logits.tensor,
-                inspection.logits.reason,
-            )
-            log.info(
-                "model %s/%s: features %r, %s", folder.name, version, inspection.features, inspection.features_reason
-            )
+            model = self._serve(folder, version, proto, digest, inspection)
+            for signal, tensor, reason in (
+                ("logits", inspection.logits.tensor, inspection.logits.reason),
+                ("features", inspection.features, inspection.features_reason),
+            ):
+                log.info("model %s/%s: %s from %r: %s", folder.name, version, signal, tensor, reason)
         except ValueError as error:
             if folder.signals:
                 raise Refused(f"calserve.toml of model {folder.name!r}: {error}") from error
             log.warning("model %s/%s is served without calibration: %s", folder.name, version, error)
-        model = ServedModel(
-            folder.name, version, proto, digest, self.device, inspection,
-            class_names=folder.class_names,
-            max_batch_size=folder.config.max_batch_size,
-            max_queued_runs=self.max_queued_runs,
-        )  # fmt: skip
-        if folder.class_names and inspection and len(folder.class_names) != model.n_classes:
+            model = self._serve(folder, version, proto, digest, None)
+        if folder.class_names and model.is_classifier and len(folder.class_names) != model.n_classes:
             raise Refused(
                 f"model {folder.name!r} has {model.n_classes} classes, its labels file {len(folder.class_names)}"
             )
@@ -195,10 +185,23 @@ class Repository:
         try:
             model.warm_up(model.active)
         except InvalidRequest as error:
-            log.warning(
-                "model %s/%s could not be warmed up with made-up inputs: %s", folder.name, version, error.message
-            )
+            log.warning("model %s/%s cannot be warmed up with made-up inputs: %s", folder.name, version, error.message)
         return model
+
+    def _serve(
+        self, folder: ModelFolder, version: str, proto: onnx.ModelProto, digest: str, inspection: Inspection | None
+    ) -> ServedModel:
+        return ServedModel(
+            folder.name,
+            version,
+            proto,
+            digest,
+            self.device,
+            inspection,
+            class_names=folder.class_names,
+            max_batch_size=folder.config.max_batch_size,
+            max_queued_runs=self.max_queued_runs,
+        )
 
 
 def folders(root: Path) -> list[Path]:

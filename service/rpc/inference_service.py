@@ -94,7 +94,7 @@ class InferenceService:
         if model.is_classifier:
             response.parameters["calibrator_revision"].CopyFrom(tensors.string_parameter(snapshot.revision))
         response.parameters["provider"].CopyFrom(tensors.string_parameter(snapshot.session.provider))
-        datatypes = {spec.name: spec.datatype for spec in model.outputs}
+        datatypes = {spec.name: spec.datatype for spec in (*model.outputs, *model.hidden_outputs)}
         sent_typed = bool(request.inputs) and not request.raw_input_contents
         typed = sent_typed and all(datatypes[name] in tensors.TYPED_FIELDS for name in arrays)
         for name, array in arrays.items():
@@ -180,6 +180,7 @@ def read_outputs(model: ServedModel, request: Any) -> list[str]:
     names = [spec.name for spec in model.outputs]
     if not request.outputs:
         return names
+    names += [spec.name for spec in model.hidden_outputs]
     wanted: list[str] = []
     for output in request.outputs:
         if output.name not in names:
