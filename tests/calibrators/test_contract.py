@@ -285,7 +285,7 @@ def test_another_number_of_columns_is_refused(kind: str, params: dict[str, Any])
 @given(
     n_classes=st.integers(2, 12),
     n_rows=st.integers(1, 20),
-    fit_scale=st.sampled_from([0.3, 1.0, 3.0, 20.0]),
+    fit_scale=st.sampled_from([0.03, 1.0, 3.0, 20.0]),
     scale=st.sampled_from([0.01, 1.0, 10.0, 25.0]),
     offset=st.sampled_from([0.0, -60.0, 60.0]),
     seed=st.integers(0, 1000),

@@ -110,12 +110,15 @@ def test_separable_rows_have_a_finite_answer_at_their_targets() -> None:
     np.testing.assert_allclose(calibrator.predict_proba([[0.0, 9.0], [9.0, 0.0]])[:, 1], [0.8, 0.25], atol=1e-9)
 
 
-def test_nearly_separable_rows_of_wildly_different_scores_are_solved() -> None:
-    rng = np.random.default_rng(0)
-    margin = np.concatenate([rng.normal(1e3, 1, size=500), rng.normal(-1e3, 1, size=500), [-3.0]])
-    logits, y = np.column_stack([np.zeros(1001), margin]), np.repeat([1, 0, 1], [500, 500, 1])
+@pytest.mark.parametrize("seed", range(20))
+def test_a_few_far_scores_do_not_keep_the_optimum_from_being_reached(seed: int) -> None:
+    """Two scores thousands of deviations away: Newton's full steps overshoot there by far."""
+    rng = np.random.default_rng(seed)
+    margin = np.concatenate([rng.normal(size=40), 10.0 ** rng.uniform(2, 5, size=2)])
+    logits, y = np.column_stack([np.zeros(42), margin]), (margin > rng.normal(size=42)).astype(int)
     calibrator = PlattScaling().fit(logits, y)
-    assert np.abs(mean_gradient(calibrator, logits, y, 1, np.ones(1001))).max() <= 1e-10
+    assert calibrator.slope_[1] > 0
+    assert np.abs(mean_gradient(calibrator, logits, y, 1, np.ones(42))).max() <= 1e-10
 
 
 def test_scores_that_point_the_wrong_way_get_slope_zero_and_the_targets_mean() -> None:
@@ -147,6 +150,13 @@ def test_a_class_whose_score_never_varies_takes_the_pooled_slope() -> None:
     assert calibrator.slope_[0] == pytest.approx(np.average(calibrator.slope_[1:], weights=np.bincount(y)[1:]))
     mean = expit(calibrator.slope_[0] * one_vs_rest(logits, 0) + calibrator.intercept_[0]).mean()
     assert mean == pytest.approx(targets(y, 0, np.ones(200)).mean(), rel=1e-8)
+
+
+def test_rows_that_are_all_alike_leave_the_slope_at_one() -> None:
+    """The intercept then says the targets' mean, (2+1)/(2+2) and 1/(1+2) of two rows and one, at those rows."""
+    calibrator = PlattScaling().fit([[0.0, 3.0]] * 3, [1, 1, 0])
+    np.testing.assert_array_equal(calibrator.slope_, 1.0)
+    assert calibrator.predict_proba([[0.0, 3.0]])[0, 1] == pytest.approx((2 * 3 / 4 + 1 / 3) / 3)
 
 
 def test_rows_whose_every_sigmoid_underflows_are_distributions() -> None:
