@@ -65,14 +65,15 @@ class App:
         await self.stop()
 
     async def start(self) -> None:
-        """Listen, load and warm every model, restore what was active, then be ready."""
+        """Listen, load and warm every model, restore what was active. Before that is done, calls are UNAVAILABLE."""
         await self._health.set(PROCESS, serving=True)
         await self._health.set(READY, serving=False)
         self._http.start()
+        self.port = await self._front.start(self.settings.host, self.settings.port)
         await asyncio.to_thread(self.repository.load_all)
         await self._revisions.restore()
+        self.repository.loaded = True
         await self._operations.resume()
-        self.port = await self._front.start(self.settings.host, self.settings.port)
         for name in self.repository.names():
             await self._health.set(name, serving=name not in self.repository.failures)
         await self._health.set(READY, serving=not self.repository.failures)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 
 from service import __version__
 from service.errors import CalserveError, InvalidRequest, Refused
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         parsed.command(parsed)
     except CalserveError as error:
-        sys.exit(_fail(f"{error.message}"))
+        sys.exit(_fail(error.message))
     except BrokenPipeError:
         sys.exit(1)
 
@@ -101,7 +102,7 @@ def fit(arguments: argparse.Namespace) -> None:
         )
         console = Console()
         for note in revision.notes:
-            console.print(f"[yellow]note:[/] {note}")
+            console.print(f"[yellow]note:[/] {escape(note)}")
         if revision.held_out:
             console.print(evaluation_table("held out", revision.revision, revision.held_out))
         console.print(f"fitted [bold]{revision.revision}[/] on {revision.row_count} rows")
@@ -177,7 +178,7 @@ def _parameter(text: str) -> tuple[str, Any]:
 
 
 def _fail(message: str) -> int:
-    Console(stderr=True).print(f"[bold red]calserve:[/] {message}", highlight=False, markup=True)
+    Console(stderr=True).print(f"[bold red]calserve:[/] {escape(message)}", highlight=False)
     return 2
 
 

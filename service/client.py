@@ -24,6 +24,7 @@ import numpy as np
 from calserve.v1 import calibrator_service_pb2 as pb
 from calserve.v1 import resources_pb2 as resources
 from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2
 from numpy.typing import ArrayLike, NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
@@ -34,8 +35,9 @@ from calibrators.metrics import Estimate
 from calibrators.numerics import to_numpy
 from service import errors
 from service.rpc import tensors
+from service.rpc.health import READY
 from service.rpc.status import CODES, DETAILS_KEY
-from service.rpc.wire import CALIBRATOR_SERVICE, INFERENCE_SERVICE, Stub, inference
+from service.rpc.wire import CALIBRATOR_SERVICE, HEALTH_SERVICE, INFERENCE_SERVICE, Stub, inference
 
 CHUNK_BYTES = 1 << 20
 MAX_MESSAGE_BYTES = 64 << 20
@@ -134,13 +136,20 @@ class Client:
         self._channel.close()
 
     def wait_until_ready(self, timeout_seconds: float = 60.0) -> None:
-        """Return when every model of the server is served; NotReady when the time is over."""
+        """Return as soon as every model of the server is served; NotReady when the time is over."""
+        watch = Stub(self._channel, HEALTH_SERVICE).Watch
+        request = health_pb2.HealthCheckRequest(service=READY)
+        answers = watch(request, timeout=timeout_seconds, wait_for_ready=True)
+        heard = "no server answers"
         try:
-            grpc.channel_ready_future(self._channel).result(timeout=timeout_seconds)
-        except grpc.FutureTimeoutError:
-            raise errors.NotReady(f"no server answers after {timeout_seconds:g} seconds") from None
-        if not self._call(self._inference.ServerReady, inference.ServerReadyRequest()).ready:
-            raise errors.NotReady("the server runs, but not every model is served")
+            for answer in answers:
+                if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                    answers.cancel()
+                    return
+                heard = "the server runs, but not every model is served"
+        except grpc.RpcError:
+            pass  # the deadline, or a server that went away
+        raise errors.NotReady(f"{heard} after {timeout_seconds:g} seconds")
 
     def models(self) -> builtins.list[Model]:
         """Every served version of every model."""

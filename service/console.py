@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from calibrators.inspection import Inspection
@@ -83,10 +84,14 @@ def inspection_table(name: str, inspection: Inspection) -> Table:
     table = Table(title=name, title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    table.add_row("output", inspection.output)
-    table.add_row("logits", f"{inspection.logits.tensor} ({inspection.logits.form})")
-    table.add_row("because", inspection.logits.reason)
-    table.add_row("features", inspection.features or "none")
-    table.add_row("because", inspection.features_reason)
-    table.add_row("classes", str(inspection.n_classes or "not known before a run"))
+    rows = {
+        "output": inspection.output,
+        "logits": f"{inspection.logits.tensor} ({inspection.logits.form})",
+        "  because": inspection.logits.reason,
+        "features": inspection.features or "none",
+        "  because ": inspection.features_reason,
+        "classes": str(inspection.n_classes or "not known before a run"),
+    }
+    for what, found in rows.items():
+        table.add_row(what, escape(found))
     return table

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,12 @@ def test_there_are_no_cycles_between_modules() -> None:
 
     for module in graph:
         visit(module, ())
+
+
+def test_a_server_needs_neither_torch_nor_matplotlib() -> None:
+    code = "import sys, service.app, service.client, service.cli, service.learning.worker; print({'torch', 'matplotlib'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_every_room_has_a_line_that_says_what_it_is_for() -> None:

@@ -7,6 +7,7 @@ active one is a single attribute; activating is assigning it, so every answer is
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -74,6 +75,7 @@ class ServedModel:
         self.class_names, self.max_batch_size = tuple(class_names), max_batch_size
         self._proto = proto
         self._sessions: OrderedDict[str, tuple[Session, FusedModel]] = OrderedDict()
+        self._building = threading.Lock()  # two requests for one graph must not build it twice
         self._lane = _Lane(f"{name}/{version}", max_queued_runs)
         if inspection is None:
             self.n_classes = 0
@@ -107,6 +109,11 @@ class ServedModel:
         n_classes = int(calibrator.tensors()["n_classes"])
         if n_classes != self.n_classes:
             raise Refused(f"model {self.name!r} has {self.n_classes} classes, the calibrator was fitted on {n_classes}")
+        with self._building:
+            session, fused = self._session_for(calibrator)
+        return Snapshot(revision, session, stage(calibrator).parameters, fused.own_outputs)
+
+    def _session_for(self, calibrator: Calibrator) -> tuple[Session, FusedModel]:
         key = signature(calibrator)
         if key not in self._sessions:
             fused = fuse(self._proto, calibrator, self.inspection)
@@ -114,8 +121,7 @@ class ServedModel:
             while len(self._sessions) > KEPT_SESSIONS:
                 self._sessions.popitem(last=False)
         self._sessions.move_to_end(key)
-        session, fused = self._sessions[key]
-        return Snapshot(revision, session, stage(calibrator).parameters, fused.own_outputs)
+        return self._sessions[key]
 
     async def run(
         self,

@@ -105,12 +105,14 @@ class Repository:
     Attributes
     ----------
     failures : model name -> why it is not served
+    loaded : set once every model serves what was active before; until then `get` says NotReady
     """
 
     root: Path
     device: Device
     max_queued_runs: int = 256
     failures: dict[str, str] = field(default_factory=dict)
+    loaded: bool = False
     _models: dict[str, dict[str, ServedModel]] = field(default_factory=dict)
 
     def load_all(self) -> None:
@@ -144,6 +146,8 @@ class Repository:
         """
         if version and not VERSION.fullmatch(version):
             raise InvalidRequest(f"a model version is a positive number or empty, got {shown(version)}")
+        if not self.loaded:
+            raise NotReady("the server is loading its models")
         if name in self.failures:
             raise NotReady(f"model {shown(name)} is not served: {self.failures[name]}")
         loaded = self._models.get(name)

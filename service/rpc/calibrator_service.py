@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
@@ -147,7 +148,7 @@ class CalibratorService:
                 logits, labels, weights = await self._read_rows(model, request.rows)
             except (ValueError, TypeError) as error:
                 raise InvalidRequest(f"rows from {writer.row_count} on: {error}") from error
-            writer.append(logits, labels, weights)
+            await asyncio.to_thread(writer.append, logits, labels, weights)
             if writer.byte_count > self.operations.limits.bytes_per_job:
                 raise InvalidRequest(
                     f"a calibration set takes at most {self.operations.limits.bytes_per_job} bytes; "

@@ -6,7 +6,6 @@ handler, where grpc would answer UNKNOWN with the exception's text.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Iterable
@@ -100,8 +99,6 @@ def _call(context: grpc.aio.ServicerContext) -> Call:
 
 
 async def _abort(context: grpc.aio.ServicerContext, error: Exception, call: Call, path: str) -> None:
-    if isinstance(error, grpc.aio.AbortError | asyncio.CancelledError):
-        raise error
     if not isinstance(error, CalserveError):
         log.error("call %s of %s failed", call.id, path, exc_info=error)
     status = status_of(error, call.id)

@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2
 
 from service.errors import NotFound, shown
 from service.rpc.methods import Call, Method, methods_of
+from service.rpc.wire import HEALTH_SERVICE
 
 PROCESS, READY = "", "ready"
 _Response = health_pb2.HealthCheckResponse
@@ -26,7 +27,7 @@ class Health:
         self.draining = False
 
     def methods(self) -> list[Method]:
-        return methods_of(health_pb2.DESCRIPTOR.services_by_name["Health"], self)
+        return methods_of(HEALTH_SERVICE, self)
 
     def serving(self, service: str) -> bool:
         return bool(self._statuses.get(service) == _Response.SERVING)

@@ -11,9 +11,11 @@ from calserve.v1 import calibrator_service_pb2, resources_pb2
 from google.protobuf import descriptor_pb2, message_factory
 from google.protobuf.descriptor import FileDescriptor, MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2
 
 inference = open_inference.messages
 INFERENCE_SERVICE = open_inference.SERVICE
+HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"]
 CALIBRATOR_SERVICE = calibrator_service_pb2.DESCRIPTOR.services_by_name["CalibratorService"]
 
 

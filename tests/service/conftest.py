@@ -36,12 +36,15 @@ ECHO_TYPES = {
 class RunningServer:
     """An App on a thread of its own; `address` is where it listens."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, wait: bool = True) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="server")
         self._thread.start()
         try:
             self.app = self._run(self._build(settings))
+            self._started = asyncio.run_coroutine_threadsafe(self.app.start(), self._loop)
+            if wait:
+                self._started.result(timeout=120)
         except BaseException:
             self._end()
             raise
@@ -53,6 +56,7 @@ class RunningServer:
     def stop(self) -> None:
         """Drain and end; a second call does nothing."""
         if self._thread.is_alive():
+            self._started.result(timeout=120)
             self._run(self.app.stop())
             self._end()
 
@@ -62,9 +66,7 @@ class RunningServer:
         self._loop.close()
 
     async def _build(self, settings: Settings) -> App:
-        app = App(settings)
-        await app.start()
-        return app
+        return App(settings)
 
     def _run(self, coroutine):  # type: ignore[no-untyped-def]
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout=120)

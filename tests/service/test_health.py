@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -14,6 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from service import errors
 from service.client import Client
+from service.inference.repository import Repository
 from tests.service import models
 from tests.service.conftest import RunningServer, settings_for
 
@@ -69,12 +71,38 @@ def test_a_server_with_a_model_that_cannot_load_serves_the_others_and_is_not_rea
         with pytest.raises(errors.NotReady, match=r"'broken' is not served: .* is not an ONNX"):
             client.predict("broken", {})
         with pytest.raises(errors.NotReady, match="not every model"):
-            client.wait_until_ready()
+            client.wait_until_ready(0.5)
     ready, metrics = page(server, "/health/ready"), page(server, "/metrics")[1]
     server.stop()
     assert statuses == [SERVING, NOT_SERVING, SERVING, NOT_SERVING]
     assert ready == (503, "not ready\n")
     assert "calserve_ready 0.0" in metrics
+
+
+def test_while_models_load_the_server_answers_that_it_is_not_ready_and_then_it_is(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loading, go_on = threading.Event(), threading.Event()
+    load_all = Repository.load_all
+
+    def held_up(repository: Repository) -> None:
+        loading.set()
+        go_on.wait(30)
+        load_all(repository)
+
+    monkeypatch.setattr(Repository, "load_all", held_up)
+    server = RunningServer(settings_for(root), wait=False)
+    assert loading.wait(30)
+    with Client(server.address, show_progress=False) as client:
+        assert (check(server.address, ""), check(server.address, "ready")) == (SERVING, NOT_SERVING)
+        with pytest.raises(errors.NotReady, match="loading its models"):
+            client.predict("mlp", {"x": models.labelled_rows(1, 0)[0]})
+        with pytest.raises(errors.NotReady, match="not every model is served"):
+            client.wait_until_ready(0.2)
+        go_on.set()
+        client.wait_until_ready()
+        assert client.predict("mlp", {"x": models.labelled_rows(1, 0)[0]}).probabilities.shape == (1, 4)
+    server.stop()
 
 
 @pytest.mark.parametrize("version", ["v1", "v1alpha"])

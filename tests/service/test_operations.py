@@ -152,7 +152,7 @@ def test_a_stream_in_the_wrong_order_is_refused(stub: Stub, requests: list[pb.Fi
 
 def serve_in_a_process(root: Path, **environment: str) -> tuple[subprocess.Popen[str], str]:
     """`python -m service serve` as its user starts it; the process and its address."""
-    process = subprocess.Popen(  # noqa: S603  our own module
+    process = subprocess.Popen(
         [sys.executable, "-m", "service", "serve", "--model-repository", str(root), "--port", "0", "--metrics-port", "0"],
         stderr=subprocess.PIPE, text=True, env={**os.environ, **environment},
     )  # fmt: skip

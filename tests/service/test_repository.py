@@ -17,6 +17,7 @@ CPU = Device.choose("cpu", 1)
 def load(root: Path) -> Repository:
     repository = Repository(root, CPU)
     repository.load_all()
+    repository.loaded = True
     return repository
 
 
