@@ -9,6 +9,7 @@ contract that each must keep is a test: `tests/calibrators/test_contract.py`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar, Self
 
@@ -21,7 +22,7 @@ from calibrators.graph import Graph
 from calibrators.numerics import Array, blocks, check_labels, check_logits, check_sample_weight
 
 
-class Calibrator(BaseEstimator):  # type: ignore[misc]  # scikit-learn ships no types
+class Calibrator(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn ships no types
     """Base of every kind: `fit` on logits and labels, `predict_proba` in numpy, `emit` the same arithmetic as ONNX.
 
     Subclasses implement `_fit`, `_predict_proba` and `emit`, and list the arrays they learn in `learned`. Constructor
@@ -60,7 +61,7 @@ class Calibrator(BaseEstimator):  # type: ignore[misc]  # scikit-learn ships no 
         Raises
         ------
         ValueError, TypeError
-            naming what was wrong, what was wanted and what came; the estimator is then left unfitted
+            naming what was wrong, what was wanted and what came; the estimator then stays as it was
         """
         self.check_params()
         z = check_logits(logits).astype(np.float64, copy=False)
@@ -92,21 +93,21 @@ class Calibrator(BaseEstimator):  # type: ignore[misc]  # scikit-learn ships no 
         z = check_logits(logits, n_classes=self.n_classes_)
         return np.concatenate([self._predict_proba(z[block]) for block in blocks(*z.shape)])
 
+    @abstractmethod
     def _fit(self, logits: Array, y: Array, weight: Array) -> None:
         """Set the learned attributes from checked float64 logits, int64 labels and positive weights."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _predict_proba(self, logits: Array) -> Array:
         """Probabilities from checked logits, in their dtype."""
-        raise NotImplementedError
 
+    @abstractmethod
     def emit(self, graph: Graph, logits: str) -> str:
         """Append this calibrator's arithmetic to `graph`; return the name of the FLOAT [B, K] probabilities.
 
         `logits` names a FLOAT [B, K] tensor. Learned arrays enter by `graph.parameter`, so that another fit of the same
         shape is another feed and not another session.
         """
-        raise NotImplementedError
 
     def tensors(self) -> dict[str, Array]:
         """The learned arrays by name, `n_classes` among them."""
