@@ -9,6 +9,7 @@ few arrays, never another session.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -156,6 +157,14 @@ class FusedModel:
     def to_bytes(self) -> bytes:
         return self.proto.SerializeToString()
 
+    def export(self) -> bytes:
+        """The same graph as one plain ONNX file for any runtime: nothing to override, no inner tensors shown."""
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self.proto)
+        _keep(proto.graph.input, lambda name: name not in self.parameters)
+        _keep(proto.graph.output, lambda name: name != LOGITS)
+        return proto.SerializeToString()
+
 
 def fuse(model: onnx.ModelProto | bytes, calibrator: Calibrator, inspection: Inspection | None = None) -> FusedModel:
     """The calibrated graph: the model's own outputs, then `probabilities`, `confidence`, `label`.
@@ -229,9 +238,7 @@ def signature(calibrator: Calibrator, opset: int = 17) -> str:
     Two fits with one signature are served by one session: only the feeds differ.
     """
     fused = stage(calibrator, opset)
-    kept = [tensor for tensor in fused.proto.graph.initializer if tensor.name not in fused.parameters]
-    del fused.proto.graph.initializer[:]
-    fused.proto.graph.initializer.extend(kept)
+    _keep(fused.proto.graph.initializer, lambda name: name not in fused.parameters)
     return hashlib.sha256(fused.proto.SerializeToString(deterministic=True)).hexdigest()
 
 
@@ -257,9 +264,14 @@ def _allow_overridable_initializers(model: onnx.ModelProto) -> None:
         return
     model.ir_version = 4
     constants = {tensor.name for tensor in model.graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in constants]
-    del model.graph.input[:]
-    model.graph.input.extend(inputs)
+    _keep(model.graph.input, lambda name: name not in constants)
+
+
+def _keep(values: Any, wanted: Callable[[str], bool]) -> None:
+    """Drop the inputs, outputs or initializers whose name is not wanted."""
+    kept = [value for value in values if wanted(value.name)]
+    del values[:]
+    values.extend(kept)
 
 
 def _free_reserved_names(model: onnx.ModelProto) -> tuple[dict[str, str], dict[str, str]]:

@@ -20,6 +20,7 @@ from rich.markup import escape
 from service import __version__
 from service.errors import CalserveError, InvalidRequest, Refused
 from service.settings import HELP, Settings
+from service.store.files import write_whole
 
 DEFAULT_ADDRESS = "127.0.0.1:8001"
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -141,6 +142,13 @@ def rollback(arguments: argparse.Namespace) -> None:
         Console().print(f"[bold]{client.rollback(arguments.model)}[/] is active")
 
 
+def export(arguments: argparse.Namespace) -> None:
+    with _client(arguments) as client:
+        model = client.export(arguments.model, arguments.revision or "")
+    write_whole(arguments.out, model)
+    Console().print(f"{arguments.out}: {len(model)} bytes; its output 'probabilities' is calibrated")
+
+
 def delete(arguments: argparse.Namespace) -> None:
     with _client(arguments) as client:
         client.delete(arguments.model, arguments.revision)
@@ -232,6 +240,10 @@ def _parser() -> argparse.ArgumentParser:
         "revision",
     )
     _add_client(commands, "rollback", rollback, "make serve what served before", "model")
+    command = _add_client(commands, "export", export, "write model and calibrator as one plain ONNX file", "model")
+    command.add_argument("--revision", help="default: the active one; 'none': the model's own probabilities")
+    command.add_argument("--out", type=Path, required=True, help="the file to write")
+
     _add_client(commands, "delete", delete, "forget a revision", "model", "revision")
     return parser
 

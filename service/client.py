@@ -237,6 +237,12 @@ class Client:
         answer = self._call(self._calibrators.GetArtifact, pb.GetArtifactRequest(model=model, revision=revision))
         return calibrators.loads(answer.artifact)
 
+    def export(self, model: str, revision: str = "") -> bytes:
+        """The model with a revision (default: the active one) inside, as one ONNX file that any runtime serves."""
+        request = pb.ExportModelRequest(model=model, revision=revision)
+        with _translated():
+            return b"".join(answer.piece for answer in self._calibrators.ExportModel(request, timeout=self._timeout))
+
     def predict(
         self, model: str, inputs: Inputs, *, outputs: Sequence[str] = (), calibrator: str | None = None
     ) -> Prediction:

@@ -104,14 +104,17 @@ class ServedModel:
         Refused
             if the model is no classifier, or the calibrator was fitted on another number of classes
         """
-        if self.inspection is None:
-            raise Refused(f"model {self.name!r} is not a classifier that calserve understands; it has no calibrators")
+        self._check_classifier()
         n_classes = int(calibrator.tensors()["n_classes"])
         if n_classes != self.n_classes:
             raise Refused(f"model {self.name!r} has {self.n_classes} classes, the calibrator was fitted on {n_classes}")
         with self._building:
             session, fused = self._session_for(calibrator)
         return Snapshot(revision, session, stage(calibrator).parameters, fused.own_outputs)
+
+    def _check_classifier(self) -> None:
+        if self.inspection is None:
+            raise Refused(f"model {self.name!r} is not a classifier that calserve understands; it has no calibrators")
 
     def _session_for(self, calibrator: Calibrator) -> tuple[Session, FusedModel]:
         key = signature(calibrator)
@@ -122,6 +125,11 @@ class ServedModel:
                 self._sessions.popitem(last=False)
         self._sessions.move_to_end(key)
         return self._sessions[key]
+
+    def export(self, calibrator: Calibrator | None) -> bytes:
+        """The model with a calibrator inside (None: its own probabilities), as plain ONNX."""
+        self._check_classifier()
+        return fuse(self._proto, calibrator or Identity.of(self.n_classes), self.inspection).export()
 
     async def run(
         self,

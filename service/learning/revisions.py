@@ -59,6 +59,16 @@ class Revisions:
     async def artifact(self, row: RevisionRow) -> bytes:
         return await asyncio.to_thread(self._blobs.get, row.artifact_digest)
 
+    async def export(self, model_name: str, revision: str) -> bytes:
+        """The model with a revision (default: the active one; `none`: the model's own) inside, as plain ONNX."""
+        model = self._repository.get(model_name)
+        revision = revision or model.active.revision
+        if revision == NO_REVISION:
+            return await asyncio.to_thread(model.export, None)
+        model = await self._model_for(model_name, revision, "")
+        row = await self.get(model_name, revision)
+        return await asyncio.to_thread(lambda: model.export(self._load(model, row)))
+
     def is_active(self, row: RevisionRow) -> bool:
         return any(model.active.revision == row.revision for model in self._models_of(row))
 
@@ -135,7 +145,7 @@ class Revisions:
         row = await self.get(model.name, revision)
         return await asyncio.to_thread(self._prove, model, row)
 
-    def _prove(self, model: ServedModel, row: RevisionRow) -> Snapshot:
+    def _load(self, model: ServedModel, row: RevisionRow) -> Calibrator:
         if row.model_digest != model.digest:
             raise Refused(
                 f"revision {row.revision} was fitted on another file of model {model.name!r} "
@@ -143,9 +153,12 @@ class Revisions:
                 reason="DIGEST_DIFFERS",
             )
         try:
-            calibrator = calibrators.loads(self._blobs.get(row.artifact_digest))
+            return calibrators.loads(self._blobs.get(row.artifact_digest))
         except ValueError as error:
             raise Damaged(f"the artifact of revision {row.revision} cannot be read: {error}") from error
+
+    def _prove(self, model: ServedModel, row: RevisionRow) -> Snapshot:
+        calibrator = self._load(model, row)
         golden = safetensors.numpy.load(self._blobs.get(row.golden_digest))
         _agree(calibrator, golden["logits"], golden["probabilities"], f"revision {row.revision} no longer computes")
         _stage_agrees(calibrator, golden["logits"], model, row.revision)

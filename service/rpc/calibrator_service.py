@@ -29,6 +29,7 @@ from service.store.catalogue import RevisionRow
 
 DEFAULT_HELD_OUT_FRACTION = 0.2
 MAX_HELD_OUT_FRACTION = 0.9
+EXPORT_PIECE_BYTES = 1 << 20
 ROWS_PER_RUN = 64
 """Rows of a caller's inputs that go through the model at once, where it sets no smaller limit."""
 
@@ -118,6 +119,11 @@ class CalibratorService:
     async def get_artifact(self, request: pb.GetArtifactRequest, call: Call) -> pb.GetArtifactResponse:
         row = await self.revisions.get(request.model, request.revision)
         return pb.GetArtifactResponse(artifact=await self.revisions.artifact(row))
+
+    async def export_model(self, request: pb.ExportModelRequest, call: Call) -> AsyncIterator[pb.ExportModelResponse]:
+        exported = await self.revisions.export(request.model, request.revision)
+        for start in range(0, len(exported), EXPORT_PIECE_BYTES):
+            yield pb.ExportModelResponse(piece=exported[start : start + EXPORT_PIECE_BYTES])
 
     async def delete_revision(self, request: pb.DeleteRevisionRequest, call: Call) -> pb.DeleteRevisionResponse:
         await self.revisions.delete(request.model, request.revision)

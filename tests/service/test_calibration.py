@@ -175,6 +175,21 @@ def test_everything_is_back_after_a_restart(root: Path) -> None:
     np.testing.assert_array_equal(after.probabilities, before.probabilities)
 
 
+@pytest.mark.parametrize("kind", ["none", "temperature", "isotonic"])
+def test_an_exported_model_gives_plain_onnxruntime_the_served_numbers(client: Client, kind: str) -> None:
+    revision = kind if kind == "none" else client.fit("mlp", kind, logits=LOGITS, labels=LABELS).revision
+    client.activate("mlp", revision)
+    exported = client.export("mlp")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(exported, options, providers=["CPUExecutionProvider"])
+    assert [value.name for value in session.get_inputs()] == ["x"]
+    assert not session.get_overridable_initializers()
+    assert [value.name for value in session.get_outputs()] == ["scores", "probabilities", "confidence", "label"]
+    (probabilities,) = session.run(["probabilities"], {"x": X[:32]})
+    np.testing.assert_allclose(probabilities, client.predict("mlp", X[:32]).probabilities, atol=1e-6)
+
+
 def test_two_servers_cannot_hold_one_store(server: RunningServer, root: Path) -> None:
     with pytest.raises(errors.Refused, match="another calserve server"):
         RunningServer(settings_for(root))
