@@ -89,7 +89,7 @@ def kinds(arguments: argparse.Namespace) -> None:
 
 
 def fit(arguments: argparse.Namespace) -> None:
-    from service.console import evaluation_table
+    from service.console import evaluation_table, ranking_table
 
     data = _load_rows(arguments.data)
     with _client(arguments) as client:
@@ -104,6 +104,8 @@ def fit(arguments: argparse.Namespace) -> None:
         console = Console()
         for note in revision.notes:
             console.print(f"[yellow]note:[/] {escape(note)}")
+        if revision.ranking:
+            console.print(ranking_table(revision.ranking))
         if revision.held_out:
             console.print(evaluation_table("held out", revision.revision, revision.held_out))
         console.print(f"fitted [bold]{revision.revision}[/] on {revision.row_count} rows")
@@ -216,7 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_client(commands, "models", models, "list the models that the server serves")
 
     command = _add_client(commands, "fit", fit, "fit a calibrator on labelled rows; makes a revision", "model")
-    command.add_argument("--kind", required=True, help="see `calserve kinds`")
+    command.add_argument("--kind", required=True, help="see `calserve kinds`; auto: compare them and take the best")
     _add_data(command)
     command.add_argument(
         "--param", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the kind; repeatable"

@@ -13,7 +13,7 @@ from __future__ import annotations
 import builtins
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -30,6 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 import calibrators
 from calibrators import Calibrator
+from calibrators.auto import Candidate
 from calibrators.graph import LOGITS
 from calibrators.metrics import Estimate
 from calibrators.numerics import to_numpy
@@ -60,7 +61,11 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Revision:
-    """One immutable fit. `held_out`: its scores on rows that the scored fit had not seen, None if none were kept."""
+    """One immutable fit.
+
+    `held_out` are its scores on rows that the scored fit had not seen, None if none were kept; `ranking` is what kind
+    "auto" compared, best first.
+    """
 
     model: str
     revision: str
@@ -73,6 +78,7 @@ class Revision:
     create_time: datetime
     active: bool
     notes: tuple[str, ...]
+    ranking: tuple[Candidate, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -173,6 +179,7 @@ class Client:
 
         Parameters
         ----------
+        kind : see `calserve kinds`; "auto" compares those that suit the data and takes the best (`calibrators.auto`)
         labels : (n_samples,) class indices
         logits : (n_samples, n_classes); or
         inputs : the model's inputs, rows first, by name (a bare array if there is one): the server computes the logits
@@ -399,14 +406,21 @@ def _revision(message: resources.Revision) -> Revision:
         create_time=message.create_time.ToDatetime(tzinfo=UTC),
         active=message.active,
         notes=tuple(message.notes),
+        ranking=tuple(map(_candidate, message.ranking)),
     )
 
 
 def _evaluation(message: resources.Evaluation) -> Evaluation:
-    def scores(messages: Sequence[resources.Score]) -> dict[str, Estimate]:
-        return {score.name: _estimate(score) for score in messages}
+    return Evaluation(message.row_count, message.level, _scores(message.before), _scores(message.after))
 
-    return Evaluation(message.row_count, message.level, scores(message.before), scores(message.after))
+
+def _scores(messages: Iterable[resources.Score]) -> dict[str, Estimate]:
+    return {score.name: _estimate(score) for score in messages}
+
+
+def _candidate(message: resources.Candidate) -> Candidate:
+    gain = (message.gain, message.gain_error)
+    return Candidate(message.kind, _scores(message.scores), gain, message.seconds, message.skipped)
 
 
 def _estimate(score: resources.Score) -> Estimate:

@@ -8,6 +8,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from calibrators.auto import Candidate
 from calibrators.inspection import Inspection
 from calibrators.metrics import Estimate
 from service.client import Evaluation, Model, Revision
@@ -58,6 +59,24 @@ def revisions_table(revisions: Iterable[Revision]) -> Table:
         changes = (_change(revision.held_out, key) for key in ("log_loss", "expected_calibration_error"))
         made = revision.create_time.strftime("%Y-%m-%d %H:%M")
         table.add_row(name, params, str(revision.row_count), *changes, made)
+    return table
+
+
+def ranking_table(candidates: Iterable[Candidate]) -> Table:
+    """What kind "auto" compared: cross-validated scores, and the gain over temperature scaling with its error."""
+    table = Table(title="cross-validated", title_justify="left", title_style="", box=box.SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("kind", no_wrap=True)
+    for heading in ("log loss", "gain over temperature", "Brier score", "ECE", "seconds"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for candidate in candidates:
+        if candidate.skipped:
+            table.add_row(candidate.kind, "[dim]skipped[/]", style="dim")
+            continue
+        values = (f"{candidate.scores[key].value:.4f}" for key in ("brier_score", "expected_calibration_error"))
+        gain = "{:+.4f} ± {:.4f}".format(*candidate.gain)
+        table.add_row(
+            candidate.kind, f"{candidate.scores['log_loss'].value:.4f}", gain, *values, f"{candidate.seconds:.1f}"
+        )
     return table
 
 

@@ -26,6 +26,9 @@ from service.store.files import sync_folder, write_whole
 LOGITS, LABELS, WEIGHTS = "logits.f32", "labels.i64", "weights.f64"
 RESULT, ARTIFACT, GOLDEN = "result.json", "artifact", "golden"
 
+AUTO = "auto"
+"""The kind that compares the others and takes the best."""
+
 
 @dataclass(frozen=True)
 class JobSpec:

@@ -197,8 +197,6 @@ class Operations:
             row = RevisionRow(
                 model=spec.model,
                 number=0,
-                kind=spec.kind,
-                params_json=spec.params_json,
                 model_digest=spec.model_digest,
                 artifact_digest=self._blobs.put((folder / ARTIFACT).read_bytes()),
                 golden_digest=self._blobs.put((folder / GOLDEN).read_bytes()),

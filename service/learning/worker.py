@@ -13,6 +13,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from numpy.typing import NDArray
 from sklearn.model_selection import train_test_split
 
 import calibrators
+from calibrators import auto
 from calibrators.kinds.identity import Identity
 from calibrators.metrics import Estimate, scores
-from service.learning.job import ARTIFACT, GOLDEN, RESULT, JobSpec, Rows
+from service.learning.job import ARTIFACT, AUTO, GOLDEN, RESULT, JobSpec, Rows
 from service.store.files import write_whole
 
 GOLDEN_ROWS = 32
@@ -53,22 +55,44 @@ def run(folder: Path, report: Report) -> None:
 
 def fit(folder: Path, spec: JobSpec, rows: Rows, report: Report) -> dict[str, Any]:
     """Score a fit on the rows it has not seen, then fit on all rows: that fit is the revision."""
-    calibrator = calibrators.create(spec.kind, **json.loads(spec.params_json))
     held_out = None
     if spec.held_out_fraction > 0:
         fitted_on, unseen = split(rows, spec.held_out_fraction, spec.seed)
-        report(0.1, f"fitting on {len(fitted_on)} rows")
-        calibrator.fit(fitted_on.logits, fitted_on.labels, sample_weight=fitted_on.weights)
+        scored, _ = fit_kind(spec, fitted_on, lambda share, text: report(0.1 + 0.3 * share, text))
         report(0.4, f"scoring on {len(unseen)} rows")
-        held_out = compare(calibrator, unseen, spec.seed)
-    report(0.5, f"fitting on all {len(rows)} rows")
-    calibrator.fit(rows.logits, rows.labels, sample_weight=rows.weights)
+        held_out = compare(scored, unseen, spec.seed)
+    calibrator, ranking = fit_kind(spec, rows, lambda share, text: report(0.5 + 0.4 * share, text))
     report(0.9, "writing the revision")
     artifact = calibrators.dumps(calibrator)
     write_whole(folder / ARTIFACT, artifact)
     write_whole(folder / GOLDEN, golden_rows(calibrators.loads(artifact), rows))
     notes = [] if getattr(calibrator, "converged_", True) else ["the fit has no finite optimum or did not converge"]
-    return {"row_count": len(rows), "class_count": spec.n_classes, "held_out": held_out, "notes": notes}
+    return {
+        "kind": calibrator.kind,
+        "params_json": json.dumps(calibrator.get_params(), sort_keys=True, separators=(",", ":")),
+        "row_count": len(rows),
+        "class_count": spec.n_classes,
+        "held_out": held_out,
+        "notes": notes,
+        "ranking": ranking,
+    }
+
+
+def fit_kind(spec: JobSpec, rows: Rows, report: Report) -> tuple[calibrators.Calibrator, list[dict[str, Any]]]:
+    """A fitted calibrator of the kind; of kind "auto" the best, and how the candidates ranked."""
+    params = json.loads(spec.params_json)
+    if spec.kind != AUTO:
+        report(0.0, f"fitting on {len(rows)} rows")
+        calibrator = calibrators.create(spec.kind, **params)
+        return calibrator.fit(rows.logits, rows.labels, sample_weight=rows.weights), []
+    selection = auto.select(
+        rows.logits, rows.labels, sample_weight=rows.weights, seed=spec.seed, progress=report, **params
+    )
+    return selection.calibrator, [_ranked(candidate) for candidate in selection.candidates]
+
+
+def _ranked(candidate: auto.Candidate) -> dict[str, Any]:
+    return {**asdict(candidate), "scores": _plain(candidate.scores)}
 
 
 def evaluate(folder: Path, spec: JobSpec, rows: Rows, report: Report) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +14,13 @@ from calserve.v1 import resources_pb2 as resources
 from numpy.typing import NDArray
 
 import calibrators
+from calibrators import auto
 from calibrators.numerics import check_labels, check_logits
 from service.errors import InvalidRequest, NotFound, Refused
 from service.inference.datatypes import NUMPY
 from service.inference.model import NO_REVISION, ServedModel
 from service.inference.repository import Repository
-from service.learning.job import JobSpec, RowWriter
+from service.learning.job import AUTO, JobSpec, RowWriter
 from service.learning.operations import Operation, Operations
 from service.learning.revisions import Revisions
 from service.rpc import inference_service, tensors
@@ -238,6 +239,8 @@ class CalibratorService:
         message.create_time.FromMicroseconds(int(row.create_time * 1e6))
         if row.held_out is not None:
             message.held_out.CopyFrom(_evaluation_message(row.held_out))
+        for candidate in row.ranking:
+            _fill_candidate(message.ranking.add(), candidate)
         return message
 
 
@@ -258,7 +261,10 @@ def _checked_params(kind: str, params_json: str) -> str:
     if not isinstance(params, dict):
         raise InvalidRequest(f"params_json must be a JSON object, got a {type(params).__name__}")
     try:
-        calibrators.create(kind, **params)
+        if kind == AUTO:
+            auto.check_options(**params)
+        else:
+            calibrators.create(kind, **params)
     except (ValueError, TypeError, ImportError) as error:
         raise InvalidRequest(str(error)) from error
     return json.dumps(params, sort_keys=True, separators=(",", ":"))
@@ -297,7 +303,17 @@ def _model_message(model: ServedModel) -> resources.Model:
 
 def _evaluation_message(evaluation: Mapping[str, Any]) -> resources.Evaluation:
     message = resources.Evaluation(row_count=evaluation["row_count"], level=evaluation["level"])
-    for scores, target in ((evaluation["before"], message.before), (evaluation["after"], message.after)):
-        for name, value, low, high in scores:
-            target.add(name=name, value=value, low=low, high=high)
+    _fill_scores(message.before, evaluation["before"])
+    _fill_scores(message.after, evaluation["after"])
     return message
+
+
+def _fill_scores(target: Any, scores: Sequence[tuple[str, float, float | None, float | None]]) -> None:
+    for name, value, low, high in scores:
+        target.add(name=name, value=value, low=low, high=high)
+
+
+def _fill_candidate(message: resources.Candidate, candidate: Mapping[str, Any]) -> None:
+    message.kind, message.seconds, message.skipped = (candidate[key] for key in ("kind", "seconds", "skipped"))
+    message.gain, message.gain_error = candidate["gain"]
+    _fill_scores(message.scores, candidate["scores"])

@@ -12,7 +12,7 @@ import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -50,8 +50,7 @@ class _Row:
     def from_json(cls, text: str, crc: int) -> Self:
         if zlib.crc32(text.encode()) != crc:
             raise Damaged(f"a row of the catalogue's table {cls.table} is damaged: its checksum differs")
-        values = json.loads(text)
-        return cls(**{field.name: values[field.name] for field in fields(cls)})
+        return cls(**json.loads(text))
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,7 @@ class RevisionRow(_Row):
     held_out: dict[str, Any] | None
     create_time: float
     notes: list[str]
+    ranking: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def revision(self) -> str:

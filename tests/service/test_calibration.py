@@ -93,6 +93,19 @@ def test_every_kind_is_fitted_activated_and_served(client: Client, kind: str) ->
     )
 
 
+def test_auto_compares_fits_the_best_and_tells_the_ranking(client: Client) -> None:
+    revision = client.fit("mlp", "auto", logits=LOGITS, labels=LABELS, candidates=["platt"])
+    assert revision.kind == revision.ranking[0].kind or revision.kind == "temperature"
+    assert revision.revision == f"{revision.kind}-1"
+    assert {candidate.kind for candidate in revision.ranking} == {"identity", "temperature", "platt"}
+    assert revision.ranking[-1].kind == "identity"
+    assert repr(client.get("mlp", revision.revision)) == repr(revision)
+    client.activate("mlp", revision.revision)
+    assert client.predict("mlp", X[:3]).calibrator_revision == revision.revision
+    with pytest.raises(errors.InvalidRequest, match="prefer must be"):
+        client.fit("mlp", "auto", logits=LOGITS, labels=LABELS, prefer="cheap")
+
+
 def test_activating_another_fit_of_the_same_kind_builds_no_session(server: RunningServer, client: Client) -> None:
     first = client.fit("mlp", "temperature", logits=LOGITS, labels=LABELS)
     second = client.fit("mlp", "temperature", logits=LOGITS[:500], labels=LABELS[:500])

@@ -1,0 +1,274 @@
+"""Which calibrator for these rows? Candidates compared by cross-validated log loss, the winner fitted on all rows.
+
+Every candidate predicts each row from a fit that has not seen it (stratified folds), so its mean log loss is an honest
+estimate of what it will cost on new rows of the same kind. The estimates of two candidates share their rows, so what
+decides is the paired difference and its standard error, not two overlapping intervals.
+
+Three rules keep the choice from doing harm:
+
+1. `identity` and `temperature` are always candidates.
+2. Only kinds whose log loss is bounded whatever the rows (no exact zeros) are.
+3. A kind replaces temperature scaling only if its gain is at least `LEAST_GAIN_IN_ERRORS` standard errors of the
+   paired difference: on few rows the lowest of many noisy estimates is too good to be true.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from calibrators.base import Calibrator
+from calibrators.metrics import Estimate, scores
+from calibrators.metrics.proper import log_losses
+from calibrators.numerics import Array, check_labels, check_logits, check_sample_weight
+from calibrators.registry import create, kinds
+
+SIMPLEST_FIRST = (
+    "identity",
+    "temperature",
+    "ensemble_temperature",
+    "class_prior",
+    "platt",
+    "beta",
+    "quadratic",
+    "structured_vector",
+    "vector",
+    "order_preserving",
+    "venn_abers",
+    "isotonic",
+    "structured_matrix",
+    "dirichlet",
+    "empirical_bayes",
+)
+"""Candidates in order of simplicity: by the freedom that the fit has."""
+
+ALWAYS = ("identity", "temperature")
+BINARY_ONLY = {"beta", "quadratic"}
+FEW_CLASSES_ONLY = {"dirichlet": 50, "structured_matrix": 200, "venn_abers": 20}
+"""Most classes for which a kind is a sensible candidate: its fit or its state grows too fast beyond."""
+
+LEAST_GAIN_IN_ERRORS = 0.5
+MOST_FOLDS = 50
+
+Progress = Callable[[float, str], None]
+"""Called with the share of the work done, 0 to 1, and what is done now."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One row of the ranking.
+
+    Attributes
+    ----------
+    kind : as for `create`, with its default parameters
+    scores : cross-validated, with intervals (see `metrics.scores`); empty if it was not compared
+    gain : mean log loss of temperature scaling minus its own on the same rows, and the standard error of that
+    seconds : for all folds
+    skipped : why it was not compared, empty if it was
+    """
+
+    kind: str
+    scores: dict[str, Estimate] = field(default_factory=dict)
+    gain: tuple[float, float] = (0.0, 0.0)
+    seconds: float = 0.0
+    skipped: str = ""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What `select` found.
+
+    Attributes
+    ----------
+    calibrator : the chosen kind, fitted on all rows
+    candidates : best log loss first, those that were not compared last
+    """
+
+    calibrator: Calibrator
+    candidates: list[Candidate]
+
+
+def select(
+    logits: ArrayLike,
+    y: ArrayLike,
+    *,
+    sample_weight: ArrayLike | None = None,
+    candidates: Sequence[str] | None = None,
+    prefer: str = "best",
+    n_folds: int = 5,
+    budget_seconds: float = 120.0,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Selection:
+    """Rank calibrators on labelled rows and fit the best.
+
+    Parameters
+    ----------
+    logits : (n_samples, n_classes)
+    y : (n_samples,) class indices
+    sample_weight : (n_samples,), not negative; fits and choice are weighted, the scores in the table are not
+    candidates : kinds to compare; by default those that suit the shape of the data. identity and temperature join them
+    prefer : "best", the lowest log loss; "simple", the simplest within one standard error of it
+    n_folds : each candidate is fitted so many times, and once more if it is chosen
+    budget_seconds : a candidate whose folds would not end in time, judged by its first, is skipped and says so
+    seed : of the folds and of the intervals
+
+    Raises
+    ------
+    ValueError, TypeError
+        as `Calibrator.fit`; also for fewer than two rows a fold, or an unknown kind
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> z = 4 * rng.standard_normal((600, 3))
+    >>> y = np.argmax(z / 3 + rng.gumbel(size=z.shape), axis=1)
+    >>> selection = select(z, y, candidates=["identity", "temperature", "platt"])
+    >>> [candidate.kind for candidate in selection.candidates][-1], selection.calibrator.kind
+    ('identity', 'temperature')
+    """
+    z = check_logits(logits)
+    labels = check_labels(y, n_samples=len(z), n_classes=z.shape[1])
+    weight = check_sample_weight(sample_weight, n_samples=len(z))
+    check_options(candidates=candidates, prefer=prefer, n_folds=n_folds, budget_seconds=budget_seconds)
+    if len(z) < 2 * n_folds:
+        raise ValueError(f"{n_folds} folds need at least {2 * n_folds} rows, got {len(z)}")
+    chosen_kinds = sensible(*z.shape) if candidates is None else list(dict.fromkeys([*ALWAYS, *candidates]))
+    comparison = _Comparison(z, labels, weight, folds(labels, n_folds, seed), seed, time.monotonic() + budget_seconds)
+    for index, kind in enumerate(chosen_kinds):
+        if progress is not None:
+            progress(index / (len(chosen_kinds) + 1), f"cross-validating {kind}")
+        comparison.add(kind)
+    winner = comparison.winner(prefer)
+    if progress is not None:
+        progress(len(chosen_kinds) / (len(chosen_kinds) + 1), f"fitting {winner} on all rows")
+    calibrator = create(winner).fit(z, labels, sample_weight=weight)
+    return Selection(calibrator, comparison.ranking())
+
+
+def check_options(
+    *,
+    candidates: Sequence[str] | None = None,
+    prefer: str = "best",
+    n_folds: int = 5,
+    budget_seconds: float = 120.0,
+) -> None:
+    """Options of `select` as they may be: ValueError or TypeError otherwise."""
+    for kind in candidates or ():
+        create(kind)
+    if prefer not in {"best", "simple"}:
+        raise ValueError(f'prefer must be "best" or "simple", got {prefer!r}')
+    if not 2 <= n_folds <= MOST_FOLDS:
+        raise ValueError(f"n_folds must be in 2..{MOST_FOLDS}, got {n_folds}")
+    if not budget_seconds >= 0:
+        raise ValueError(f"budget_seconds must not be negative, got {budget_seconds}")
+
+
+def sensible(n_samples: int, n_classes: int) -> list[str]:
+    """The kinds worth comparing on data of this shape, cheapest first."""
+    del n_samples  # few rows do not exclude a kind: cross-validation sees what they do to it
+    known = set(kinds())
+    return [
+        kind
+        for kind in SIMPLEST_FIRST
+        if kind in known
+        and not (kind in BINARY_ONLY and n_classes > 2)
+        and n_classes <= FEW_CLASSES_ONLY.get(kind, n_classes)
+    ]
+
+
+def folds(y: NDArray[np.int64], n_folds: int, seed: int) -> NDArray[np.int64]:
+    """A fold for each row, every class spread evenly over the folds: rows in random order, dealt class by class."""
+    shuffled = np.random.default_rng(seed).permutation(len(y))
+    dealt = shuffled[np.argsort(y[shuffled], kind="stable")]
+    fold = np.empty(len(y), dtype=np.int64)
+    fold[dealt] = np.arange(len(y)) % n_folds
+    return fold
+
+
+def _freedom(kind: str) -> int:
+    return SIMPLEST_FIRST.index(kind) if kind in SIMPLEST_FIRST else len(SIMPLEST_FIRST)
+
+
+@dataclass
+class _Comparison:
+    """Out-of-fold predictions of each candidate, scored."""
+
+    logits: Array
+    labels: NDArray[np.int64]
+    weight: NDArray[np.float64]
+    fold: NDArray[np.int64]
+    seed: int
+    deadline: float
+    found: dict[str, Candidate] = field(default_factory=dict)
+    losses: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+
+    def add(self, kind: str) -> None:
+        begun = time.monotonic()
+        try:
+            probabilities = self._out_of_fold(kind)
+        except _SkippedError as reason:
+            self.found[kind] = Candidate(kind, skipped=str(reason))
+            return
+        self.losses[kind] = log_losses(probabilities, self.labels)
+        found = scores(probabilities, self.labels, seed=self.seed)
+        self.found[kind] = Candidate(kind, found, seconds=time.monotonic() - begun)
+
+    def winner(self, prefer: str) -> str:
+        ranked = sorted(self.losses, key=lambda kind: float(np.average(self.losses[kind], weights=self.weight)))
+        best = ranked[0]
+        gain, error = self._difference("temperature", best)
+        if best not in ALWAYS and gain < LEAST_GAIN_IN_ERRORS * error:
+            best = next(kind for kind in ranked if kind in ALWAYS)
+        if prefer == "simple":
+            simple = sorted(self.losses, key=_freedom)
+            best = next(kind for kind in simple if self._is_close(kind, best))
+        return best
+
+    def ranking(self) -> list[Candidate]:
+        compared = [
+            replace(candidate, gain=self._difference("temperature", candidate.kind))
+            for candidate in self.found.values()
+            if not candidate.skipped
+        ]
+        compared.sort(key=lambda candidate: candidate.scores["log_loss"].value)
+        return compared + [candidate for candidate in self.found.values() if candidate.skipped]
+
+    def _is_close(self, kind: str, best: str) -> bool:
+        """Within one standard error of the best, by the paired difference."""
+        difference, error = self._difference(kind, best)
+        return difference <= error
+
+    def _difference(self, first: str, second: str) -> tuple[float, float]:
+        """Weighted mean of first minus second, and its standard error."""
+        share = self.weight / self.weight.sum()
+        difference = self.losses[first] - self.losses[second]
+        mean = float(share @ difference)
+        return mean, float(np.sqrt(np.square(share) @ np.square(difference - mean)))
+
+    def _out_of_fold(self, kind: str) -> Array:
+        probabilities = np.empty(self.logits.shape)
+        for number in np.unique(self.fold):
+            begun = time.monotonic()
+            unseen = self.fold == number
+            try:
+                fitted = create(kind).fit(
+                    self.logits[~unseen], self.labels[~unseen], sample_weight=self.weight[~unseen]
+                )
+            except (ImportError, ValueError) as error:
+                if kind in ALWAYS:
+                    raise
+                raise _SkippedError(str(error)) from error
+            probabilities[unseen] = fitted.predict_proba(self.logits[unseen])
+            remaining = (self.fold.max() - number) * (time.monotonic() - begun)
+            if kind not in ALWAYS and time.monotonic() + remaining > self.deadline:
+                raise _SkippedError("its fits would pass the time budget")
+        return probabilities
+
+
+class _SkippedError(Exception):
+    """Why a candidate is not compared."""
