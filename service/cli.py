@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from service import __version__
 from service.errors import CalserveError, InvalidRequest, Refused
@@ -84,8 +85,10 @@ def kinds(arguments: argparse.Namespace) -> None:
     import calibrators
 
     del arguments
+    table = Table(show_header=False, box=None, padding=(0, 2))
     for kind in calibrators.kinds():
-        Console().print(f"[bold]{kind}[/]  {(calibrators.create(kind).__doc__ or '').partition(chr(10))[0]}")
+        table.add_row(f"[bold]{kind}[/]", escape((calibrators.create(kind).__doc__ or "").partition("\n")[0]))
+    Console().print(table)
 
 
 def fit(arguments: argparse.Namespace) -> None:
@@ -149,6 +152,17 @@ def export(arguments: argparse.Namespace) -> None:
         model = client.export(arguments.model, arguments.revision or "")
     write_whole(arguments.out, model)
     Console().print(f"{arguments.out}: {len(model)} bytes; its output 'probabilities' is calibrated")
+
+
+def report(arguments: argparse.Namespace) -> None:
+    from service.report import html
+
+    rows = _load_rows(arguments.data)
+    rows.pop("sample_weight", None)
+    with _client(arguments) as client:
+        page = html(client, arguments.model, **rows)
+    write_whole(arguments.out, page.encode())
+    Console().print(f"{arguments.out}: open it in a browser; it needs no network")
 
 
 def delete(arguments: argparse.Namespace) -> None:
@@ -244,6 +258,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_client(commands, "rollback", rollback, "make serve what served before", "model")
     command = _add_client(commands, "export", export, "write model and calibrator as one plain ONNX file", "model")
     command.add_argument("--revision", help="default: the active one; 'none': the model's own probabilities")
+    command.add_argument("--out", type=Path, required=True, help="the file to write")
+
+    command = _add_client(commands, "report", report, "judge all revisions on labelled rows, as an HTML page", "model")
+    _add_data(command)
     command.add_argument("--out", type=Path, required=True, help="the file to write")
 
     _add_client(commands, "delete", delete, "forget a revision", "model", "revision")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from service import cli
@@ -44,6 +45,13 @@ def test_the_main_job_from_fit_to_roll_back(
     assert "active, before temperature-2" in run(capsys, "activate", "mlp", "temperature-1", *at)
     assert "temperature-2 is active" in run(capsys, "rollback", "mlp", *at)
     assert "the model itself" in run(capsys, "evaluate", "mlp", "--data", str(tmp_path / "logits.npz"), *at)
+    page = tmp_path / "report.html"
+    run(capsys, "report", "mlp", "--data", str(tmp_path / "inputs.npz"), "--out", str(page), *at)
+    assert "temperature-2" in page.read_text()
+    assert "<svg" in page.read_text()
+    exported = tmp_path / "calibrated.onnx"
+    run(capsys, "export", "mlp", "--out", str(exported), *at)
+    assert {output.name for output in onnx.load(str(exported)).graph.output} >= {"scores", "probabilities"}
     run(capsys, "activate", "mlp", "none", *at)
     run(capsys, "activate", "mlp", "none", *at)
     assert "temperature-1 is deleted" in run(capsys, "delete", "mlp", "temperature-1", *at)

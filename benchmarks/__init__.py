@@ -1,0 +1,1 @@
+"""Measurements; see each file. Nothing here is asserted in a test."""
