@@ -101,6 +101,8 @@ class Operations:
         await asyncio.to_thread(self._catalogue.put_operation, row)
         await asyncio.to_thread(self._catalogue.prune_operations, keep=KEPT_OPERATIONS)
         operation = self._operations[name] = Operation(row)
+        for old in [o for o in self.of_model("") if not o.running][KEPT_OPERATIONS:]:
+            del self._operations[old.row.operation]
         self._start(operation)
         return operation
 

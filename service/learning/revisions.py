@@ -115,8 +115,8 @@ class Revisions:
                 raise Refused(
                     f"revision {shown(revision)} is active or would be after a roll-back; activate others first"
                 )
-            if await asyncio.to_thread(self._catalogue.delete_revision, row):
-                await asyncio.to_thread(self._blobs.delete, row.artifact_digest)
+            for digest in await asyncio.to_thread(self._catalogue.delete_revision, row):
+                await asyncio.to_thread(self._blobs.delete, digest)
             self._snapshots = {key: value for key, value in self._snapshots.items() if value.revision != revision}
 
     def _swap(self, model: ServedModel, snapshot: Snapshot) -> tuple[str, str]:

@@ -77,6 +77,10 @@ class RevisionRow(_Row):
     def revision(self) -> str:
         return f"{self.kind}-{self.number}"
 
+    @property
+    def blobs(self) -> set[str]:
+        return {self.artifact_digest, self.golden_digest}
+
 
 @dataclass(frozen=True)
 class ActivationRow(_Row):
@@ -155,14 +159,15 @@ class Catalogue:
                     return row
         raise NotFound(f"model {shown(model)} has no revision {shown(revision)}")
 
-    def delete_revision(self, row: RevisionRow) -> bool:
-        """Forget a revision; its number stays taken. True if no other revision uses its artifact."""
+    def delete_revision(self, row: RevisionRow) -> set[str]:
+        """Forget a revision; its number stays taken. The digests of its blobs that no other revision uses."""
         with self._transaction() as connection:
             connection.execute(
                 "UPDATE revisions SET deleted = 1 WHERE model = ? AND number = ?", (row.model, row.number)
             )
-            rows = connection.execute("SELECT row FROM revisions WHERE deleted = 0").fetchall()
-        return all(json.loads(text)["artifact_digest"] != row.artifact_digest for (text,) in rows)
+            kept = connection.execute("SELECT row FROM revisions WHERE deleted = 0").fetchall()
+        used = {digest for (text,) in kept for digest in RevisionRow(**json.loads(text)).blobs}
+        return row.blobs - used
 
     def record_activation(self, row: ActivationRow) -> None:
         text = row.to_json()

@@ -45,16 +45,16 @@ def test_numbers_are_counted_per_model_and_never_reused(tmp_path: Path) -> None:
     catalogue = Catalogue(tmp_path / "c")
     first = catalogue.finish_fit(revision(), operation())
     assert catalogue.finish_fit(revision("other", "b"), operation()).revision == "platt-1"
-    assert catalogue.delete_revision(first)
+    catalogue.delete_revision(first)
     assert catalogue.finish_fit(revision(), operation()).revision == "platt-2"
     catalogue.close()
 
 
-def test_deleting_says_whether_another_revision_uses_the_artifact(tmp_path: Path) -> None:
+def test_deleting_names_the_blobs_that_no_other_revision_uses(tmp_path: Path) -> None:
     catalogue = Catalogue(tmp_path / "c")
     first, second = (catalogue.finish_fit(revision(), operation()) for _ in range(2))
-    assert not catalogue.delete_revision(first)
-    assert catalogue.delete_revision(second)
+    assert catalogue.delete_revision(first) == set()
+    assert catalogue.delete_revision(second) == {"a", "golden"}
     catalogue.close()
 
 
