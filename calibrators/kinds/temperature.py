@@ -80,12 +80,12 @@ class TemperatureScaling(Calibrator):
 
 def _root(centred: Array, weight: Array) -> tuple[float, bool]:
     """Root of L' in u = log beta for logits scaled to ±1 and centred on the label; whether it is interior."""
-    low, high = -LOG_RANGE, LOG_RANGE
-    if _derivatives(centred, weight, low)[0] >= 0:
-        return low, False
-    if _derivatives(centred, weight, high)[0] <= 0:
-        return high, False
-    u = 0.0
+    # L' tends to the mean of each row's mean as beta -> 0, and of each row's maximum as beta -> infinity.
+    if weight @ centred.mean(axis=1) >= 0:
+        return -LOG_RANGE, False
+    if centred.max() <= 0:
+        return LOG_RANGE, False
+    low, high, u = -LOG_RANGE, LOG_RANGE, 0.0
     for _ in range(MAX_STEPS):
         slope, curvature = _derivatives(centred, weight, u)
         low, high = (u, high) if slope < 0 else (low, u)
@@ -93,7 +93,7 @@ def _root(centred: Array, weight: Array) -> tuple[float, bool]:
         step = u - slope / curvature if curvature > 0 else np.inf
         following = step if low < step < high else (low + high) / 2
         if abs(following - u) <= RELATIVE_PRECISION:
-            return following, True
+            return following, abs(following) < LOG_RANGE - 1e-6  # a root beyond the range is sought at its end
         u = following
     return u, True
 
