@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import onnx
+from calserve.open_inference import messages
 from numpy.typing import NDArray
 
 from calibrators import Calibrator, fuse
@@ -26,6 +27,7 @@ from calibrators.kinds.identity import Identity
 from service.errors import DeadlinePassed, InvalidRequest, Overloaded, Refused
 from service.inference import datatypes
 from service.inference.session import Device, Session, TensorSpec
+from service.inference.statistics import Statistics
 
 NO_REVISION = "none"
 """The name of serving the model's own probabilities."""
@@ -55,6 +57,8 @@ class ServedModel:
     hidden_outputs : specs of what a request gets only by naming it: the logits, as `calserve/logits`
     inspection : where logits and features are, None for a model that is no classifier (then served without calibration)
     active : the snapshot of the next batch
+    config : what config.pbtxt says (inference.ModelConfig), empty without one
+    statistics : what was served so far
     """
 
     def __init__(
@@ -66,13 +70,15 @@ class ServedModel:
         device: Device,
         inspection: Inspection | None,
         *,
+        config: Any = None,
         class_names: Sequence[str] = (),
-        max_batch_size: int = 0,
         max_queued_runs: int = 256,
     ) -> None:
         self.name, self.version, self.digest = name, version, digest
         self.device, self.inspection = device, inspection
-        self.class_names, self.max_batch_size = tuple(class_names), max_batch_size
+        self.config = messages.ModelConfig() if config is None else config
+        self.class_names, self.max_batch_size = tuple(class_names), int(self.config.max_batch_size)
+        self.statistics = Statistics()
         self._proto = proto
         self._sessions: OrderedDict[str, tuple[Session, FusedModel]] = OrderedDict()
         self._building = threading.Lock()  # two requests for one graph must not build it twice
@@ -142,7 +148,22 @@ class ServedModel:
 
         `deadline` is on time.monotonic(); work whose deadline has passed, or whose caller has left, is not run.
         """
-        return await self._lane.submit(lambda: snapshot.session.run(outputs, {**feeds, **snapshot.feeds}), deadline)
+
+        def work() -> list[NDArray[Any]]:
+            begun = time.perf_counter_ns()
+            try:
+                return snapshot.session.run(outputs, {**feeds, **snapshot.feeds})
+            finally:
+                self.statistics.ran(self.row_count(feeds), begun - asked, time.perf_counter_ns() - begun)
+
+        asked = time.perf_counter_ns()
+        return await self._lane.submit(work, deadline)
+
+    def row_count(self, feeds: Mapping[str, NDArray[Any]]) -> int:
+        """Rows of one request: its batch, or 1 for a model without a batch dimension."""
+        batched = self.is_classifier or self.max_batch_size > 0
+        shape = next(iter(feeds.values())).shape if feeds else ()
+        return shape[0] if batched and shape else 1
 
     async def logits(self, feeds: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """The logits [B, K] that the calibrators of this model are fitted on."""

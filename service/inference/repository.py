@@ -202,8 +202,8 @@ class Repository:
             digest,
             self.device,
             inspection,
+            config=folder.config,
             class_names=folder.class_names,
-            max_batch_size=folder.config.max_batch_size,
             max_queued_runs=self.max_queued_runs,
         )
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,19 +13,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service import __version__
-from service.errors import InvalidRequest, NotReady, Refused, shown
+from service.errors import CalserveError, InvalidRequest, NotReady, Refused, shown
 from service.inference.model import ServedModel, Snapshot
 from service.inference.repository import Repository
 from service.inference.session import TensorSpec
+from service.inference.statistics import Statistics
 from service.learning.revisions import Revisions
-from service.rpc import tensors
+from service.rpc import classification, tensors
 from service.rpc.health import READY, Health
 from service.rpc.methods import Call, Method, methods_of
+from service.rpc.status import status_of
 from service.rpc.wire import INFERENCE_SERVICE, inference
+
+log = logging.getLogger(__name__)
 
 PLATFORM = "onnxruntime_onnx"
 # Parameters of Triton's that would change what comes back: refused, not ignored.
-UNSUPPORTED_OUTPUT_PARAMETERS = ("classification", "shared_memory_region")
+UNSUPPORTED_OUTPUT_PARAMETERS = ("shared_memory_region",)
+EXTENSIONS = ("classification", "model_configuration", "statistics")
+"""What is advertised. The repository's index is answered too; loading and unloading, which that extension has, are not."""
+MOST_IN_FLIGHT = 128
+"""Requests of one stream that may wait for their answers; more are not read until one is answered."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,7 @@ class InferenceService:
         return inference.ModelReadyResponse(ready=self.health.serving(model.name))
 
     async def server_metadata(self, request: Any, call: Call) -> Any:
-        return inference.ServerMetadataResponse(name="calserve", version=__version__, extensions=[])
+        return inference.ServerMetadataResponse(name="calserve", version=__version__, extensions=EXTENSIONS)
 
     async def model_metadata(self, request: Any, call: Call) -> Any:
         model = self.repository.get(request.name, request.version)
@@ -68,6 +78,81 @@ class InferenceService:
         if self.health.draining:
             raise NotReady("the server is shutting down")
         model = self.repository.get(request.model_name, request.model_version)
+        begun = time.perf_counter_ns()
+        try:
+            response, rows = await self._infer(model, request, call)
+        except Exception:
+            model.statistics.refused(time.perf_counter_ns() - begun)
+            raise
+        model.statistics.answered(rows, time.perf_counter_ns() - begun)
+        return response
+
+    async def model_stream_infer(self, requests: AsyncIterator[Any], call: Call) -> AsyncIterator[Any]:
+        """Answers in the order of the requests; runs are made meanwhile. An error is an answer."""
+        answers: asyncio.Queue[asyncio.Task[Any] | None] = asyncio.Queue(MOST_IN_FLIGHT)
+
+        async def read() -> None:
+            async for request in requests:
+                await answers.put(asyncio.create_task(self._stream_answer(request, call)))
+            await answers.put(None)
+
+        reader = asyncio.create_task(read())
+        try:
+            while (answer := await answers.get()) is not None:
+                yield await answer
+            await reader  # a message that could not be read ends the stream with its error
+        finally:
+            reader.cancel()
+            while not answers.empty():
+                if (left := answers.get_nowait()) is not None:
+                    left.cancel()
+
+    async def model_config(self, request: Any, call: Call) -> Any:
+        model = self.repository.get(request.name, request.version)
+        response = inference.ModelConfigResponse(config=model.config)
+        config = response.config
+        config.name, config.platform, config.backend = model.name, PLATFORM, "onnxruntime"
+        for specs, field in ((model.inputs, "input"), (model.outputs, "output")):
+            config.ClearField(field)
+            for spec in specs:
+                dims = spec.shape[1:] if model.max_batch_size else spec.shape
+                getattr(config, field).add(name=spec.name, data_type=f"TYPE_{_config_word(spec.datatype)}", dims=dims)
+        return response
+
+    async def model_statistics(self, request: Any, call: Call) -> Any:
+        if request.name:
+            self.repository.get(request.name, request.version)
+        response = inference.ModelStatisticsResponse()
+        for model in self.repository.models():
+            if request.name in ("", model.name) and request.version in ("", model.version):
+                _fill_statistics(response.model_stats.add(name=model.name, version=model.version), model.statistics)
+        return response
+
+    async def repository_index(self, request: Any, call: Call) -> Any:
+        response = inference.RepositoryIndexResponse()
+        for model in self.repository.models():
+            if model.name not in self.repository.failures:
+                response.models.add(name=model.name, version=model.version, state="READY")
+        for name, reason in sorted(self.repository.failures.items()):
+            if not request.ready:
+                response.models.add(name=name, state="UNAVAILABLE", reason=reason)
+        return response
+
+    async def _stream_answer(self, request: Any, call: Call) -> Any:
+        answer = inference.ModelStreamInferResponse()
+        try:
+            answer.infer_response.CopyFrom(await self.model_infer(request, call))
+        except Exception as error:
+            if not isinstance(error, CalserveError):
+                log.error("call %s failed in a stream", call.id, exc_info=error)
+            answer.error_message = status_of(error, call.id).message
+            answer.infer_response.id = request.id
+        if tensors.parameter_value(request.parameters["triton_enable_empty_final_response"]):
+            answer.infer_response.parameters["triton_final_response"].bool_param = True
+        return answer
+
+    async def _infer(self, model: ServedModel, request: Any, call: Call) -> tuple[Any, int]:
+        """The response, and how many rows it answers."""
         feeds = read_inputs(model, request)
         wanted = read_outputs(model, request)
         snapshot = await self._snapshot(model, request)
@@ -76,7 +161,12 @@ class InferenceService:
         arrays = dict(zip(computed, await model.run(computed, feeds, snapshot, deadline), strict=True))
         if model.is_classifier:
             check_confidence(arrays["confidence"], feeds, model)
-        return self._respond(model, request, snapshot, {name: arrays[name] for name in wanted})
+        answered = {name: arrays[name] for name in wanted}
+        for output in request.outputs:
+            if classification.PARAMETER in output.parameters:
+                k = _positive_integer(output)
+                answered[output.name] = classification.top(output.name, answered[output.name], k, model.class_names)
+        return self._respond(model, request, snapshot, answered), model.row_count(feeds)
 
     async def _snapshot(self, model: ServedModel, request: Any) -> Snapshot:
         parameter = request.parameters.get("calibrator") if "calibrator" in request.parameters else None
@@ -96,6 +186,7 @@ class InferenceService:
         response.parameters["provider"].CopyFrom(tensors.string_parameter(snapshot.session.provider))
         datatypes = {spec.name: spec.datatype for spec in (*model.outputs, *model.hidden_outputs)}
         sent_typed = bool(request.inputs) and not request.raw_input_contents
+        datatypes |= {name: "BYTES" for name, array in arrays.items() if array.dtype == object}
         typed = sent_typed and all(datatypes[name] in tensors.TYPED_FIELDS for name in arrays)
         for name, array in arrays.items():
             output = response.outputs.add(name=name, datatype=datatypes[name], shape=array.shape)
@@ -104,6 +195,36 @@ class InferenceService:
             else:
                 response.raw_output_contents.append(tensors.to_raw(array))
         return response
+
+
+def _config_word(datatype: str) -> str:
+    return "STRING" if datatype == "BYTES" else datatype
+
+
+def _positive_integer(output: Any) -> int:
+    value = tensors.parameter_value(output.parameters[classification.PARAMETER])
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidRequest(
+            f"output {output.name!r}: parameter 'classification' must be a whole number of 1 or more, "
+            f"got {shown(value)}"
+        )
+    return value
+
+
+def _fill_statistics(message: Any, statistics: Statistics) -> None:
+    message.last_inference = statistics.last_ms
+    message.inference_count, message.execution_count = statistics.rows, statistics.executions
+    totals = message.inference_stats
+    for target, duration in (
+        (totals.success, statistics.success),
+        (totals.fail, statistics.fail),
+        (totals.queue, statistics.queue),
+        (totals.compute_infer, statistics.infer),
+    ):
+        target.count, target.ns = duration.count, duration.ns
+    for rows, duration in sorted(statistics.batches.items()):
+        batch = message.batch_stats.add(batch_size=rows)
+        batch.compute_infer.count, batch.compute_infer.ns = duration.count, duration.ns
 
 
 def read_inputs(model: ServedModel, request: Any) -> dict[str, NDArray[Any]]:

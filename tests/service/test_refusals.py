@@ -46,9 +46,9 @@ def with_parameter(key: str, field: str, value: object) -> messages.ModelInferRe
     return made
 
 
-def with_output_parameter(key: str) -> messages.ModelInferRequest:
-    made = request(outputs=["scores"])
-    made.outputs[0].parameters[key].int64_param = 2
+def with_output_parameter(key: str, output: str = "scores", value: int = 2) -> messages.ModelInferRequest:
+    made = request(outputs=[output])
+    made.outputs[0].parameters[key].int64_param = value
     return made
 
 
@@ -111,7 +111,9 @@ CASES: dict[str, tuple[Callable[[], messages.ModelInferRequest], grpc.StatusCode
     "unknown output": (lambda: request(outputs=["nope"]), INVALID, r"no output 'nope'; it has: scores, probabilities"),
     "a tensor inside": (lambda: request(outputs=["h"]), INVALID, r"no output 'h'"),
     "output twice": (lambda: request(outputs=["label", "label"]), INVALID, r"'label' is asked for twice"),
-    "classification": (lambda: with_output_parameter("classification"), INVALID, r"'classification' is not supported"),
+    "classes of a vector": (lambda: with_output_parameter("classification", "confidence"), INVALID, r"'confidence': classification wants numbers of shape"),
+    "no classes": (lambda: with_output_parameter("classification", value=0), INVALID, r"'classification' must be a whole number of 1 or more, got 0"),
+    "shared memory": (lambda: with_output_parameter("shared_memory_region"), INVALID, r"'shared_memory_region' is not supported"),
     "NaN": (lambda: request(raw=[NAN]), INVALID, r"'x' holds nan at index \[0, 2\]"),
     "unknown revision": (lambda: with_parameter("calibrator", "string_param", "platt-3"), NOT_FOUND, r"no revision 'platt-3'"),
     "calibrator not a string": (lambda: with_parameter("calibrator", "int64_param", 3), INVALID, r"must be a string"),
