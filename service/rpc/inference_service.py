@@ -31,7 +31,7 @@ PLATFORM = "onnxruntime_onnx"
 # Parameters of Triton's that would change what comes back: refused, not ignored.
 UNSUPPORTED_OUTPUT_PARAMETERS = ("shared_memory_region",)
 EXTENSIONS = ("classification", "model_configuration", "statistics")
-"""What is advertised. The repository's index is answered too; loading and unloading, which that extension has, are not."""
+"""What is advertised. The repository's index is answered too, but not the rest of that extension, load and unload."""
 MOST_IN_FLIGHT = 128
 """Requests of one stream that may wait for their answers; more are not read until one is answered."""
 

@@ -142,6 +142,5 @@ def test_the_server_advertises_these_extensions_and_no_others(client: triton.Inf
     assert set(client.get_server_metadata().extensions) == {
         "classification",
         "model_configuration",
-        "model_repository",
         "statistics",
     }
