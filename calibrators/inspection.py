@@ -1,34 +1,37 @@
-"""Where a classifier's logits and features are, read from its graph.
+"""Where a classifier's logits and features are, read from its graph alone.
 
-Calibrators work on logits, deployed models mostly give probabilities. In between stands a softmax or a sigmoid, as one
-node or spelled out; its input is what is wanted. `inspect_model` looks back from each output, tries the patterns of
-`RULES` from the strongest evidence to the weakest, and says in words what it took and why. Where two outputs are
-equally good, or a score could be a logit as well as a probability, it refuses: the caller writes the tensor's name.
+Calibration needs scores before the softmax. A deployed model shows its outputs, mostly probabilities, so the graph is
+walked from each output back to what made it, and `RULES` is asked in order. A rule names the tensor to tap and the
+form it has; the forms, with s and p one number a row, become logits z [B, K] so that softmax(z) is the model's answer:
+
+    logits          z = the tensor                softmax does not change when a row is shifted, so the input of any
+                                                  Softmax, LogSoftmax or exp / sum of exp will do
+    log_odds        z = [0, s]                    softmax([0, s]) = [1 - sigmoid(s), sigmoid(s)]
+    probabilities   z = log p                     softmax(log p) = p / sum(p), exact but for what underflowed to 0
+    probability     z = [log(1 - p), log p]
+
+The operators' meaning is that of the ONNX specification (Operators.md, Operators-ml.md); where it leaves a choice, of
+onnxruntime. Nothing is run here, and no number of a weight decides but for the leaves of trees without post_transform.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import onnx
-from onnx import numpy_helper, shape_inference
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper, shape_inference
 
 Form = Literal["logits", "log_odds", "probabilities", "probability"]
 
-FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
-UNCHANGED = {"Identity", "Cast", "Dropout", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "ZipMap", "CastLike"}
-"""Operators that pass their first input on, value for value."""
-
-SPREAD = UNCHANGED | {"Expand", "Max", "Clip", "Tile"}
-"""What may stand between a row's sum or maximum and its use: broadcasts, and a floor."""
-
-ONNX_ML_CLASSIFIERS = {"TreeEnsembleClassifier", "LinearClassifier", "SVMClassifier"}
-MAX_STEPS = 64
-"""Bound of every walk through the graph; real chains are shorter than ten."""
+Shape: TypeAlias = tuple[int | None, ...]
+"""Dimensions; None where a name or nothing stands for the number."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,9 @@ class Tap:
 
     Attributes
     ----------
-    tensor : its name
-    form : "logits" [B, K] as it is; "log_odds" [B] or [B, 1], the score s of the second of two classes, logits [0, s];
-        "probabilities" [B, K], their logarithm; "probability" [B] or [B, 1] of the second of two classes, likewise
-    reason : why it was taken, in words
+    tensor : name of a floating-point tensor of the main graph
+    form : `logits` and `probabilities` are [B, K]; `log_odds` and `probability` (of class 1) are [B] or [B, 1]
+    reason : in words, why this tensor
     """
 
     tensor: str
@@ -54,11 +56,11 @@ class Inspection:
 
     Attributes
     ----------
-    output : the model's output that gives the class scores
-    logits : where the logits are
-    features : tensor that enters the last dense layer before the logits, None if there is none
-    features_reason : why, in words
-    n_classes : None if the graph does not tell
+    output : the model's output that the tap belongs to; the tapped tensor itself where no output depends on it
+    logits : where the logits come from
+    features : name of the tensor [B, D] that the last dense layer reads, None if there is no such layer
+    features_reason : in words, why this tensor or why none
+    n_classes : K, None where neither a shape nor a weight tells it
     """
 
     output: str
@@ -77,320 +79,662 @@ def inspect_model(
     probability: str | None = None,
     features: str | None = None,
 ) -> Inspection:
-    """Find the logits and the features of a classifier.
+    """Find the logits, the features and the number of classes of a classifier.
 
     Parameters
     ----------
-    model : the ONNX model, not modified
-    logits, log_odds, probabilities, probability : name of the tensor to take, by its form (see `Tap`); at most one
-    features : name of the tensor to take
+    model : not modified
+    logits, log_odds, probabilities, probability : name of the tensor to tap, and thereby its form; at most one
+    features : name of the tensor of the features
 
     Raises
     ------
     ValueError
-        if a named tensor does not exist, no output is a classifier's, or several are equally good; says what to write
+        if a named tensor does not exist or cannot have its form, or nothing is named and no output, or more than one
+        in the same way, is a classifier's
+
+    Examples
+    --------
+    >>> import onnx.parser
+    >>> model = onnx.parser.parse_model('''
+    ...     <ir_version: 8, opset_import: ["": 17]>
+    ...     linear (float[N, 2] x) => (float[N, 3] scores) <float[2, 3] weights = {1, 0, 0, 0, 1, 0}> {
+    ...         z = MatMul (x, weights)
+    ...         scores = Softmax (z)
+    ...     }''')
+    >>> found = inspect_model(model)
+    >>> found.logits.tensor, found.logits.form, found.features, found.n_classes
+    ('z', 'logits', 'x', 3)
+    >>> found.logits.reason
+    "it enters the Softmax that makes 'scores'"
     """
-    graph = _View(model)
-    forms: dict[Form, str | None] = {
-        "logits": logits,
-        "log_odds": log_odds,
-        "probabilities": probabilities,
-        "probability": probability,
-    }
-    named = {form: tensor for form, tensor in forms.items() if tensor is not None}
+    view = _View(model)
+    forms: dict[Form, str | None] = dict(
+        zip(get_args(Form), (logits, log_odds, probabilities, probability), strict=True)
+    )
+    named = [(form, tensor) for form, tensor in forms.items() if tensor is not None]
     if len(named) > 1:
-        raise ValueError(f"at most one of {', '.join(forms)} may be named, got {', '.join(named)}")
-    for tensor in (*named.values(), features):
-        graph.check_exists(tensor)
-    if named:
-        ((form, tensor),) = named.items()
-        output, tap = tensor, Tap(tensor, form, "it was named")
-    else:
-        output, tap = _best_output(graph)
-    feature, why = (features, "it was named") if features is not None else _features(graph, tap)
-    return Inspection(output, tap, feature, why, _count_classes(graph, output, tap))
+        got = ", ".join(f"{form} = {tensor!r}" for form, tensor in named)
+        raise ValueError(f"at most one of {', '.join(forms)} may be named, got {got}")
+    output, tap = _named_tap(view, *named[0]) if named else _strongest(view)
+    layer = _last_layer(view, tap.tensor)
+    found, reason = _find_features(view, tap.tensor, layer) if features is None else _named_features(view, features)
+    return Inspection(output, tap, found, reason, _n_classes(view, output, tap, layer))
+
+
+# --- The graph, indexed for walking from its outputs to its inputs. --------------------------------------------------
+
+_KEEPS_VALUES = {"Identity", "Cast", "Dropout", "QuantizeLinear", "DequantizeLinear"}
+"""Each number stays what it is, up to rounding."""
+
+_KEEPS_ROWS = {"Reshape", "Flatten", "Squeeze", "Unsqueeze"}
+"""May move the border between rows: harmless where a row has as many numbers before as after."""
 
 
 class _View:
-    """A graph to walk back through: who makes a tensor, its shape, its value if it is constant."""
+    """A model's main graph by the names of its tensors.
+
+    Attributes
+    ----------
+    outputs : the model's outputs -> the tensor that each shows, which differs behind a ZipMap
+    producers : tensor -> the node that makes it; inputs and initializers have none
+    consumers : tensor -> the nodes that read it, themselves or in a subgraph
+    constants : tensors whose value does not depend on the model's inputs
+    shapes, types : tensor -> what is declared or inferred, where anything is
+    """
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        try:
-            graph = shape_inference.infer_shapes(model).graph
-        except (shape_inference.InferenceError, RuntimeError, ValueError, TypeError):  # an operator it does not know
-            graph = model.graph
-        self.outputs = list(graph.output)
-        self.opset = max(
-            (int(entry.version) for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=1
-        )
-        self._makers = {name: node for node in graph.node for name in node.output if name}
-        self._values = {value.name: value.type for value in (*graph.input, *graph.value_info, *graph.output)}
-        self._constants = {tensor.name: tensor for tensor in graph.initializer}
+        graph = model.graph
+        self.opset = max((int(e.version) for e in model.opset_import if e.domain in ("", "ai.onnx")), default=1)
+        self.initializers = {tensor.name: tensor for tensor in graph.initializer}
+        self.inputs = [value.name for value in graph.input if value.name not in self.initializers]
+        self.producers = {name: node for node in graph.node for name in node.output if name}
+        self.consumers: dict[str, list[onnx.NodeProto]] = {}
         for node in graph.node:
-            if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
-                self._constants[node.output[0]] = node.attribute[0].t
+            for name in _reads(node):
+                self.consumers.setdefault(name, []).append(node)
+        self.constants = _constants(graph)
+        self.shapes, self.types = _declared(model)
+        self.outputs = {value.name: self._unzipped(value.name) for value in graph.output}
 
-    def check_exists(self, tensor: str | None) -> None:
-        names = {*self._makers, *self._values}
-        if tensor is not None and tensor not in names:
-            near = difflib.get_close_matches(tensor, names, n=3, cutoff=0.5)
-            raise ValueError(f"the graph has no tensor {tensor!r}" + (f"; near it: {', '.join(near)}" if near else ""))
+    def source(self, tensor: str) -> onnx.NodeProto | None:
+        """The node that computes these numbers, however they were copied, cast or reshaped since."""
+        return self.producers.get(self.origin(tensor))
 
-    def maker(self, tensor: str, *, through: set[str]) -> onnx.NodeProto | None:
-        """The node that makes a tensor, looking through nodes that pass it on."""
-        node = self._makers.get(tensor)
-        for _ in range(MAX_STEPS):
-            if node is None or node.op_type not in through:
-                return node
-            node = self._makers.get(node.input[0])
-        return None
+    def made_by(self, tensor: str, *operators: str) -> onnx.NodeProto | None:
+        """The source of a tensor if it is one of these operators."""
+        node = self.source(tensor)
+        return node if operator(node) in operators else None
 
-    def made_from(self, tensor: str, op: str, *, through: set[str] = UNCHANGED) -> onnx.NodeProto | None:
-        """The node of operator `op` behind a tensor, None if another one is there."""
-        node = self.maker(tensor, through=through)
-        return node if node is not None and node.op_type == op else None
+    def origin(self, tensor: str) -> str:
+        """The tensor in which these numbers first appear."""
+        for _ in self.producers:  # no chain has more links than the graph has tensors, even in a malformed graph
+            node = self.producers.get(tensor)
+            if node is None or node.output[0] != tensor or not self._harmless(node):
+                return tensor
+            tensor = node.input[0]
+        return tensor
 
-    def any_input_from(self, tensor: str, op: str) -> onnx.NodeProto | None:
-        """Like `made_from` through SPREAD, where the wanted one may be any input (Max has it first or second)."""
-        waiting = [tensor]
-        for _ in range(MAX_STEPS):
-            if not waiting:
-                break
-            node = self._makers.get(waiting.pop())
-            if node is not None and node.op_type == op:
-                return node
-            if node is not None and node.op_type in SPREAD:
-                waiting.extend(node.input)
-        return None
-
-    def constant(self, tensor: str) -> np.ndarray[Any, Any] | None:
-        found = self._constants.get(tensor)
-        return None if found is None else numpy_helper.to_array(found)
-
-    def dims(self, tensor: str) -> list[int | None] | None:
-        """The shape, None for a size that is not fixed; None if the rank is not known."""
-        if tensor in self._constants:
-            return [int(size) for size in self._constants[tensor].dims]
-        kind = self._values.get(tensor)
-        if kind is None or not kind.tensor_type.HasField("shape"):
-            return None
-        return [dim.dim_value if dim.HasField("dim_value") else None for dim in kind.tensor_type.shape.dim]
+    def _harmless(self, node: onnx.NodeProto) -> bool:
+        if operator(node) in _KEEPS_ROWS:
+            before, after = self._declared_width(node.input[0]), self._declared_width(node.output[0])
+            return before is None or after is None or before == after
+        return operator(node) in _KEEPS_VALUES
 
     def width(self, tensor: str) -> int | None:
-        """Columns: the last dimension of [B, K], 1 for [B]; None if not known."""
-        dims = self.dims(tensor)
-        if dims is None:
-            node = self.maker(tensor, through=UNCHANGED | {"Sigmoid", "Softmax", "Add"})
-            return self.dense_width(node) if node is not None else None
-        if len(dims) == 1:
-            return 1
-        return dims[-1] if dims and dims[-1] is not None else self._width_behind(tensor)
+        """Numbers in each row of a tensor, by its shape or by the dense layer that makes it."""
+        declared = self._declared_width(tensor)
+        if declared is None and (layer := _last_layer(self, tensor)):
+            return _layer_width(self, layer)
+        return declared
 
-    def _width_behind(self, tensor: str) -> int | None:
-        node = self.maker(tensor, through={*UNCHANGED, "Sigmoid", "Softmax", "LogSoftmax", "Add"})
-        return None if node is None else self.dense_width(node)
-
-    def dense_width(self, node: onnx.NodeProto) -> int | None:
-        """Columns that a MatMul or Gemm gives, by its constant weights."""
-        if node.op_type not in {"MatMul", "Gemm"}:
+    def _declared_width(self, tensor: str) -> int | None:
+        shape = self.shapes.get(tensor)
+        if shape is None or None in shape[1:]:
             return None
-        weights = self.dims(node.input[1])
-        transposed = node.op_type == "Gemm" and attribute(node, "transB", 0)
-        return None if not weights or len(weights) != 2 else weights[0 if transposed else 1]
+        return math.prod(n for n in shape[1:] if n is not None)
 
-    def is_row_wise(self, output: onnx.ValueInfoProto) -> bool:
-        """Whether an output may be class scores, a row for each sample: floats of rank 1 or 2, or ZipMap's maps."""
-        if output.type.HasField("sequence_type"):
-            return True
-        if output.type.tensor_type.elem_type not in FLOATS:
-            return False
-        dims = self.dims(output.name)
-        return dims is None or len(dims) in (1, 2)
+    def value(self, tensor: str) -> NDArray[Any] | None:
+        """The numbers of an initializer or a Constant node that lie in the model file itself, else None."""
+        tensor = self.origin(tensor)
+        node, stored = self.producers.get(tensor), self.initializers.get(tensor)
+        if node is not None and operator(node) == "Constant":
+            ((name, value),) = ((entry.name, helper.get_attribute_value(entry)) for entry in node.attribute)
+            array = numpy_helper.to_array(value) if name == "value" else np.asarray(value)
+            return array if array.dtype.kind in "iuf" else None
+        if stored is None or stored.data_location == TensorProto.EXTERNAL:
+            return None
+        return numpy_helper.to_array(stored)
+
+    def reached_from(self, tensor: str) -> Iterator[onnx.NodeProto]:
+        """Every node that a tensor has an influence on."""
+        waiting, seen = [tensor], {tensor}
+        while waiting:
+            for node in self.consumers.get(waiting.pop(), ()):
+                new = set(node.output) - seen
+                seen |= new
+                waiting += new
+                yield node
+
+    def shown(self, tensor: str) -> str:
+        """A tensor's name, with its shape where that is known, for a message."""
+        shape = self.shapes.get(tensor)
+        return f"{tensor!r}" if shape is None else f"{tensor!r} [{', '.join(str(n or '?') for n in shape)}]"
+
+    def _unzipped(self, output: str) -> str:
+        """The rows [B, K] in front of a ZipMap, whose list of class labels tells K."""
+        node = self.producers.get(output)
+        if node is None or operator(node) != "ai.onnx.ml.ZipMap":
+            return output
+        if self._declared_width(node.input[0]) is None:
+            self.shapes[node.input[0]] = (None, len(_class_labels(node)))
+        return node.input[0]
 
 
-def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
-    """Value of a node's attribute."""
+def operator(node: onnx.NodeProto | None) -> str:
+    """A node's operator, with its domain unless that is ONNX's own; empty for no node."""
+    if node is None:
+        return ""
+    return node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
+
+
+def attribute(node: onnx.NodeProto, name: str, default: Any = None) -> Any:
+    """The value of a node's attribute, strings decoded."""
     for entry in node.attribute:
         if entry.name == name:
-            return onnx.helper.get_attribute_value(entry)
+            value = helper.get_attribute_value(entry)
+            return value.decode() if isinstance(value, bytes) else value
     return default
 
 
-class _NotAClassifierError(Exception):
-    """Why an output that a rule matched is no classifier's."""
+def _subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+    single = [entry.g for entry in node.attribute if entry.type == onnx.AttributeProto.GRAPH]
+    return single + [graph for entry in node.attribute for graph in entry.graphs]
 
 
-def _softmax(graph: _View, output: str) -> Tap | None:
-    node = graph.maker(output, through=UNCHANGED)
-    if node is None or node.op_type not in {"Softmax", "LogSoftmax"}:
-        return None
-    axis = attribute(node, "axis", -1 if graph.opset >= 13 else 1)
-    rank = len(graph.dims(node.input[0]) or [0, 0])
-    if axis not in (-1, rank - 1) or rank != 2:
-        raise _NotAClassifierError(
-            f"its {node.op_type} over axis {axis} of rank {rank} is not one over the classes of a row"
-        )
-    return Tap(node.input[0], "logits", f"it enters the {node.op_type} that makes output {output!r}")
+def _reads(node: onnx.NodeProto) -> set[str]:
+    """Names that a node reads, those among them that a subgraph takes from around it."""
+    inner = (_reads(child) for graph in _subgraphs(node) for child in graph.node)
+    return set(node.input).union(*inner) - {""}
 
 
-def _spelled_softmax(graph: _View, output: str) -> Tap | None:
-    """Exp(x) / ReduceSum(Exp(x)), where x may be z - ReduceMax(z)."""
-    division = graph.made_from(output, "Div")
-    power = graph.made_from(division.input[0], "Exp") if division else None
-    total = graph.any_input_from(division.input[1], "ReduceSum") if division else None
-    if power is None or total is None or graph.made_from(total.input[0], "Exp") is not power:
-        return None
-    why = f"it enters the softmax spelled out as Exp, ReduceSum and Div that makes output {output!r}"
-    shifted = graph.made_from(power.input[0], "Sub")
-    largest = graph.any_input_from(shifted.input[1], "ReduceMax") if shifted else None
-    if shifted and largest and largest.input[0] == shifted.input[0]:
-        return Tap(shifted.input[0], "logits", f"{why}, before its row's maximum is taken off")
-    return Tap(power.input[0], "logits", why)
+def _constants(graph: onnx.GraphProto) -> set[str]:
+    """Initializers, and what nodes make of them alone (a transposed or dequantised weight)."""
+    known = {tensor.name for tensor in graph.initializer}
+    for node in graph.node:  # in the order of computation, as the format demands
+        read = _reads(node)
+        if read <= known and (read or operator(node) == "Constant"):
+            known.update(node.output)
+    return known
 
 
-def _sigmoid(graph: _View, output: str) -> Tap | None:
-    node = graph.made_from(output, "Sigmoid")
-    if node is None:
-        return None
-    width = graph.width(node.input[0]) or graph.width(output)
-    if width != 1:
-        raise _NotAClassifierError(
-            f"its Sigmoid over {width or 'an unknown number of'} columns is multi-label: "
-            "probabilities of exclusive classes are not defined for it"
-        )
-    return Tap(node.input[0], "log_odds", f"it enters the Sigmoid that makes output {output!r}: the score of class 1")
+def _declared(model: onnx.ModelProto) -> tuple[dict[str, Shape], dict[str, int]]:
+    """Shapes and element types of tensors, inferred as far as ONNX can."""
+    with contextlib.suppress(shape_inference.InferenceError, ValueError, TypeError):  # then what the file declares
+        model = shape_inference.infer_shapes(model, data_prop=True)
+    shapes: dict[str, Shape] = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    types = {tensor.name: int(tensor.data_type) for tensor in model.graph.initializer}
+    for value in (*model.graph.input, *model.graph.value_info, *model.graph.output):
+        kind = value.type.tensor_type
+        if kind.elem_type:
+            types[value.name] = int(kind.elem_type)
+        if kind.HasField("shape"):
+            dims = kind.shape.dim
+            shapes[value.name] = tuple(int(dim.dim_value) if dim.HasField("dim_value") else None for dim in dims)
+    return shapes, types
 
 
-def _two_sided_sigmoid(graph: _View, output: str) -> Tap | None:
-    """Concat(1 - sigmoid(s), sigmoid(s)), as skl2onnx writes a binary network."""
-    both = graph.made_from(output, "Concat")
-    if both is None or len(both.input) != 2:
-        return None
-    positive, rest = graph.made_from(both.input[1], "Sigmoid"), graph.made_from(both.input[0], "Sub")
-    one = graph.constant(rest.input[0]) if rest else None
-    if positive is None or rest is None or one is None or not np.all(one == 1):
-        return None
-    if graph.made_from(rest.input[1], "Sigmoid") is not positive:
-        return None
-    why = f"it enters the Sigmoid whose value p makes output {output!r} as [1 - p, p]: the score of class 1"
-    return Tap(positive.input[0], "log_odds", why)
+# --- The last dense layer. -------------------------------------------------------------------------------------------
+
+_AFFINE = {"Add", "Sub", "Mul", "Div"}
+_LAYERS = {"MatMul", "Gemm", "Conv", "ConvTranspose", "MatMulInteger", "QLinearMatMul", "LSTM", "GRU", "RNN"}
+"""What a network goes on with after its features."""
 
 
-def _classifier_node(graph: _View, output: str) -> Tap | None:
-    """ai.onnx.ml: what it gives depends on its post_transform."""
-    node = graph.maker(output, through=UNCHANGED)
-    if node is None or node.domain != "ai.onnx.ml":
-        return None
-    if node.op_type == "Normalizer":
-        return _logarithm(graph, output, f"a Normalizer makes output {output!r}")
-    if node.op_type not in ONNX_ML_CLASSIFIERS:
-        return None
-    transform = attribute(node, "post_transform", b"NONE").decode()
-    if transform != "NONE" or "prob" in output.lower():
-        return _logarithm(graph, output, f"a {node.op_type} makes output {output!r}")
-    raise _NotAClassifierError(
-        f"its {node.op_type} has no post_transform, so its scores may be logits or probabilities: "
-        f"write `logits` or `probabilities = {output!r}`"
-    )
-
-
-def _dense(graph: _View, output: str) -> Tap | None:
-    """A last dense layer with nothing after it: the output is the logits."""
-    node = graph.maker(output, through=UNCHANGED)
-    if node is not None and node.op_type == "Add":
-        node = _dense_behind(graph, node.output[0])
-    if node is None or graph.dense_width(node) is None:
-        return None
-    why = f"output {output!r} comes straight from a last {node.op_type}: it is not normalised, so it is the logits"
-    return Tap(output, "log_odds" if graph.dense_width(node) == 1 else "logits", why)
-
-
-def _by_name(graph: _View, output: str) -> Tap | None:
-    if "logit" in output.lower() and graph.width(output) != 1:
-        return Tap(output, "logits", f"output {output!r} is called so")
-    if "prob" in output.lower():
-        return _logarithm(graph, output, f"output {output!r} is called so, and no softmax is seen before it")
+def _last_layer(view: _View, tensor: str) -> onnx.NodeProto | None:
+    """The MatMul or Gemm with constant weights that a tensor comes from by copies and affine steps alone."""
+    for _ in view.producers:
+        node = view.source(tensor)
+        if node is None:
+            return None
+        if operator(node) in ("MatMul", "Gemm"):
+            return node if node.input[1] in view.constants else None
+        before = _before_affine(view, node)
+        if before is None:
+            return None
+        tensor = before
     return None
 
 
-RULES: tuple[Callable[[_View, str], Tap | None], ...] = (
-    _softmax,
-    _spelled_softmax,
-    _two_sided_sigmoid,
-    _sigmoid,
-    _classifier_node,
-    _dense,
-    _by_name,
-)
-"""Patterns by the strength of their evidence."""
+def _before_affine(view: _View, node: onnx.NodeProto) -> str | None:
+    """What a bias, a scale or a batch normalisation is applied to; None for any other node."""
+    if operator(node) == "BatchNormalization":
+        return node.input[0]
+    computed = [name for name in node.input if name not in view.constants]
+    return computed[0] if operator(node) in _AFFINE and len(computed) == 1 else None
 
 
-def _logarithm(graph: _View, output: str, why: str) -> Tap:
-    node = graph.maker(output, through={"ZipMap"})
-    tensor = output if node is None or output in node.output else node.output[-1]
-    form: Form = "probability" if graph.width(tensor) == 1 else "probabilities"
-    return Tap(tensor, form, f"{why}; it holds probabilities, so their logarithm is used")
+def _layer_width(view: _View, layer: onnx.NodeProto) -> int | None:
+    """Columns of a dense layer's result: those of its weights."""
+    shape = view.shapes.get(layer.input[1])
+    if shape is None or len(shape) != 2:
+        return None
+    return shape[0] if attribute(layer, "transB", 0) else shape[1]
 
 
-def _best_output(graph: _View) -> tuple[str, Tap]:
-    """The output with the strongest evidence, and its tap."""
-    refused: dict[str, str] = {}
-    for rule in RULES:
-        found: dict[str, Tap] = {}
-        for output in _candidates(graph, refused):
-            try:
-                tap = rule(graph, output)
-            except _NotAClassifierError as error:
-                refused[output] = str(error)
-                continue
-            if tap is not None:
-                found[output] = tap
-        if len({tap.tensor for tap in found.values()}) > 1:
-            names = ", ".join(map(repr, found))
-            raise ValueError(
-                f"outputs {names} are equally good class scores; write `logits = <tensor>` in calserve.toml"
-            )
-        if found:
-            return next(iter(found.items()))
-    outputs = "; ".join(f"{value.name!r}: {refused.get(value.name, _unfit(graph, value))}" for value in graph.outputs)
-    raise ValueError(f"no output is seen to be a classifier's ({outputs}); write `logits = <tensor>` in calserve.toml")
+def _find_features(view: _View, tensor: str, layer: onnx.NodeProto | None) -> tuple[str | None, str]:
+    if layer is None:
+        return None, f"{tensor!r} {_source_in_words(view, tensor)}, not from a MatMul or Gemm with constant weights"
+    features = layer.input[0]
+    if problem := _not_rows(view, features):
+        return None, f"the last {layer.op_type} reads {problem}"
+    if attribute(layer, "transA", 0):
+        return None, f"the last {layer.op_type} reads {features!r} transposed, [D, B]"
+    return features, f"the last {layer.op_type} before {tensor!r} reads it"
 
 
-def _candidates(graph: _View, refused: dict[str, str]) -> Iterator[str]:
-    return (value.name for value in graph.outputs if graph.is_row_wise(value) and value.name not in refused)
+def _named_features(view: _View, features: str) -> tuple[str, str]:
+    _check_exists(view, "features", features)
+    if problem := _not_rows(view, features):
+        raise ValueError(f"features must be rows [B, D], got {problem}")
+    return features, "the caller names it"
 
 
-def _unfit(graph: _View, output: onnx.ValueInfoProto) -> str:
-    if not graph.is_row_wise(output):
-        return "not floating-point scores of rank 1 or 2"
-    node = graph.maker(output.name, through=UNCHANGED)
-    return f"made by {node.op_type}, no softmax, sigmoid or last dense layer" if node else "an input of the graph"
+def _not_rows(view: _View, tensor: str) -> str | None:
+    """What is wrong with a tensor that ought to be rows of numbers; None if nothing is known to be."""
+    shape = view.shapes.get(tensor)
+    return None if shape is None or len(shape) == 2 else f"{view.shown(tensor)}, which has rank {len(shape)}, not 2"
 
 
-def _features(graph: _View, tap: Tap) -> tuple[str | None, str]:
-    node = _dense_behind(graph, tap.tensor)
-    if node is None:
-        return None, "no dense layer makes the logits"
-    return node.input[0], f"it enters the {node.op_type} that makes the logits"
-
-
-def _dense_behind(graph: _View, tensor: str) -> onnx.NodeProto | None:
-    """The MatMul or Gemm behind a tensor, looking through biases."""
-    waiting = [tensor]
-    for _ in range(MAX_STEPS):
-        if not waiting:
-            break
-        node = graph.maker(waiting.pop(), through=UNCHANGED)
-        if node is not None and node.op_type in {"MatMul", "Gemm"}:
-            return node
-        if node is not None and node.op_type in {"Add", "Sub", "Mul", "Div", "BatchNormalization", "Clip"}:
-            waiting.extend(name for name in reversed(node.input[:2]) if graph.constant(name) is None)
-    return None
-
-
-def _count_classes(graph: _View, output: str, tap: Tap) -> int | None:
-    if tap.form in {"log_odds", "probability"}:
+def _n_classes(view: _View, output: str, tap: Tap, layer: onnx.NodeProto | None) -> int | None:
+    if tap.form in ("log_odds", "probability"):
         return 2
-    dense = _dense_behind(graph, tap.tensor)
-    widths = (graph.width(tap.tensor), graph.width(output), graph.dense_width(dense) if dense else None)
-    return next((width for width in widths if width), None)
+    shapes = (view.shapes.get(tap.tensor), view.shapes.get(view.outputs.get(output, output)))
+    columns = (shape[1] for shape in shapes if shape is not None and len(shape) == 2 and shape[1])
+    found = next(columns, None) or (_layer_width(view, layer) if layer else None)
+    return found or len(_class_labels(view.source(tap.tensor))) or None
+
+
+# --- A tensor that the caller names. ---------------------------------------------------------------------------------
+
+_FLOATS = {TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16}
+_NEAR_NAMES = 5
+
+
+def _named_tap(view: _View, form: Form, tensor: str) -> tuple[str, Tap]:
+    _check_exists(view, form, tensor)
+    if problem := _misfit(view, tensor, form):
+        raise ValueError(f"{form} cannot be read from {problem}")
+    made = {tensor}.union(*(node.output for node in view.reached_from(tensor)))
+    output = next((name for name in view.outputs if name in made), tensor)
+    return output, Tap(tensor, form, f"the caller names it as the {form}")
+
+
+def _check_exists(view: _View, key: str, tensor: str) -> None:
+    names = [*view.inputs, *view.producers]
+    if tensor not in names:
+        near = ", ".join(_near(tensor, names)) or "none"
+        raise ValueError(f"{key} = {tensor!r}: the model has no such tensor; near names: {near}")
+    if not _is_float(view, tensor):
+        raise ValueError(f"{key} must be floating-point numbers, got {tensor!r} of {_type_in_words(view, tensor)}")
+
+
+def _near(name: str, names: list[str]) -> list[str]:
+    """Names that resemble one or contain it, most alike first."""
+    alike = difflib.get_close_matches(name, names, n=_NEAR_NAMES)
+    containing = [other for other in names if name.lower() in other.lower() and other not in alike]
+    return [repr(other) for other in [*alike, *containing][:_NEAR_NAMES]]
+
+
+def _misfit(view: _View, tensor: str, form: Form) -> str | None:
+    """What in a tensor's shape contradicts a form; None if nothing is known to."""
+    if form in ("log_odds", "probability"):
+        many = (view.width(tensor) or 1) > 1
+        return f"{view.shown(tensor)}, which has more than the one number a row that a {form} is" if many else None
+    single = view.width(tensor) == 1
+    return _not_rows(view, tensor) or (f"{view.shown(tensor)}, which has a single column" if single else None)
+
+
+def _is_float(view: _View, tensor: str) -> bool:
+    return view.types.get(tensor, TensorProto.FLOAT) in _FLOATS
+
+
+def _type_in_words(view: _View, tensor: str) -> str:
+    return f"type {TensorProto.DataType.Name(view.types[tensor])}"
+
+
+# --- A tensor that the graph shows. ----------------------------------------------------------------------------------
+
+Verdict: TypeAlias = Tap | str | None
+"""What a rule says of an output: the tap; that this is the rule's case and yet no classifier, and why; or nothing."""
+
+_NAME_IT = 'write `logits = "<tensor>"` in calserve.toml'
+
+
+def _strongest(view: _View) -> tuple[str, Tap]:
+    """The output with the strongest evidence, and its tap."""
+    verdicts = {output: _judge(view, tensor) for output, tensor in view.outputs.items()}
+    taps = [(strength, output, tap) for output, (strength, tap) in verdicts.items() if isinstance(tap, Tap)]
+    if not taps:
+        reasons = "; ".join(f"output {output!r} {reason}" for output, (_, reason) in verdicts.items())
+        raise ValueError(f"no output is a classifier's: {reasons}. If a tensor holds the logits, {_NAME_IT}")
+    strongest = max(strength for strength, _, _ in taps)
+    equals = {view.origin(tap.tensor): (output, tap) for strength, output, tap in taps if strength == strongest}
+    if len(equals) > 1:
+        claims = "; or ".join(f"{tap.tensor!r}, because {tap.reason}" for _, tap in equals.values())
+        raise ValueError(f"several tensors are equally good logits: {claims}. To choose, {_NAME_IT}")
+    ((output, tap),) = equals.values()
+    return output, tap
+
+
+def _judge(view: _View, tensor: str) -> tuple[int, Tap | str]:
+    """The first verdict of the rules on an output, and its rule's strength."""
+    origin = view.origin(tensor)
+    if not _is_float(view, origin):
+        return 0, f"is of {_type_in_words(view, origin)}"
+    for strength, rule in RULES:
+        verdict = rule(view, tensor)
+        if isinstance(verdict, Tap) and (problem := _misfit(view, verdict.tensor, verdict.form)):
+            return strength, f"would have its {verdict.form} in {problem}"
+        if verdict is not None:
+            return strength, verdict
+    return 0, _source_in_words(view, tensor)
+
+
+def _source_in_words(view: _View, tensor: str) -> str:
+    node = view.source(tensor)
+    return f"comes from {operator(node)}" if node is not None else "is an input or a constant of the model"
+
+
+# Softmax.
+
+_UNDONE_BY = {"Log": "Softmax", "Exp": "LogSoftmax"}
+
+
+def _softmax_operator(view: _View, tensor: str) -> Verdict:
+    """Softmax or LogSoftmax over the last axis; or Log of the one, Exp of the other.
+
+    Up to opset 12 the default axis is 1, and the axes from there on are taken together; since 13 it is the last. For
+    rows [B, K] both are the same.
+    """
+    node = view.made_by(tensor, "Softmax", "LogSoftmax")
+    if wrapper := view.made_by(tensor, *_UNDONE_BY):
+        node = view.made_by(wrapper.input[0], _UNDONE_BY[wrapper.op_type])
+    if node is None:
+        return None
+    z = node.input[0]
+    axis = attribute(node, "axis", 1 if view.opset < 13 else -1)
+    if not _is_last_axis(view, z, axis):
+        return f"is a {node.op_type} over axis {axis} of {view.shown(z)}, not over the columns of rows [B, K]"
+    return Tap(z, "logits", f"it enters the {node.op_type} that makes {tensor!r}")
+
+
+def _softmax_division(view: _View, tensor: str) -> Verdict:
+    """exp(z - m) / sum exp(z - m) in Exp, ReduceSum, Div, as jax2tf writes it; m is each row's maximum, or left out."""
+    division = view.made_by(tensor, "Div")
+    exponential = view.made_by(division.input[0], "Exp") if division else None
+    if not division or not exponential or _reduced(view, division.input[1], "ReduceSum") != exponential.output[0]:
+        return None
+    z = _before_shift(view, exponential.input[0])
+    return Tap(z, "logits", f"it enters the softmax, written as Exp, ReduceSum and Div, that makes {tensor!r}")
+
+
+def _softmax_difference(view: _View, tensor: str) -> Verdict:
+    """z - log sum exp(z) in Sub and ReduceLogSumExp, or Exp of it, as skl2onnx writes naive Bayes."""
+    exponential = view.made_by(tensor, "Exp")
+    difference = view.made_by(exponential.input[0] if exponential else tensor, "Sub")
+    if not difference or _reduced(view, difference.input[1], "ReduceLogSumExp") != view.origin(difference.input[0]):
+        return None
+    reason = f"it enters the log-softmax, written as Sub and ReduceLogSumExp, that makes {tensor!r}"
+    return Tap(difference.input[0], "logits", reason)
+
+
+def _before_shift(view: _View, tensor: str) -> str:
+    """z, if a tensor is z less each row's maximum; else the tensor itself."""
+    shift = view.made_by(tensor, "Sub")
+    if shift and _reduced(view, shift.input[1], "ReduceMax") == view.origin(shift.input[0]):
+        return shift.input[0]
+    return tensor
+
+
+_GUARDS = {"ReduceMax": math.inf, "ReduceSum": 1e-6}
+"""Largest c for which max(c, reduction) leaves a softmax: any shift of a row does, a sum may be kept from zero."""
+
+
+def _reduced(view: _View, tensor: str, reduction: str) -> str | None:
+    """Origin of the rows whose reduction a tensor holds, as a column, guarded, or repeated over the columns."""
+    for _ in view.producers:
+        node = view.made_by(tensor, reduction, "Expand", "Max")
+        if node is None:
+            return None
+        if node.op_type == reduction:
+            return view.origin(node.input[0]) if _is_over_last_axis(view, node) else None
+        before = node.input[0] if node.op_type == "Expand" else _guarded(view, node, _GUARDS.get(reduction, -math.inf))
+        if before is None:
+            return None
+        tensor = before
+    return None
+
+
+def _guarded(view: _View, node: onnx.NodeProto, limit: float) -> str | None:
+    """What a Max keeps from falling below a constant, if the constant is not above the limit."""
+    values = {name: view.value(name) for name in node.input}
+    others = [name for name, value in values.items() if value is None]
+    if len(others) != 1 or any(value is not None and np.any(value > limit) for value in values.values()):
+        return None
+    return others[0]
+
+
+def _is_over_last_axis(view: _View, reduction: onnx.NodeProto) -> bool:
+    """Whether a reduction's axes, an attribute in older opsets and an input in newer ones, are the last one alone."""
+    axes = attribute(reduction, "axes")
+    if axes is None and len(reduction.input) > 1:
+        axes = view.value(reduction.input[1])
+    return axes is not None and np.size(axes) == 1 and _is_last_axis(view, reduction.input[0], int(np.ravel(axes)[0]))
+
+
+def _is_last_axis(view: _View, tensor: str, axis: int) -> bool:
+    """Whether an axis is a tensor's last; a tensor of unknown rank is taken to be rows [B, K]."""
+    shape = view.shapes.get(tensor)
+    return axis in (-1, 1 if shape is None else len(shape) - 1)
+
+
+# Sigmoid.
+
+_MULTI_LABEL = "multi-label, for which calibrated class probabilities are not defined"
+
+
+def _sigmoid(view: _View, tensor: str) -> Verdict:
+    """Sigmoid of one score a row. Over more columns each class has its own yes or no, and no row is a distribution."""
+    node = view.made_by(tensor, "Sigmoid")
+    if node is None:
+        return None
+    score = node.input[0]
+    width = view.width(score)
+    if width is None:
+        return f"is a Sigmoid of {score!r}, whose width is unknown; if it is 1, write `log_odds = {score!r}`"
+    if width > 1:
+        return f"is a Sigmoid of {view.shown(score)}: {_MULTI_LABEL}"
+    return Tap(score, "log_odds", f"it enters the Sigmoid, of one score a row, that makes {tensor!r}")
+
+
+def _sigmoid_pair(view: _View, tensor: str) -> Verdict:
+    """Columns [1 - sigmoid(s), sigmoid(s)], as skl2onnx writes a binary MLP."""
+    pair = view.made_by(tensor, "Concat")
+    if pair is None or len(pair.input) != 2 or not _is_last_axis(view, pair.output[0], attribute(pair, "axis")):
+        return None
+    rest, sigmoid = view.made_by(pair.input[0], "Sub"), view.made_by(pair.input[1], "Sigmoid")
+    if not rest or not sigmoid or view.origin(rest.input[1]) != sigmoid.output[0]:
+        return None
+    one = view.value(rest.input[0])
+    if one is None or np.any(one != 1):
+        return None
+    reason = f"it enters the Sigmoid that makes, with its complement to one, {tensor!r}"
+    return Tap(sigmoid.input[0], "log_odds", reason)
+
+
+# Probabilities whose logits the graph does not show.
+
+_TREES, _LINEAR, _SVM = (f"ai.onnx.ml.{name}Classifier" for name in ("TreeEnsemble", "Linear", "SVM"))
+_LOGARITHM = "the graph does not show its logits, so the logarithm of the probabilities is used"
+
+
+def _classifier_operator(view: _View, tensor: str) -> Verdict:
+    """The second output of an ai.onnx.ml classifier: probabilities or scores, by post_transform."""
+    node, origin = view.made_by(tensor, _TREES, _LINEAR, _SVM), view.origin(tensor)
+    if node is None or origin == node.output[0]:
+        return None
+    found = f"{node.op_type} with post_transform {_transform(node)}"
+    if _gives_probabilities(node):
+        return Tap(origin, "probabilities", f"{found} makes it; {_LOGARITHM}")
+    if _transform(node) != "NONE" or operator(node) == _SVM or _is_one_score_for_two(node):
+        return f"comes from {found}, whose numbers here are neither probabilities nor logits"
+    return Tap(origin, "logits", f"it holds the scores of {found}")
+
+
+def _transform(classifier: onnx.NodeProto) -> str:
+    return str(attribute(classifier, "post_transform", "NONE"))
+
+
+def _gives_probabilities(classifier: onnx.NodeProto) -> bool:
+    """Whether an ai.onnx.ml classifier's scores are probabilities of the classes.
+
+    A forest averages the class frequencies of its leaves without a transform; an SVM has Platt's where it has prob_a.
+    """
+    if operator(classifier) == _SVM:
+        return _transform(classifier) == "NONE" and bool(attribute(classifier, "prob_a"))
+    match _transform(classifier):
+        case "LOGISTIC":
+            return True
+        case "SOFTMAX" | "SOFTMAX_ZERO":
+            return not _is_one_score_for_two(classifier)
+        case "NONE":
+            return operator(classifier) == _TREES and _leaves_are_frequencies(classifier)
+    return False
+
+
+def _is_one_score_for_two(classifier: onnx.NodeProto) -> bool:
+    """Whether two classes share one score s. The runtime sets 1 - s or -s beside it; LOGISTIC alone transforms both."""
+    scores = attribute(classifier, "intercepts") or set(attribute(classifier, "class_ids", ()))
+    return len(scores) == 1 and len(_class_labels(classifier)) == 2
+
+
+def _class_labels(node: onnx.NodeProto | None) -> list[Any]:
+    """The class labels that a classifier or a ZipMap lists; none for any other node."""
+    names = ("classlabels_ints", "classlabels_int64s", "classlabels_strings")
+    found = [attribute(node, name) for name in names] if node is not None else []
+    return next((list(labels) for labels in found if labels), [])
+
+
+_LEAF_ROUNDING = 1e-3
+"""How far the leaves' frequencies, written as float32 shares of each tree, may add up to more than one."""
+
+
+def _leaves_are_frequencies(trees: onnx.NodeProto) -> bool:
+    """Whether no leaf is negative and no choice of a leaf from each tree adds up to more than one."""
+    stored = attribute(trees, "class_weights_as_tensor")
+    weights = np.asarray(attribute(trees, "class_weights", ()) if stored is None else numpy_helper.to_array(stored))
+    shifted = attribute(trees, "base_values") or attribute(trees, "base_values_as_tensor")
+    if shifted or not weights.size or weights.min() < 0:
+        return False
+    keys = np.stack([attribute(trees, "class_treeids"), attribute(trees, "class_nodeids")], axis=1)
+    leaves, leaf = np.unique(keys, axis=0, return_inverse=True)
+    tree = np.unique(leaves[:, 0], return_inverse=True)[1]
+    largest = np.zeros(len(leaves))
+    np.maximum.at(largest, tree, np.bincount(leaf.ravel(), weights))
+    return bool(largest.sum() <= 1 + _LEAF_ROUNDING)
+
+
+def _normaliser(view: _View, tensor: str) -> Verdict:
+    """Rows divided by their sum, if none of it is negative: Normalizer or LpNormalization with the 1-norm."""
+    node = view.made_by(tensor, "ai.onnx.ml.Normalizer", "LpNormalization")
+    if node is None or (attribute(node, "norm"), attribute(node, "p")) not in (("L1", None), (None, 1)):
+        return None
+    if signed := _signed_source(view, node.input[0]):
+        return f"is a {node.op_type} of numbers that may be negative: they come from {signed}"
+    return Tap(view.origin(tensor), "probabilities", f"{node.op_type} makes its rows sum to one; {_LOGARITHM}")
+
+
+# A dense layer and a name.
+
+
+def _dense_layer(view: _View, tensor: str) -> Verdict:
+    """The result of the last MatMul or Gemm, biased or scaled, as it is."""
+    layer = _last_layer(view, tensor)
+    if layer is None:
+        return None
+    later = {operator(node) for node in view.reached_from(view.origin(tensor))}
+    if onward := later & _LAYERS:
+        return f"is a feature, not a result: {' and '.join(sorted(onward))} follow it"
+    single = view.width(tensor) == 1
+    if "Sigmoid" in later and not single:
+        return f"enters a Sigmoid: {_MULTI_LABEL}"
+    reason = f"it is the result of the last {layer.op_type}, with no normalisation after it"
+    if single:
+        return Tap(tensor, "log_odds", f"{reason}: one score a row, though a regression would look the same")
+    return Tap(tensor, "logits", reason)
+
+
+_LARGEST = ("ReduceMax", "TopK", "Max", "GatherElements")
+
+
+def _name(view: _View, tensor: str) -> Verdict:
+    """An output called probabilities, if nothing in the graph contradicts it."""
+    names = {tensor, *(output for output, shown in view.outputs.items() if shown == tensor)}
+    if not any("prob" in name.lower() for name in names) or view.source(tensor) is None:
+        return None
+    if view.made_by(tensor, *_LARGEST):
+        return f"{_source_in_words(view, tensor)}: the probability of whichever class is the likeliest"
+    if signed := _signed_source(view, tensor):
+        return f"is named like probabilities, but may be negative: it comes from {signed}"
+    width = view.width(tensor)
+    if width is None:
+        return "is named like probabilities, but its width is unknown; write it as `probabilities` or `probability`"
+    form: Form = "probability" if width == 1 else "probabilities"
+    return Tap(tensor, form, f"it is named like probabilities; {_LOGARITHM}")
+
+
+_MIXING = {"Sum", "Mean", "Neg", "ReduceMean", "ReduceSum", "Concat", "Split", "Slice", "Gather", "Transpose", "Expand"}
+_MIXING |= {*_AFFINE, *_KEEPS_VALUES, *_KEEPS_ROWS, "ai.onnx.ml.ArrayFeatureExtractor"}
+"""Their result is negative only if an operand may be, differences taken as those of probabilities (1 - p)."""
+
+_SCORERS = {f"ai.onnx.ml.{name}" for name in ("TreeEnsembleRegressor", "LinearRegressor", "SVMRegressor", "Scaler")}
+
+
+def _signed_source(view: _View, tensor: str) -> str | None:
+    """Something that may be negative and that a tensor is a mixture of; an unknown operator is trusted.
+
+    skl2onnx names the scores of an SVM `probabilities`, too; their logarithm would be nonsense.
+    """
+    waiting, seen = [tensor], {tensor}
+    while waiting:
+        name = waiting.pop()
+        node = view.producers.get(name)
+        if node is None:
+            return f"input {name!r}"
+        kind = operator(node)
+        if kind in _LAYERS | _SCORERS or (kind in (_TREES, _LINEAR, _SVM) and not _gives_probabilities(node)):
+            return kind
+        if kind in _MIXING:
+            new = set(node.input) - seen - view.constants - {""}
+            seen |= new
+            waiting += new
+    return None
+
+
+RULES: tuple[tuple[int, Callable[[_View, str], Verdict]], ...] = (
+    (4, _softmax_operator),
+    (4, _softmax_division),
+    (4, _softmax_difference),
+    (3, _sigmoid),
+    (3, _sigmoid_pair),
+    (2, _classifier_operator),
+    (2, _normaliser),
+    (1, _dense_layer),
+    (2, _name),
+)
+"""The strength of the evidence and the rule, in the order of asking; an output is what the first verdict says.
+
+A name is asked last, for what nothing in the graph explains, and outweighs another output's dense layer, which may be
+an embedding.
+"""
