@@ -34,6 +34,8 @@ LOGITS = f"{PREFIX}logits"
 """The FLOAT [B, K] logits inside a fused graph, fetchable as an output."""
 
 MIN_OPSET = 9
+STAGE_OPSET = 17
+"""Of a calibrator's nodes where no model says which."""
 _REDUCTION_AXES_BECAME_INPUT = {"ReduceSum": 13}  # the other reductions: 18
 
 
@@ -107,7 +109,7 @@ class Graph:
 
     def log_odds(self, logits: str) -> str:
         """`numerics.log_odds` of FLOAT [B, K] logits."""
-        first, second = self._two_largest(logits)
+        first, second = self.two_largest(logits)
         above, gap = self.node("Sub", logits, second), self.node("Sub", first, second)
         one, zero = self.constant(1.0), self.constant(0.0)
         terms = self.node("Exp", self.node("Min", above, zero))
@@ -123,13 +125,20 @@ class Graph:
         decay = self.node("Exp", self.node("Neg", self.node("Abs", log_odds)))
         return self.normalise(self.node("Div", numerator, self.node("Add", decay, self.constant(1.0))))
 
-    def _two_largest(self, x: str) -> list[str]:
-        """The largest and the second largest of each row of x [B, K], as [B, 1]; `k` moved to an input at opset 10."""
+    def largest(self, x: str, k: int) -> str:
+        """The k largest of each row of x [B, K] in falling order, [B, k]; `k` moved to an input at opset 10."""
         if self.opset >= 10:
-            values, _ = self.nodes("TopK", x, self.constant(np.array([2], dtype=np.int64)), n_outputs=2, axis=1)
-        else:
-            values, _ = self.nodes("TopK", x, n_outputs=2, axis=1, k=2)
-        return [self.node("Gather", values, self.constant(np.array([i], dtype=np.int64)), axis=1) for i in (0, 1)]
+            return self.nodes("TopK", x, self.constant(np.array([k], dtype=np.int64)), n_outputs=2, axis=1)[0]
+        return self.nodes("TopK", x, n_outputs=2, axis=1, k=k)[0]
+
+    def column(self, x: str, index: int) -> str:
+        """One column of x [B, K], as [B, 1]."""
+        return self.node("Gather", x, self.constant(np.array([index], dtype=np.int64)), axis=1)
+
+    def two_largest(self, x: str) -> tuple[str, str]:
+        """The largest and the second largest of each row of x [B, K], as [B, 1]."""
+        values = self.largest(x, 2)
+        return self.column(values, 0), self.column(values, 1)
 
     def reshape(self, x: str, shape: tuple[int, ...]) -> str:
         """Reshape with ONNX's rules: 0 keeps a dimension, -1 is inferred."""
@@ -184,6 +193,7 @@ def fuse(model: onnx.ModelProto | bytes, calibrator: Calibrator, inspection: Ins
     proto = onnx.ModelProto()
     proto.ParseFromString(model if isinstance(model, bytes) else model.SerializeToString())
     _allow_overridable_initializers(proto)
+    _declare_onnx_operators(proto)
     found = inspection or inspect_model(proto)
     n_classes = int(calibrator.tensors()["n_classes"])
     if found.n_classes is not None and found.n_classes != n_classes:
@@ -216,7 +226,7 @@ def emit_logits(graph: Graph, tap: Tap) -> str:
     return graph.node("Log", graph.node("Max", both, tiny))
 
 
-def stage(calibrator: Calibrator, opset: int = 17) -> FusedModel:
+def stage(calibrator: Calibrator, opset: int = STAGE_OPSET) -> FusedModel:
     """The calibrator alone as a graph: input `logits` FLOAT [B, K], outputs as `fuse` adds them.
 
     For comparing the graph's arithmetic with `predict_proba` without any model.
@@ -232,7 +242,7 @@ def stage(calibrator: Calibrator, opset: int = 17) -> FusedModel:
     return FusedModel(proto, graph.parameters, Inspection("logits", tap, None, "no model", n_classes), {})
 
 
-def signature(calibrator: Calibrator, opset: int = 17) -> str:
+def signature(calibrator: Calibrator, opset: int = STAGE_OPSET) -> str:
     """A digest of the calibrator's graph without the values of its parameters.
 
     Two fits with one signature are served by one session: only the feeds differ.
@@ -265,6 +275,12 @@ def _allow_overridable_initializers(model: onnx.ModelProto) -> None:
     model.ir_version = 4
     constants = {tensor.name for tensor in model.graph.initializer}
     _keep(model.graph.input, lambda name: name not in constants)
+
+
+def _declare_onnx_operators(model: onnx.ModelProto) -> None:
+    """Name a version of ONNX's own operators where a model has none of them, as exported trees do."""
+    if not any(entry.domain in ("", "ai.onnx") for entry in model.opset_import):
+        model.opset_import.append(helper.make_opsetid("", STAGE_OPSET))
 
 
 def _keep(values: Any, wanted: Callable[[str], bool]) -> None:
