@@ -23,7 +23,7 @@ from examples import step1_prepare, step2_fit, step3_predict
 from examples.step1_prepare import Prepared
 from examples.step2_fit import ITSELF, MODEL
 from service.client import Client
-from service.console import scores_table
+from service.console import ranking_table, scores_table
 
 OUT = Path("demo")
 START_SECONDS = 60
@@ -41,6 +41,10 @@ def main() -> None:
     with server(data.model_repository) as address, Client(address, show_progress=True) as client:
         client.wait_until_ready()
         revisions = step2_fit.fit(client, data)
+        say("What auto compared, each row predicted by a fit that had not seen it:")
+        for revision in revisions.values():
+            if revision.ranking:
+                console.print(ranking_table(revision.ranking))
         chosen = step2_fit.best(revisions)
         scores = step2_fit.judge(client, data, revisions)
         rows = int(data.is_test.sum())

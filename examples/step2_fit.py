@@ -15,18 +15,24 @@ from rich.console import Console
 from calibrators.metrics import Estimate
 from examples.step1_prepare import Prepared, load
 from service.client import Client, Revision
-from service.console import scores_table
+from service.console import ranking_table, scores_table
 
 MODEL = "magika"
-KINDS = ("temperature", "platt", "isotonic")
+KINDS = ("temperature", "platt", "isotonic", "auto")  # auto compares all that suit the data, and takes the best
+AUTO_SECONDS = 40
 ITSELF = "the model itself"
 
 
 def fit(client: Client, data: Prepared) -> dict[str, Revision]:
     """A revision of each kind, fitted on the calibration half. The server computes the logits, once for all kinds."""
     rows = ~data.is_test
-    logits = client.logits(MODEL, data.inputs[rows])
-    return {kind: client.fit(MODEL, kind, logits=logits, labels=data.labels[rows]) for kind in KINDS}
+    logits, labels = client.logits(MODEL, data.inputs[rows]), data.labels[rows]
+    revisions = {}
+    for kind in KINDS:
+        params = {"budget_seconds": AUTO_SECONDS} if kind == "auto" else {}
+        revision = client.fit(MODEL, kind, logits=logits, labels=labels, **params)
+        revisions[f"auto: {revision.kind}" if kind == "auto" else kind] = revision
+    return revisions
 
 
 def judge(client: Client, data: Prepared, revisions: Mapping[str, Revision]) -> dict[str, dict[str, Estimate]]:
@@ -52,6 +58,9 @@ def main() -> None:
     console, data = Console(), load(arguments.out)
     with Client(arguments.address) as client:
         revisions = fit(client, data)
+        for revision in revisions.values():
+            if revision.ranking:
+                console.print(ranking_table(revision.ranking))
         chosen = best(revisions)
         console.print(scores_table("on the test half", judge(client, data, revisions).items(), chosen))
         client.activate(MODEL, revisions[chosen].revision)
