@@ -1,9 +1,10 @@
-"""Calibration errors, proper scores and their intervals.
+"""Calibration errors, proper scores and their parts, tests of calibration, selective prediction, intervals.
 
 Everything takes probabilities (n_samples, n_classes) and integer labels (n_samples,), as numpy arrays, torch tensors or
 nested lists.
 """
 
+from calibrators.metrics.binned import calibration_errors_by_bins, debiased_squared_error, top_label_calibration_error
 from calibrators.metrics.calibration import (
     ReliabilityCurve,
     adaptive_calibration_error,
@@ -14,24 +15,45 @@ from calibrators.metrics.calibration import (
     reliability_curve,
 )
 from calibrators.metrics.checks import check_probabilities
+from calibrators.metrics.decomposition import BrierDecomposition, brier_decomposition, nll_gap
 from calibrators.metrics.intervals import Estimate, bootstrap
+from calibrators.metrics.kernel import mmce, skce_test
 from calibrators.metrics.proper import accuracy, brier_score, log_loss
+from calibrators.metrics.selective import RiskCoverageCurve, aurc, risk_coverage_curve
+from calibrators.metrics.significance import CalibrationTest, hosmer_lemeshow, spiegelhalter_z
+from calibrators.metrics.smooth import kde_calibration_error, smooth_calibration_error
 from calibrators.metrics.summary import score_differences, scores
 
 __all__ = [
+    "BrierDecomposition",
+    "CalibrationTest",
     "Estimate",
     "ReliabilityCurve",
+    "RiskCoverageCurve",
     "accuracy",
     "adaptive_calibration_error",
+    "aurc",
     "bootstrap",
+    "brier_decomposition",
     "brier_score",
+    "calibration_errors_by_bins",
     "check_probabilities",
     "classwise_calibration_error",
+    "debiased_squared_error",
     "expected_calibration_error",
+    "hosmer_lemeshow",
+    "kde_calibration_error",
     "ks_error",
     "log_loss",
     "maximum_calibration_error",
+    "mmce",
+    "nll_gap",
     "reliability_curve",
+    "risk_coverage_curve",
     "score_differences",
     "scores",
+    "skce_test",
+    "smooth_calibration_error",
+    "spiegelhalter_z",
+    "top_label_calibration_error",
 ]

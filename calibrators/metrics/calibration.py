@@ -85,7 +85,7 @@ def reliability_curve(probabilities: ArrayLike, y: ArrayLike, n_bins: int = 15) 
     """
     confidence, correct = top_label(*check_labelled(probabilities, y))
     edges = equal_width_edges(n_bins, confidence.dtype)
-    return _curve(confidence, correct, edges)
+    return binned_curve(confidence, correct, edges)
 
 
 def expected_calibration_error(probabilities: ArrayLike, y: ArrayLike, n_bins: int = 15) -> float:
@@ -106,7 +106,7 @@ def expected_calibration_error(probabilities: ArrayLike, y: ArrayLike, n_bins: i
     (2 * 0.15 + 0.7) / 3 = 1/3.
     """
     curve = reliability_curve(probabilities, y, n_bins)
-    return float(_weighted_gaps(curve, int(curve.counts.sum())).sum())
+    return float(weighted_gaps(curve, int(curve.counts.sum())).sum())
 
 
 def maximum_calibration_error(probabilities: ArrayLike, y: ArrayLike, n_bins: int = 15) -> float:
@@ -150,8 +150,8 @@ def adaptive_calibration_error(probabilities: ArrayLike, y: ArrayLike, n_bins: i
     0.320000
     """
     confidence, correct = top_label(*check_labelled(probabilities, y))
-    curve = _curve(confidence, correct, equal_mass_edges(confidence, n_bins))
-    return float(_weighted_gaps(curve, len(confidence)).sum())
+    curve = binned_curve(confidence, correct, equal_mass_edges(confidence, n_bins))
+    return float(weighted_gaps(curve, len(confidence)).sum())
 
 
 def classwise_calibration_error(probabilities: ArrayLike, y: ArrayLike, n_bins: int = 15) -> float:
@@ -242,7 +242,8 @@ def bin_index(values: Array, edges: Array) -> NDArray[np.int64]:
     return np.minimum(index, len(edges) - 2, out=index)
 
 
-def _curve(confidence: Array, correct: NDArray[np.float64], edges: Array) -> ReliabilityCurve:
+def binned_curve(confidence: Array, correct: NDArray[np.float64], edges: Array) -> ReliabilityCurve:
+    """Counts and means of forecasts and of the 0 or 1 that came true, (n_samples,) each, over the bins of `edges`."""
     index = bin_index(confidence, edges)
     kept = index >= 0
     if not kept.all():
@@ -258,7 +259,7 @@ def _curve(confidence: Array, correct: NDArray[np.float64], edges: Array) -> Rel
     )
 
 
-def _weighted_gaps(curve: ReliabilityCurve, n_samples: int) -> NDArray[np.float64]:
+def weighted_gaps(curve: ReliabilityCurve, n_samples: int) -> NDArray[np.float64]:
     """|accuracy - confidence| of each bin times its share of all rows, 0 for an empty bin."""
     return np.asarray(np.nan_to_num(np.abs(curve.accuracy - curve.confidence)) * curve.counts / n_samples)
 

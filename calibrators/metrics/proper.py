@@ -72,12 +72,12 @@ def accuracy(probabilities: ArrayLike, y: ArrayLike) -> float:
 def log_losses(p: Array, y: NDArray[np.int64]) -> NDArray[np.float64]:
     """-log p_y of each row of checked inputs, (n_samples,)."""
     with np.errstate(divide="ignore"):  # -log 0 is the infinity that was asked for
-        return np.asarray(-np.log(_of_label(p, y)))
+        return np.asarray(-np.log(of_label(p, y)))
 
 
 def brier_scores(p: Array, y: NDArray[np.int64]) -> NDArray[np.float64]:
     """sum_k (p_k - [y = k])^2 of each row of checked inputs, (n_samples,)."""
-    own = _of_label(p, y)
+    own = of_label(p, y)
     # All classes as if none came true, then the label's own term put right: no one-hot matrix.
     return np.asarray(np.einsum("ik,ik->i", p, p, dtype=np.float64) + (1 - 2 * own))
 
@@ -87,5 +87,6 @@ def hits(p: Array, y: NDArray[np.int64]) -> NDArray[np.float64]:
     return np.asarray(p.argmax(axis=1) == y, dtype=np.float64)
 
 
-def _of_label(p: Array, y: NDArray[np.int64]) -> NDArray[np.float64]:
+def of_label(p: Array, y: NDArray[np.int64]) -> NDArray[np.float64]:
+    """p_y, the probability of the class that came true, of each row of checked inputs, (n_samples,)."""
     return np.asarray(p[np.arange(len(y)), y], dtype=np.float64)

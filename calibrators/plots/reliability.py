@@ -20,14 +20,23 @@ from numpy.typing import ArrayLike
 
 from calibrators.metrics import ReliabilityCurve, expected_calibration_error, log_loss, reliability_curve
 from calibrators.plots._matplotlib import import_matplotlib
+from calibrators.plots._style import (
+    BAND,
+    INK,
+    OVERCONFIDENT,
+    PAPER,
+    QUIET,
+    SHARE,
+    UNDERCONFIDENT,
+    draw_title,
+    percent,
+    percent_axis,
+    style_axes,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-INK, QUIET, FAINT, BAND, PAPER = "#1f2430", "#667085", "#d5dae3", "#e6e9f0", "#ffffff"
-OVERCONFIDENT, UNDERCONFIDENT, SHARE = "#d9480f", "#1c6dd0", "#98a2b3"
-"""Orange and blue, which the common kinds of colour blindness keep apart; each colour stands for one thing."""
 
 _PANEL, _HISTOGRAM, _GAP = 3.7, 0.75, 0.6
 _LEFT, _RIGHT, _TOP, _BOTTOM = 0.85, 0.3, 1.05, 1.0
@@ -67,12 +76,12 @@ def reliability_diagram(
             f"calibration error (ECE) {expected_calibration_error(named[name], y, n_bins):.3f}"
             f"  ·  log loss {log_loss(named[name], y):.3f}"
         )
-        _draw_title(above, name, f"{_said_and_right(curve)}\n{scores}")
-        _draw_reliability(above, curve, level)
+        draw_title(above, name, f"{_said_and_right(curve)}\n{scores}")
+        draw_reliability(above, curve, level)
         _draw_shares(below, curve, highest_share)
     axes[0, 0].set_ylabel("How often it is right", color=INK, size=10.5)
     axes[1, 0].set_ylabel("Rows", color=INK, size=10.5)
-    _draw_legend(figure, level)
+    draw_legend(figure, level)
     return figure
 
 
@@ -108,20 +117,8 @@ def _said_and_right(curve: ReliabilityCurve) -> str:
     return f"says {percent(said)} on average, is right {percent(right)} of the time"
 
 
-def percent(share: float) -> str:
-    """0.6204 as "62 %", with one digit more near 0 and 1, where a percent is a lot."""
-    digits = 0 if 0.1 <= share <= 0.9 or share in (0, 1) else 1
-    return f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
-
-
-def _draw_title(axes: Axes, name: str, lines: str) -> None:
-    place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "annotation_clip": False}
-    # parse_math off: a dollar sign in a name is a dollar sign.
-    axes.annotate(name, (0, 1), (0, 46), color=INK, size=16, weight="bold", parse_math=False, **place)
-    axes.annotate(lines, (0, 1), (0, 12), color=QUIET, size=9.5, linespacing=1.5, **place)
-
-
-def _draw_reliability(axes: Axes, curve: ReliabilityCurve, level: float) -> None:
+def draw_reliability(axes: Axes, curve: ReliabilityCurve, level: float, scale: float = 1.0) -> None:
+    """Band, diagonal, bars and dots of one panel, bars and dots `scale` times their size in the large diagram."""
     filled = curve.counts > 0
     said, right = curve.confidence[filled], curve.accuracy[filled]
     low, high = (end[filled] for end in curve.consistency_band(level))
@@ -130,12 +127,14 @@ def _draw_reliability(axes: Axes, curve: ReliabilityCurve, level: float) -> None
     axes.plot([0, 1], [0, 1], color=QUIET, linewidth=1, linestyle=(0, (4, 3)), zorder=2)
     colour = np.where(right < said, OVERCONFIDENT, UNDERCONFIDENT).tolist()
     chance = (low <= right) & (right <= high)
-    axes.vlines(said, said, right, colors=colour, linewidth=5, alpha=np.where(chance, 0.2, 0.5), zorder=3)
-    sizes = 26 + 44 * curve.counts[filled] / curve.counts.max()
+    axes.vlines(said, said, right, colors=colour, linewidth=5 * scale, alpha=np.where(chance, 0.2, 0.5), zorder=3)
+    sizes = scale**2 * (26 + 44 * curve.counts[filled] / curve.counts.max())
     faces = np.where(chance, PAPER, colour)
-    axes.scatter(said, right, s=sizes, c=faces, edgecolors=colour, linewidths=1.4, zorder=4, clip_on=False)
+    axes.scatter(said, right, s=sizes, c=faces, edgecolors=colour, linewidths=1.4 * scale, zorder=4, clip_on=False)
     axes.set(xlim=(0, 1), ylim=(0, 1))
-    _style(axes)
+    style_axes(axes)
+    percent_axis(axes.xaxis)
+    percent_axis(axes.yaxis)
 
 
 def _draw_shares(axes: Axes, curve: ReliabilityCurve, highest_share: float) -> None:
@@ -144,10 +143,13 @@ def _draw_shares(axes: Axes, curve: ReliabilityCurve, highest_share: float) -> N
     axes.bar(centres, shares, np.diff(curve.edges) * 0.86, color=SHARE, zorder=3)
     axes.set(xlim=(0, 1), ylim=(0, 1.05 * highest_share), yticks=[0, highest_share])
     axes.set_xlabel("What the model says (confidence)", color=INK, size=10.5, labelpad=7)
-    _style(axes)
+    style_axes(axes)
+    percent_axis(axes.xaxis)
+    percent_axis(axes.yaxis)
 
 
-def _draw_legend(figure: Figure, level: float) -> None:
+def draw_legend(figure: Figure, level: float) -> None:
+    """What colours, band and hollow dots mean, along the foot of the figure."""
     lines, patches = import_matplotlib().lines, import_matplotlib().patches
     over, under = (
         lines.Line2D([], [], color=colour, linewidth=5, alpha=0.6, marker="o", markersize=6)
@@ -167,13 +169,3 @@ def _draw_legend(figure: Figure, level: float) -> None:
         handlelength=1.7,
         columnspacing=1.4,
     )
-
-
-def _style(axes: Axes) -> None:
-    formatter = import_matplotlib().ticker.PercentFormatter(1, decimals=0, symbol="\N{NO-BREAK SPACE}%")
-    axes.xaxis.set_major_formatter(formatter)
-    axes.yaxis.set_major_formatter(formatter)
-    axes.tick_params(colors=QUIET, labelsize=9, length=0, pad=6)
-    axes.grid(color=FAINT, linewidth=0.6, zorder=0)
-    axes.spines[:].set_visible(False)
-    axes.set_facecolor(PAPER)

@@ -21,7 +21,7 @@ from calibrators.metrics import Estimate
 from calibrators.metrics.calibration import bin_index, equal_width_edges, top_label
 from calibrators.metrics.checks import check_labelled
 from calibrators.plots._matplotlib import import_matplotlib
-from calibrators.plots.reliability import BAND, FAINT, INK, OVERCONFIDENT, PAPER, QUIET, SHARE, UNDERCONFIDENT, percent
+from calibrators.plots._style import BAND, FAINT, INK, OVERCONFIDENT, PAPER, QUIET, SHARE, UNDERCONFIDENT, percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

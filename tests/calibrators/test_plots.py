@@ -128,7 +128,7 @@ def test_importing_the_plots_loads_no_matplotlib_and_drawing_loads_no_pyplot() -
         "plots.reliability_diagram({'Before': [[0.5, 0.5]]}, [0])\n"
         "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)  # noqa: S603 - our own interpreter and program
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
 @pytest.mark.parametrize(
