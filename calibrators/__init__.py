@@ -10,11 +10,11 @@ TemperatureScaling()
 `fuse` puts a fitted calibrator into a classifier's ONNX graph; `metrics` says how well probabilities fit labels.
 """
 
-from calibrators import metrics
+from calibrators import auto, metrics
 from calibrators.artifact import dumps, loads
 from calibrators.base import Calibrator
 from calibrators.graph import fuse
 from calibrators.inspection import inspect_model
 from calibrators.registry import create, kinds
 
-__all__ = ["Calibrator", "create", "dumps", "fuse", "inspect_model", "kinds", "loads", "metrics"]
+__all__ = ["Calibrator", "auto", "create", "dumps", "fuse", "inspect_model", "kinds", "loads", "metrics"]
