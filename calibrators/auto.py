@@ -41,6 +41,7 @@ SIMPLEST_FIRST = (
     "venn_abers",
     "isotonic",
     "structured_matrix",
+    "matrix",
     "dirichlet",
     "empirical_bayes",
 )
@@ -48,7 +49,7 @@ SIMPLEST_FIRST = (
 
 ALWAYS = ("identity", "temperature")
 BINARY_ONLY = {"beta", "quadratic"}
-FEW_CLASSES_ONLY = {"dirichlet": 50, "structured_matrix": 200, "venn_abers": 20}
+FEW_CLASSES_ONLY = {"dirichlet": 20, "matrix": 50, "structured_matrix": 200, "venn_abers": 20}
 """Most classes for which a kind is a sensible candidate: its fit or its state grows too fast beyond."""
 
 LEAST_GAIN_IN_ERRORS = 0.5

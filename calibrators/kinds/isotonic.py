@@ -22,9 +22,9 @@ A class without rows takes the map of all classes together, lowered until its me
 is what the pseudo-row says, (1/K) / (n + 1).
 
 Held-out log loss of temperature scaling, of steps clipped at 1e-6 with rows normalised, and of the two methods here:
-CIFAR-10 ResNet-50 (5,000 rows) .2038, .2089, .1909, .1916; AG News, 4 classes (2,000) .3989, .4040, .3857, .3948;
+CIFAR-10 ResNet-50 (5,000 rows) .2038, .2089, .1909, .1916; AG News, 4 classes (2,000) .3989, .4040, .3858, .3948;
 mammography, 2 classes (3,727) .0581, .0711, .0538, .0566; EfficientNet-lite0, 100 classes (2,500) 1.461, 1.605, 1.331,
-1.472. The grid costs less than .003 of each against exact knots.
+1.472. Against exact knots the grid changes none of these by more than .002.
 """
 
 from __future__ import annotations

@@ -70,9 +70,7 @@ def test_the_name_is_the_same_in_another_process() -> None:
         "sys.stdout.write(__import__('hashlib').sha256(calibrators.dumps(fit)).hexdigest())"
     )
     names = {
-        subprocess.run(  # noqa: S603  our own words
-            [sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=60
-        ).stdout
+        subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=60).stdout
         for _ in range(2)
     }
     assert len(names) == 1

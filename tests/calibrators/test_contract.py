@@ -28,8 +28,17 @@ from calibrators.kinds.temperature import TemperatureScaling
 
 Array = NDArray[Any]
 
-PARAMETERS: dict[str, list[dict[str, Any]]] = {"isotonic": [{}, {"method": "accuracy_preserving"}]}
+PARAMETERS: dict[str, list[dict[str, Any]]] = {
+    "adaptive_temperature": [{}, {"form": "sorted"}],
+    "beta": [{}, {"form": "am"}, {"form": "ab"}],
+    "ensemble_temperature": [{}, {"loss": "brier"}],
+    "histogram_binning": [{}, {"strategy": "equal_width"}, {"top_label": True}],
+    "isotonic": [{}, {"method": "accuracy_preserving"}],
+}
 """Variants of a kind, where its defaults alone would leave arithmetic untested."""
+
+LEAVE_OVERCONFIDENCE = {"identity", "class_prior"}
+"""Kinds that have nothing with which to temper a logit."""
 
 VARIANTS = [(kind, params) for kind in calibrators.kinds() for params in PARAMETERS.get(kind, [{}])]
 every_kind = pytest.mark.parametrize(
@@ -113,7 +122,10 @@ def test_overconfident_logits_are_not_made_worse(kind: str, params: dict[str, An
 
     own = log_loss(Identity.of(4).predict_proba(logits))
     calibrated = log_loss(calibrator.predict_proba(logits))
-    assert calibrated <= own if kind == "identity" else calibrated < own - 0.1
+    if kind in LEAVE_OVERCONFIDENCE:
+        assert calibrated <= own + 0.01
+    else:
+        assert calibrated < own - 0.1
 
 
 # ---- fits
@@ -416,7 +428,7 @@ def test_a_fused_model_keeps_its_outputs_bit_for_bit_and_gains_calibrated_ones(
     logits, probabilities = session(fused.proto).run([LOGITS, "probabilities"], feeds)
     # The runtime may compute float16 in float32 and then taps the value before its rounding.
     own = session(model).run(["scores"], feeds)[0].astype(np.float32)
-    np.testing.assert_allclose(logits, own, rtol=0 if dtype == np.float32 else np.finfo(np.float16).eps)
+    np.testing.assert_allclose(logits, own, rtol=0.0 if dtype == np.float32 else 2.0**-10)
     expected = calibrator.predict_proba(logits.astype(np.float64))
     np.testing.assert_allclose(probabilities, expected, atol=calibrator.float32_atol)
 
@@ -513,7 +525,7 @@ def test_importing_the_package_imports_neither_torch_nor_matplotlib() -> None:
         "assert callable(calibrators.kinds) and calibrators.metrics;"
         "assert not {'torch', 'matplotlib'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)  # noqa: S603  our own words
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,228 @@
+"""Step functions of log-odds, for the kinds that are made of them: histogram_binning, bbq, scaling_binning, venn_abers.
+
+A class's map is a row of ascending edges and a row of levels, one more: cell c holds the scores s with
+edges[c-1] <= s < edges[c], and the map is levels[c] there. Unused places at the end of a row hold an edge that no score
+reaches. For two classes one map, that of class 1, serves both: p_0 = 1 - p_1.
+
+A step has no tolerance, so both sides must see one score. It is defined in float32: logits less their row's largest,
+rounded to float32, then log-odds in float32, in numpy as in the graph. Rows given in float32 and in float64 then fall
+into the same cells. Between numpy and the graph the last bit of an exponential may differ (for two classes there is
+none to take): a score within 1e-6 of an edge may fall on its other side. Edges therefore lie midway between scores of
+the calibration set.
+
+A cell is found by bisection: `log2(n_cells)` comparisons for each class, none of which branches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+
+from calibrators.base import Calibrator, check_tensor
+from calibrators.graph import Graph
+from calibrators.numerics import Array, log_odds, normalised_sigmoid
+
+BEYOND = float(np.finfo(np.float32).max)
+"""An edge that no score reaches."""
+
+LARGEST_LEVEL = 60.0
+"""Calibrated log-odds stay within ±60, so that no probability underflows in float32."""
+
+
+class OneVsRestSteps(Calibrator):
+    """Base of kinds whose every class has one step function, rows normalised; subclasses fit `edges_` and `levels_`."""
+
+    learned: ClassVar[tuple[str, ...]] = ("edges", "levels")
+
+    @property
+    def n_cells(self) -> int:
+        """Length of the table of each map, a power of two fixed by the constructor parameters."""
+        raise NotImplementedError
+
+    def _fit_map(self, rows: Ties) -> Steps:
+        """The step function of one class."""
+        raise NotImplementedError
+
+    def _fit(self, logits: Array, y: Array, weight: Array) -> None:
+        steps = [self._fit_map(rows) for rows in problems(logits, y, weight)]
+        self.edges_, self.levels_ = table(steps, self.n_cells)
+
+    def _levels(self) -> Array:
+        """Log-odds of every cell, (n_maps, n_cells) float32."""
+        levels: Array = self.levels_
+        return levels
+
+    def _predict_proba(self, logits: Array) -> Array:
+        return distributions(look_up(scores(logits), self.edges_, self._levels()).astype(logits.dtype))
+
+    def emit(self, graph: Graph, logits: str) -> str:
+        edges, levels = graph.parameter("edges", self.edges_), graph.parameter("levels", self._levels())
+        s = emit_scores(graph, logits, len(self.edges_))
+        return emit_distributions(graph, emit_look_up(graph, s, edges, levels, self.edges_.shape), len(self.edges_))
+
+    def _check_learned(self, tensors: Mapping[str, Array], n_classes: int) -> None:
+        check_table(tensors["edges"], tensors["levels"], (maps_of(n_classes), self.n_cells))
+
+
+class Ties(NamedTuple):
+    """The rows of one calibration problem by their distinct scores, ascending."""
+
+    score: Array  # (m,) float32
+    mass: Array  # (m,) sum of weights
+    positive: Array  # (m,) sum of the weights of positives
+
+    @classmethod
+    def of(cls, score: Array, hits: Array, weight: Array) -> Ties:
+        order = np.argsort(score, kind="stable")
+        ordered = score[order]
+        starts = np.flatnonzero(np.diff(ordered, prepend=-np.inf))
+        sums = np.stack([weight, weight * hits])[:, order]
+        return cls(ordered[starts], *np.add.reduceat(sums, starts, axis=1))
+
+    def equal_mass_starts(self, n_bins: int) -> Array:
+        """Where each of at most `n_bins` bins of nearly equal mass begins: indices into the scores, the first 0."""
+        mass = np.cumsum(self.mass)
+        wanted = mass[-1] * np.arange(1, n_bins) / n_bins
+        after = np.searchsorted(mass, wanted)
+        before = np.concatenate([[0.0], mass])[after]
+        nearest = np.where(wanted - before < mass[after] - wanted, after, after + 1)
+        inner = np.unique(nearest)
+        return np.concatenate([[0], inner[(inner > 0) & (inner < len(mass))]])
+
+    def edges(self, starts: Array) -> Array:
+        """Edges in float32 midway between the scores on either side of each bin's beginning, the first one's aside."""
+        below, above = self.score[starts[1:] - 1], self.score[starts[1:]]
+        middle = ((below.astype(np.float64) + above) / 2).astype(np.float32)
+        return np.where(middle > below, middle, above)
+
+
+class Steps(NamedTuple):
+    """One map."""
+
+    edges: Array  # (c - 1,) float32
+    levels: Array  # (c,) log-odds
+
+
+def scores(logits: Array) -> Array:
+    """float32 log-odds (n_samples, n_maps): of every class against the rest, of class 1 alone where there are two."""
+    centred = (logits - logits.max(axis=1, keepdims=True)).astype(np.float32)
+    s = log_odds(centred)
+    return s[:, 1:] if s.shape[1] == 2 else s
+
+
+def maps_of(n_classes: int) -> int:
+    return 1 if n_classes == 2 else n_classes
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is n or more, and 2 or more."""
+    return max(2, 1 << (n - 1).bit_length())
+
+
+def problems(logits: Array, y: Array, weight: Array) -> Iterator[Ties]:
+    """The calibration problem of each map: its class against the rest."""
+    s = scores(logits)
+    for column in range(s.shape[1]):
+        k = logits.shape[1] - s.shape[1] + column  # class 1 alone of two
+        yield Ties.of(s[:, column], y == k, weight)
+
+
+def side_by_side(rows: Sequence[Array], length: int, fill: float | None = None) -> Array:
+    """Rows of different lengths as one float32 array, each continued with `fill` or else with its last value."""
+    whole = np.empty((len(rows), length), dtype=np.float32)
+    for i, row in enumerate(rows):
+        whole[i, : len(row)] = row
+        whole[i, len(row) :] = row[-1] if fill is None else fill
+    return whole
+
+
+def table(steps: Sequence[Steps], n_cells: int) -> tuple[Array, Array]:
+    """Maps side by side: edges (n_maps, n_cells - 1) and levels (n_maps, n_cells), float32."""
+    levels = side_by_side([one.levels for one in steps], n_cells)
+    edges = side_by_side([one.edges for one in steps], n_cells - 1, BEYOND)
+    return edges, np.clip(levels, -LARGEST_LEVEL, LARGEST_LEVEL)
+
+
+def cells(s: Array, edges: Array) -> Array:
+    """The number of edges (n_maps, n_cells - 1) at or below each score (n_samples, n_maps): its cell, int32."""
+    n_maps, n_edges = edges.shape
+    first = n_edges * np.arange(n_maps, dtype=np.int32)
+    count = np.zeros(s.shape, dtype=np.int32)
+    flat, step = edges.ravel(), (n_edges + 1) // 2
+    while step:
+        count += step * (s >= flat[first + count + (step - 1)])
+        step //= 2
+    return count
+
+
+def look_up(s: Array, edges: Array, levels: Array) -> Array:
+    """Levels at scores (n_samples, n_maps), float32."""
+    n_maps, n_cells = levels.shape
+    found: Array = levels.ravel()[cells(s, edges) + n_cells * np.arange(n_maps, dtype=np.int32)]
+    return found
+
+
+def distributions(t: Array) -> Array:
+    """Rows of probabilities from calibrated log-odds (n_samples, n_maps)."""
+    return normalised_sigmoid(np.hstack([-t, t]) if t.shape[1] == 1 else t)
+
+
+def emit_scores(graph: Graph, logits: str, n_maps: int) -> str:
+    """`scores` of FLOAT [B, K] logits."""
+    s = graph.log_odds(graph.centre(logits))
+    return graph.node("Gather", s, graph.constant(np.array([1], dtype=np.int64)), axis=1) if n_maps == 1 else s
+
+
+def emit_look_up(graph: Graph, s: str, edges: str, levels: str, shape: tuple[int, ...]) -> str:
+    """`look_up` of FLOAT [B, n_maps] scores in edges of this shape; NaN where a score is not finite."""
+    n_maps, n_edges = shape
+    first = np.arange(n_maps, dtype=np.int32)
+    edges, levels = graph.reshape(edges, (-1,)), graph.reshape(levels, (-1,))
+    zero, count, step = graph.constant(np.array(0, dtype=np.int32)), "", (n_edges + 1) // 2
+    while step:
+        place = graph.constant(n_edges * first + np.int32(step - 1))
+        edge = graph.node("Gather", edges, graph.node("Add", count, place) if count else place)
+        passed = graph.node("Where", graph.node("Less", s, edge), zero, graph.constant(np.array(step, dtype=np.int32)))
+        count = graph.node("Add", count, passed) if count else passed
+        step //= 2
+    level = graph.node("Gather", levels, graph.node("Add", count, graph.constant((n_edges + 1) * first)))
+    return graph.node("Add", level, graph.node("Sub", s, s))
+
+
+def emit_distributions(graph: Graph, t: str, n_maps: int) -> str:
+    """`distributions` of FLOAT [B, n_maps] log-odds."""
+    return graph.normalised_sigmoid(graph.node("Concat", graph.node("Neg", t), t, axis=1) if n_maps == 1 else t)
+
+
+def check_table(edges: Array, levels: Array, shape: tuple[int, int]) -> None:
+    """Raise ValueError unless edges ascend and levels are log-odds, for tables of this shape (n_maps, n_cells)."""
+    check_tensor("edges", edges, np.float32, (shape[0], shape[1] - 1))
+    check_tensor("levels", levels, np.float32, shape)
+    if np.any(edges[:, 1:] < edges[:, :-1]):
+        raise ValueError("edges must not decrease")
+    if np.abs(levels).max() > LARGEST_LEVEL:
+        raise ValueError(f"levels must lie within ±{LARGEST_LEVEL:g}, got {np.abs(levels).max()}")
+
+
+def thin(levels: Array, n_cells: int) -> Array:
+    """Where each of at most `n_cells` cells begins that neighbouring cells of log-odds `levels` (c,) are joined into.
+
+    Equal neighbours are joined. If more than `n_cells` remain, a cell begins wherever the total variation so far passes
+    a multiple of delta = (total variation) / (n_cells - 1): inside one cell the levels lie within delta of each other.
+    """
+    starts = np.flatnonzero(np.diff(levels, prepend=np.inf))
+    if len(starts) <= n_cells:
+        return starts
+    variation = np.cumsum(np.abs(np.diff(levels, prepend=levels[0])))
+    part = np.floor(variation * ((n_cells - 1) / variation[-1]))
+    return np.flatnonzero(np.diff(part, prepend=-1.0))
+
+
+def sigmoid(log_odds: Array) -> Array:
+    return np.exp(-np.logaddexp(0, -log_odds))
+
+
+def logit(p: Array) -> Array:
+    return np.log(p) - np.log1p(-p)

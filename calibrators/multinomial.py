@@ -1,0 +1,345 @@
+"""Penalised multinomial logistic regression: the convex problem behind vector, matrix and Dirichlet scaling.
+
+A map sends features x (n_samples, K) to scores s, and p = softmax(s):
+
+    diagonal   s_k = w_k x_k + b_k                  map (K, 2):      row k is (w_k, b_k)
+    full       s_k = sum_j W_kj x_j + b_k           map (K, K + 1):  row k is (W_k1 .. W_kK, b_k)
+
+`minimise` finds the map of least
+
+    L(A) = sum_i v_i [ -log p_i(y_i) ] + 1/2 sum_kc R_kc (A_kc - C_kc)^2,        v = weight / sum of weights
+
+with a precision R_kc >= 0 and a centre C_kc for every entry. With u = (x_1 .. x_K, 1), or u_k = (x_k, 1) in a diagonal
+map, and q_i = p_i - onehot(y_i) (Bishop, "Pattern Recognition and Machine Learning", 2006, section 4.3.4):
+
+    dL/dA_k          = sum_i v_i q_ik u_i + R_k (A_k - C_k)
+    d2L/(dA_k dA_l)  = sum_i v_i p_ik (1[k = l] - p_il) u_i u_i' + 1[k = l] diag R_k
+
+Both solvers see coordinates in which the diagonal of the Hessian at the start is one, so neither the features' units
+nor the precisions matter to them. Few parameters: Newton's method with backtracking, to rounding. Many: L-BFGS. Where
+the penalty is zero and the rows are separable, the loss falls for ever and flattens; the answer is then the map at
+which the slope was lost in rounding, marked not converged.
+
+A class without rows pulls its unpenalised scores to minus infinity. `Rows.of(..., unseen=0.5)` gives all such classes
+together half a row, spread evenly over the rows and the classes: row i counts as its label by the share N / (N + 1/2)
+and as each of the m unseen classes by (1/2) / (N + 1/2) / m, with N the sum of weights. (Krichevsky, Trofimov, "The
+performance of universal encoding", 1981: half a count for a symbol not seen yet.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Literal, NamedTuple
+
+import numpy as np
+from scipy.linalg import cho_factor, cho_solve
+from scipy.optimize import minimize
+
+from calibrators.numerics import Array, blocks, softmax
+
+MOST_NEWTON_PARAMETERS = 300
+MOST_NEWTON_WORK = 2e9
+"""Newton's method up to so many parameters P and multiplications n P^2 for a Hessian; above, L-BFGS."""
+
+NEWTON_TOLERANCE, LBFGS_TOLERANCE = 1e-10, 1e-6
+"""Largest entry of the gradient at which a solver ends, in scaled coordinates."""
+
+COARSE_TOLERANCE = 1e-3
+"""While strengths are compared: held-out losses are then right to four digits, at a third of the cost."""
+
+FLAT = 1e-7
+"""A loss whose curvature fell to so much of that at the start has no minimum there."""
+
+MAX_STEPS = 100
+MAX_HALVINGS = 40
+LBFGS_STEPS, COARSE_STEPS = 500, 30
+LBFGS_MEMORY = 10
+SUFFICIENT_DECREASE = 1e-4
+DAMPING = 1e-10
+"""Added to the scaled Hessian: softmax leaves directions flat, and rounding must not make them steep."""
+
+ROUNDING = 1e-13
+"""A step may seem to raise the loss by so much: near the optimum that is the sum's noise."""
+
+N_FOLDS = 5
+MOST_FOLD_WORK = 2e8
+"""Up to so many multiplications for one loss, every fold is held out in turn; above, the first alone."""
+
+MOST_WORK = 2e10
+"""Fits of a full map beyond so many multiplications n K^2 for one loss are refused: K = 1000 up to 20,000 rows."""
+
+UNSEEN_ROWS = 0.5
+PENALTIES = (1e-1, 1e0, 1e1, 1e2, 1e3, 1e4, 1e5)
+"""Penalties that "cv" chooses from."""
+
+
+class Rows(NamedTuple):
+    """A calibration set as the solver reads it."""
+
+    x: Array  # (n_samples, K) features
+    y: Array  # (n_samples,) labels
+    share: Array  # (n_samples,) weights, summing to one
+    unseen: Array  # classes without rows
+    unseen_share: float  # of every row, spread over `unseen`
+
+    @classmethod
+    def of(cls, x: Array, y: Array, weight: Array, *, unseen: float = 0.0) -> Rows:
+        """Rows of which `unseen` in all count as the classes without rows."""
+        absent = np.setdiff1d(np.arange(x.shape[1]), y)
+        total = weight.sum()
+        return cls(x, y, weight / total, absent, float(unseen / (total + unseen)) if len(absent) else 0.0)
+
+
+class Fit(NamedTuple):
+    """Where a solver ended: the map, and whether it is a minimum."""
+
+    map: Array
+    converged: bool
+
+
+class Choice(NamedTuple):
+    """The strength that cross-validation found, and a map fitted with it to start from."""
+
+    strength: float
+    start: Array
+
+
+def identity_map(n_classes: int, *, diagonal: bool) -> Array:
+    """The map that leaves features as they are: (K, 2) if diagonal, else (K, K + 1); bias zero."""
+    weights = np.ones((n_classes, 1)) if diagonal else np.eye(n_classes)
+    return np.column_stack([weights, np.zeros(n_classes)])
+
+
+def scores(x: Array, weights: Array) -> Array:
+    """Scores (n_samples, K) of features under a map, diagonal or full by its shape."""
+    product = x * weights[:, 0] if weights.shape[1] == 2 else x @ weights[:, :-1].T
+    product += weights[:, -1]
+    return product
+
+
+def products(matrix: Array, x: Array) -> Array:
+    """matrix @ x_i (n_samples, K) for each row by itself; in one product of all, rounding knows a row's neighbours."""
+    product: Array = np.matmul(matrix, x[:, :, None])[:, :, 0]
+    return product
+
+
+def log_losses(rows: Rows, weights: Array) -> Array:
+    """-log p_i(y_i) (n_samples,) under a map, without the share of unseen classes."""
+    pieces = []
+    for block in blocks(*rows.x.shape):
+        s = scores(rows.x[block], weights)
+        top = s.max(axis=1)
+        total = np.log(np.exp(s - top[:, None]).sum(axis=1))
+        pieces.append(total + top - s[np.arange(len(s)), rows.y[block]])
+    return np.concatenate(pieces)
+
+
+def value_and_gradient(rows: Rows, weights: Array, precision: Array, centre: Array) -> tuple[float, Array]:
+    """L and dL/dA at a map A = `weights`; precision and centre have its shape."""
+    away = weights - centre
+    value, gradient = 0.5 * float(np.sum(precision * away * away)), precision * away
+    for block in blocks(*rows.x.shape):
+        x, y, share = rows.x[block], rows.y[block], rows.share[block]
+        residual = scores(x, weights)
+        residual -= residual.max(axis=1, keepdims=True)
+        own, others = residual[np.arange(len(y)), y], residual[:, rows.unseen]
+        np.exp(residual, out=residual)
+        total = residual.sum(axis=1)
+        value += float(share @ (np.log(total) - (1 - rows.unseen_share) * own))
+        residual *= (share / total)[:, None]
+        residual[np.arange(len(y)), y] -= (1 - rows.unseen_share) * share
+        if len(rows.unseen):
+            value -= rows.unseen_share * float(share @ others.mean(axis=1))
+            residual[:, rows.unseen] -= (rows.unseen_share / len(rows.unseen) * share)[:, None]
+        gradient[:, :-1] += np.einsum("ik,ik->k", residual, x)[:, None] if weights.shape[1] == 2 else residual.T @ x
+        gradient[:, -1] += residual.sum(axis=0)
+    return value, gradient
+
+
+def hessian(rows: Rows, weights: Array, precision: Array) -> Array:
+    """Second derivatives (P, P) in the P entries of the map, row by row."""
+    n_classes, width = weights.shape
+    matrix = np.diag(precision.ravel())
+    own = matrix.reshape(n_classes, width, n_classes, width)
+    classes = np.arange(n_classes)
+    for block in blocks(len(rows.x), weights.size):
+        u, p, share = _inputs(rows.x[block], weights), softmax(scores(rows.x[block], weights)), rows.share[block]
+        terms = p[:, :, None] * u
+        weighted = terms * share[:, None, None]
+        own[classes, :, classes, :] += np.matmul(weighted.transpose(1, 2, 0), u.transpose(1, 0, 2))
+        matrix -= weighted.reshape(len(p), -1).T @ terms.reshape(len(p), -1)
+    return matrix
+
+
+def curvature(rows: Rows, weights: Array, precision: Array) -> Array:
+    """The diagonal of `hessian`, in the shape of the map."""
+    diagonal = precision.copy()
+    for block in blocks(*rows.x.shape):
+        p = softmax(scores(rows.x[block], weights))
+        spread = p * (1 - p) * rows.share[block][:, None]
+        square = np.square(rows.x[block])
+        diagonal[:, :-1] += (
+            np.einsum("ik,ik->k", spread, square)[:, None] if weights.shape[1] == 2 else spread.T @ square
+        )
+        diagonal[:, -1] += spread.sum(axis=0)
+    return diagonal
+
+
+def minimise(rows: Rows, precision: Array, centre: Array, start: Array | None = None, *, tolerance: float = 0.0) -> Fit:
+    """The map of least penalised loss.
+
+    Parameters
+    ----------
+    precision, centre : shape of the map, (K, 2) or (K, K + 1)
+    start : map to begin from; `centre` if not given
+    tolerance : a gradient that is small enough, where a solver's own tolerance is more than is needed
+
+    Examples
+    --------
+    Three rows in four are class 1 and nothing tells them apart: without a penalty the biases say log 3.
+
+    >>> rows = Rows.of(np.zeros((4, 2)), np.array([1, 1, 1, 0]), np.ones(4))
+    >>> found = minimise(rows, np.zeros((2, 2)), identity_map(2, diagonal=True))
+    >>> print(f"{np.exp(found.map[1, 1] - found.map[0, 1]):.6f}")
+    3.000000
+    """
+    weights = centre if start is None else start
+    first = curvature(rows, weights, precision)
+    few = weights.size <= MOST_NEWTON_PARAMETERS and len(rows.x) * weights.size**2 <= MOST_NEWTON_WORK
+    scale = 1 / np.sqrt(np.where(first > 0, first, 1.0))
+    found = (_newton if few else _lbfgs)(rows, precision, centre, weights, scale, tolerance)
+    curved = bool(np.all(curvature(rows, found.map, precision) > FLAT * first))
+    return Fit(found.map, found.converged and curved)
+
+
+def fold_of_row(x: Array, y: Array, seed: int) -> Array:
+    """Fold 0 .. N_FOLDS-1 of each row (n_samples,): by label, then by a hash of the row's bytes, dealt in turn.
+
+    Equal rows share a fold, whatever their order: a repeated row is never learned from and held out at once, and weight
+    two is the row twice here too.
+    """
+    key = seed.to_bytes(8, "little", signed=True)
+    digests = [hashlib.blake2b(row.tobytes(), digest_size=8, key=key).digest() for row in x + 0.0]  # -0.0 becomes 0.0
+    ranked = np.stack([y.astype(np.uint64), np.frombuffer(b"".join(digests), np.uint64)], axis=1)
+    position = np.unique(ranked, axis=0, return_inverse=True)[1].ravel()
+    return np.asarray(position % N_FOLDS)
+
+
+def cross_validated(
+    x: Array,
+    y: Array,
+    weight: Array,
+    strengths: Sequence[float],
+    precision: Callable[[float, float], Array],
+    centre: Array,
+    *,
+    start: Array | None = None,
+    seed: int = 0,
+) -> Choice:
+    """The strength of least held-out log loss over N_FOLDS folds; over one where a fit is large (`MOST_FOLD_WORK`).
+
+    Strengths are tried from the strongest on, each fit begun at the one before; the first that raises the loss is the
+    last one tried. `precision(strength, total)` gives R for rows of that total weight.
+    """
+    fold = fold_of_row(x, y, seed)
+    held_out = np.unique(fold)[: 1 if is_large(len(x), centre) else None]
+    learned = [_subset(x, y, weight, fold != k) for k in held_out]
+    judged = [_subset(x, y, weight, fold == k) for k in held_out]
+    maps = [centre if start is None else start] * len(held_out)
+    best, least = Choice(max(strengths), maps[0]), np.inf
+    for strength in sorted(strengths, reverse=True):
+        for index, (rows, total) in enumerate(learned):
+            penalty = precision(strength, total)
+            maps[index] = minimise(rows, penalty, centre, maps[index], tolerance=COARSE_TOLERANCE).map
+        loss = sum(
+            total * float(rows.share @ log_losses(rows, found))
+            for (rows, total), found in zip(judged, maps, strict=True)
+        )
+        if loss > least:
+            break
+        best, least = Choice(strength, maps[0]), loss
+    return best
+
+
+def is_large(n_samples: int, weights: Array) -> bool:
+    """Whether fits of such a map are dear. A step of L-BFGS itself costs what a thousand rows do."""
+    return bool((n_samples + 1000) * weights.size > MOST_FOLD_WORK)
+
+
+def fit_towards_identity(
+    x: Array, y: Array, weight: Array, penalty: float | Literal["cv"], *, diagonal: bool, seed: int
+) -> tuple[Fit, float]:
+    """The map of least total log loss + penalty / 2 |A - identity|^2, and its penalty; "cv" chooses from PENALTIES."""
+    centre = identity_map(x.shape[1], diagonal=diagonal)
+
+    def precision(strength: float, total: float) -> Array:
+        return np.full_like(centre, strength / total)
+
+    choice = (
+        Choice(float(penalty), centre)
+        if penalty != "cv"
+        else cross_validated(x, y, weight, PENALTIES, precision, centre, seed=seed)
+    )
+    rows = Rows.of(x, y, weight, unseen=UNSEEN_ROWS)
+    return minimise(rows, precision(choice.strength, weight.sum()), centre, choice.start), choice.strength
+
+
+def check_strength(name: str, value: float | str) -> None:
+    """Raise ValueError unless a constructor parameter is "cv" or a finite number, zero or more."""
+    if value != "cv" and not (isinstance(value, Real) and 0 <= value < np.inf):
+        raise ValueError(f'{name} must be "cv" or a finite number of 0 or more, got {value!r}')
+
+
+def check_work(kind: str, n_samples: int, n_classes: int) -> None:
+    """Raise ValueError for a full map that no fit would finish in practical time."""
+    if n_samples * n_classes**2 > MOST_WORK:
+        raise ValueError(
+            f"{kind} is fitted for n_samples * n_classes^2 up to {MOST_WORK:g}, got {n_samples} rows of {n_classes}"
+            " classes; take fewer rows, or a diagonal map: vector, structured_vector"
+        )
+
+
+def _subset(x: Array, y: Array, weight: Array, chosen: Array) -> tuple[Rows, float]:
+    return Rows.of(x[chosen], y[chosen], weight[chosen], unseen=UNSEEN_ROWS), float(weight[chosen].sum())
+
+
+def _inputs(x: Array, weights: Array) -> Array:
+    """u: (n_samples, K, 2) for a diagonal map, (n_samples, 1, K + 1) for a full one."""
+    if weights.shape[1] == 2:
+        return np.stack([x, np.ones_like(x)], axis=2)
+    return np.column_stack([x, np.ones(len(x))])[:, None, :]
+
+
+def _newton(rows: Rows, precision: Array, centre: Array, weights: Array, scale: Array, tolerance: float) -> Fit:
+    value, gradient = value_and_gradient(rows, weights, precision, centre)
+    for _ in range(MAX_STEPS):
+        if np.abs(scale * gradient).max() <= max(tolerance, NEWTON_TOLERANCE):
+            return Fit(weights, True)
+        scaled = hessian(rows, weights, precision) * np.outer(scale, scale)
+        scaled[np.diag_indices_from(scaled)] += DAMPING
+        step = -scale * cho_solve(cho_factor(scaled), (scale * gradient).ravel()).reshape(scale.shape)
+        promised = SUFFICIENT_DECREASE * float(np.sum(gradient * step))
+        for halving in range(MAX_HALVINGS):
+            trial = weights + 0.5**halving * step
+            trial_value, trial_gradient = value_and_gradient(rows, trial, precision, centre)
+            if trial_value <= value + 0.5**halving * promised + ROUNDING * (1 + abs(value)):
+                break
+        else:
+            return Fit(weights, False)
+        weights, value, gradient = trial, trial_value, trial_gradient
+    return Fit(weights, False)
+
+
+def _lbfgs(rows: Rows, precision: Array, centre: Array, weights: Array, scale: Array, tolerance: float) -> Fit:
+    tolerance = max(tolerance, LBFGS_TOLERANCE)
+
+    def objective(flat: Array) -> tuple[float, Array]:
+        value, gradient = value_and_gradient(rows, weights + scale * flat.reshape(scale.shape), precision, centre)
+        return value, (scale * gradient).ravel()
+
+    steps = LBFGS_STEPS if tolerance < COARSE_TOLERANCE else COARSE_STEPS
+    options = {"gtol": tolerance, "ftol": 0.0, "maxcor": LBFGS_MEMORY, "maxiter": steps}
+    found = minimize(objective, np.zeros(scale.size), jac=True, method="L-BFGS-B", options=options)
+    return Fit(weights + scale * found.x.reshape(scale.shape), bool(np.abs(found.jac).max() <= tolerance))
