@@ -121,7 +121,7 @@ def write_report(
 ) -> None:
     """The reliability diagram before and after, as a picture and inside a report that needs no explanation."""
     labels = data.labels[data.is_test]
-    before, after = {"Before": served.own}, {f"After: {chosen}": served.probabilities}
+    before, after = {"Before": served.own}, {"After": served.probabilities}
     reliability_diagram({**before, **after}, labels).savefig(OUT / "reliability.png", dpi=160)
     page = html_report(
         "magika on fragments of files",

@@ -32,7 +32,9 @@ def score(value: Estimate | None) -> str:
 
 def scores_table(title: str, rows: Iterable[tuple[str, Mapping[str, Estimate]]], best: str | None = None) -> Table:
     """One row for each named set of scores; the row named `best` stands out."""
-    table = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, padding=(0, 1))
+    table = Table(
+        title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False
+    )
     table.add_column("probabilities of", no_wrap=True)
     for heading in SHOWN_SCORES.values():
         table.add_column(heading, justify="right", no_wrap=True)
@@ -64,9 +66,16 @@ def revisions_table(revisions: Iterable[Revision]) -> Table:
 
 def ranking_table(candidates: Iterable[Candidate]) -> Table:
     """What kind "auto" compared: cross-validated scores, and the gain over temperature scaling with its error."""
-    table = Table(title="cross-validated", title_justify="left", title_style="", box=box.SIMPLE_HEAD, padding=(0, 1))
+    table = Table(
+        title="cross-validated; gain: log loss saved against temperature scaling",
+        title_justify="left",
+        title_style="",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+        pad_edge=False,
+    )
     table.add_column("kind", no_wrap=True)
-    for heading in ("log loss", "gain over temperature", "Brier score", "ECE", "seconds"):
+    for heading in ("log loss", "gain", "Brier", "ECE", "seconds"):
         table.add_column(heading, justify="right", no_wrap=True)
     for candidate in candidates:
         if candidate.skipped:
