@@ -4,12 +4,13 @@ Every candidate predicts each row from a fit that has not seen it (stratified fo
 estimate of what it will cost on new rows of the same kind. The estimates of two candidates share their rows, so what
 decides is the paired difference and its standard error, not two overlapping intervals.
 
-Three rules keep the choice from doing harm:
+Four rules keep the choice from doing harm:
 
 1. `identity` and `temperature` are always candidates.
 2. Only kinds whose log loss is bounded whatever the rows (no exact zeros) are.
-3. A kind replaces temperature scaling only if its gain is at least `LEAST_GAIN_IN_ERRORS` standard errors of the
-   paired difference: on few rows the lowest of many noisy estimates is too good to be true.
+3. The lowest of many noisy estimates is too good to be true, so `INCUMBENT`, which mixes its members where others are
+   chosen, is taken unless another kind leads it by `LEAST_LEAD_IN_ERRORS` standard errors of the paired difference.
+4. Likewise a kind replaces temperature scaling only if it gains at least `LEAST_GAIN_IN_ERRORS` standard errors.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ BINARY_ONLY = {"beta", "quadratic"}
 FEW_CLASSES_ONLY = {"dirichlet": 20, "matrix": 50, "structured_matrix": 200, "venn_abers": 20}
 """Most classes for which a kind is a sensible candidate: its fit or its state grows too fast beyond."""
 
+INCUMBENT = "empirical_bayes"
+LEAST_LEAD_IN_ERRORS = 1.0
 LEAST_GAIN_IN_ERRORS = 0.5
 MOST_FOLDS = 50
 
@@ -222,6 +225,9 @@ class _Comparison:
     def winner(self, prefer: str) -> str:
         ranked = sorted(self.losses, key=lambda kind: float(np.average(self.losses[kind], weights=self.weight)))
         best = ranked[0]
+        if INCUMBENT in self.losses:
+            lead, error = self._difference(INCUMBENT, best)
+            best = best if lead > LEAST_LEAD_IN_ERRORS * error else INCUMBENT
         gain, error = self._difference("temperature", best)
         if best not in ALWAYS and gain < LEAST_GAIN_IN_ERRORS * error:
             best = next(kind for kind in ranked if kind in ALWAYS)

@@ -73,6 +73,15 @@ def test_the_winner_is_fitted_on_all_rows() -> None:
     assert calibrators.dumps(chosen) == calibrators.dumps(calibrators.create("temperature").fit(logits, y))
 
 
+def test_a_lead_within_the_noise_does_not_replace_the_mixture() -> None:
+    """Platt is the truth up to its sampling error: whichever is ahead by chance, the mixture or temperature is taken."""
+    logits, y = rows(500, 4, bias=0.5)
+    selection = auto.select(logits, y, candidates=["platt", "empirical_bayes"])
+    losses = {candidate.kind: candidate.scores["log_loss"].value for candidate in selection.candidates}
+    assert abs(losses["platt"] - losses["empirical_bayes"]) < 0.01 * losses["platt"]
+    assert selection.calibrator.kind in {"empirical_bayes", "temperature"}
+
+
 def test_simple_is_preferred_within_one_standard_error() -> None:
     logits, y = rows(1500, 2, bias=0.25)
     best, simple = (
