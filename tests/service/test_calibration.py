@@ -81,9 +81,9 @@ def test_weight_two_is_the_row_twice_through_the_wire(client: Client) -> None:
     assert a == pytest.approx(b, rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["temperature", "platt", "isotonic"])
+@pytest.mark.parametrize("kind", calibrators.kinds())
 def test_every_kind_is_fitted_activated_and_served(client: Client, kind: str) -> None:
-    revision = client.fit("mlp", kind, logits=LOGITS, labels=LABELS)
+    revision = client.fit("mlp", kind, logits=LOGITS, labels=LABELS, held_out_fraction=0.0)
     client.activate("mlp", revision.revision)
     prediction = client.predict("mlp", X[:50])
     assert prediction.calibrator_revision == revision.revision == f"{kind}-1"
