@@ -10,7 +10,7 @@ import asyncio
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -101,6 +101,16 @@ class ServedModel:
     @property
     def is_classifier(self) -> bool:
         return self.inspection is not None
+
+    def check_signals(self, needed: Set[str]) -> None:
+        """Refused, naming what is missing and what is there, unless this model shows every signal needed."""
+        features = {"features"} if self.inspection is not None and self.inspection.features else set()
+        shown = {"inputs"} | ({"logits"} if self.is_classifier else set()) | features
+        if missing := needed - shown:
+            raise Refused(
+                f"model {self.name!r} does not show {', '.join(sorted(missing))}; it shows {', '.join(sorted(shown))}",
+                reason="SIGNAL_MISSING",
+            )
 
     def snapshot(self, calibrator: Calibrator, revision: str) -> Snapshot:
         """A snapshot that serves `calibrator`; builds a session only for a graph that no kept session has.

@@ -153,9 +153,11 @@ class Revisions:
                 reason="DIGEST_DIFFERS",
             )
         try:
-            return calibrators.loads(self._blobs.get(row.artifact_digest))
+            calibrator = calibrators.loads(self._blobs.get(row.artifact_digest))
         except ValueError as error:
             raise Damaged(f"the artifact of revision {row.revision} cannot be read: {error}") from error
+        model.check_signals(calibrator.needs)
+        return calibrator
 
     def _prove(self, model: ServedModel, row: RevisionRow) -> Snapshot:
         calibrator = self._load(model, row)

@@ -65,7 +65,7 @@ class CalibratorService:
             model_digest=model.digest,
             n_classes=model.n_classes,
             kind=spec.kind,
-            params_json=_checked_params(spec.kind, spec.params_json),
+            params_json=_checked_params(model, spec.kind, spec.params_json),
             held_out_fraction=_held_out_fraction(spec),
             seed=spec.seed,
         )
@@ -252,8 +252,8 @@ async def _first_spec(requests: AsyncIterator[Any]) -> Any:
     raise InvalidRequest("the first message of the stream must hold a spec")
 
 
-def _checked_params(kind: str, params_json: str) -> str:
-    """The parameters as canonical JSON, proved by making an unfitted calibrator."""
+def _checked_params(model: ServedModel, kind: str, params_json: str) -> str:
+    """The parameters as canonical JSON, proved by making an unfitted calibrator, whose signals the model must show."""
     try:
         params = json.loads(params_json or "{}")
     except (json.JSONDecodeError, RecursionError):
@@ -264,7 +264,8 @@ def _checked_params(kind: str, params_json: str) -> str:
         if kind == AUTO:
             auto.check_options(**params)
         else:
-            calibrators.create(kind, **params)
+            unfitted = calibrators.create(kind, **params)
+            model.check_signals(unfitted.needs | unfitted.fit_needs)
     except (ValueError, TypeError, ImportError) as error:
         raise InvalidRequest(str(error)) from error
     return json.dumps(params, sort_keys=True, separators=(",", ":"))

@@ -293,6 +293,24 @@ def test_a_graph_that_disagrees_with_its_fit_is_refused(
     assert client.predict("mlp", X[:1]).calibrator_revision == "none"
 
 
+def test_a_kind_whose_signals_the_model_does_not_show_is_refused(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from calibrators.kinds.temperature import TemperatureScaling
+
+    fitted = client.fit("mlp", "temperature", logits=LOGITS, labels=LABELS)
+    monkeypatch.setattr(TemperatureScaling, "needs", frozenset({"logits", "attention"}))
+    for act in (
+        lambda: client.activate("mlp", fitted.revision),
+        lambda: client.fit("mlp", "temperature", logits=LOGITS, labels=LABELS),
+    ):
+        with pytest.raises(
+            errors.Refused, match="does not show attention; it shows features, inputs, logits"
+        ) as caught:
+            act()
+        assert caught.value.detail_reason == "SIGNAL_MISSING"
+
+
 def test_a_model_without_calibration_refuses_fits(shared_server: RunningServer) -> None:
     with (
         Client(shared_server.address, show_progress=False) as client,
