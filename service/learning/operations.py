@@ -216,16 +216,16 @@ class Operations:
     async def _end(self, operation: Operation, row: OperationRow, *, stored: bool = False) -> None:
         if not stored:
             await asyncio.to_thread(self._catalogue.put_operation, row)
-        await self._change(operation, lambda: setattr(operation, "row", row))
+        await self._change(lambda: setattr(operation, "row", row))
 
     async def _progress(self, operation: Operation, message: dict[str, Any]) -> None:
         def apply() -> None:
             operation.progress, operation.stage = float(message["progress"]), str(message["stage"])
 
-        await self._change(operation, apply)
+        await self._change(apply)
 
-    async def _change(self, operation: Operation, change: Callable[[], None]) -> None:
-        del operation  # one condition serves all: waiters look at their own
+    async def _change(self, change: Callable[[], None]) -> None:
+        """Change an operation and wake who waits: one condition serves all, each waiter looks at its own."""
         async with self._changed:
             change()
             self._changed.notify_all()
