@@ -210,7 +210,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="calserve", description="Honest probabilities for deployed ONNX classifiers.")
     parser.add_argument("--version", action="version", version=f"calserve {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in (_serving_commands, _fitting_commands, _choosing_commands, _sharing_commands):
+        add(commands)
+    return parser
 
+
+def _serving_commands(commands: Any) -> None:
     command = _add(commands, "serve", serve, "serve a model repository over gRPC")
     for setting in fields(Settings):
         required = setting.default is MISSING
@@ -221,51 +226,43 @@ def _parser() -> argparse.ArgumentParser:
             required=required and f"CALSERVE_{setting.name.upper()}" not in os.environ,
             help=HELP[setting.name] + default,
         )
-
-    command = _add(
-        commands, "inspect", inspect, "say where a model's logits and features are, and why (needs no server)"
-    )
+    text = "say where a model's logits and features are, and why (needs no server)"
+    command = _add(commands, "inspect", inspect, text)
     command.add_argument("model", help="a .onnx file, or a model's name in the repository")
     command.add_argument("--model-repository", default=".", help="folder of models (default: this folder)")
-
-    _add(commands, "kinds", kinds, "list the kinds of calibrators (needs no server)")
     _add_client(commands, "models", models, "list the models that the server serves")
 
+
+def _fitting_commands(commands: Any) -> None:
+    _add(commands, "kinds", kinds, "list the kinds of calibrators (needs no server)")
     command = _add_client(commands, "fit", fit, "fit a calibrator on labelled rows; makes a revision", "model")
     command.add_argument("--kind", required=True, help="see `calserve kinds`; auto: compare them and take the best")
     _add_data(command)
-    command.add_argument(
-        "--param", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the kind; repeatable"
-    )
-    command.add_argument(
-        "--held-out-fraction", type=float, default=0.2, help="of the rows, for the scores (default: 0.2)"
-    )
+    parameter = {"action": "append", "default": [], "metavar": "NAME=VALUE"}
+    command.add_argument("--param", **parameter, help="a parameter of the kind; repeatable")
+    fraction = "of the rows, for the scores (default: 0.2)"
+    command.add_argument("--held-out-fraction", type=float, default=0.2, help=fraction)
     command.add_argument("--activate", action="store_true", help="make the revision serve at once")
-
     command = _add_client(commands, "evaluate", evaluate, "score a revision on labelled rows", "model")
     command.add_argument("--revision", help="default: the active one")
     _add_data(command)
 
+
+def _choosing_commands(commands: Any) -> None:
     _add_client(commands, "revisions", revisions, "list the revisions of a model", "model")
-    _add_client(
-        commands,
-        "activate",
-        activate,
-        "make a revision serve; 'none': the model's own probabilities",
-        "model",
-        "revision",
-    )
+    text = "make a revision serve; 'none': the model's own probabilities"
+    _add_client(commands, "activate", activate, text, "model", "revision")
     _add_client(commands, "rollback", rollback, "make serve what served before", "model")
+    _add_client(commands, "delete", delete, "forget a revision", "model", "revision")
+
+
+def _sharing_commands(commands: Any) -> None:
     command = _add_client(commands, "export", export, "write model and calibrator as one plain ONNX file", "model")
     command.add_argument("--revision", help="default: the active one; 'none': the model's own probabilities")
     command.add_argument("--out", type=Path, required=True, help="the file to write")
-
     command = _add_client(commands, "report", report, "judge all revisions on labelled rows, as an HTML page", "model")
     _add_data(command)
     command.add_argument("--out", type=Path, required=True, help="the file to write")
-
-    _add_client(commands, "delete", delete, "forget a revision", "model", "revision")
-    return parser
 
 
 def _add(commands: Any, name: str, command: Callable[..., None], text: str) -> argparse.ArgumentParser:
