@@ -238,10 +238,10 @@ def _fitting_commands(commands: Any) -> None:
     command = _add_client(commands, "fit", fit, "fit a calibrator on labelled rows; makes a revision", "model")
     command.add_argument("--kind", required=True, help="see `calserve kinds`; auto: compare them and take the best")
     _add_data(command)
-    parameter = {"action": "append", "default": [], "metavar": "NAME=VALUE"}
-    command.add_argument("--param", **parameter, help="a parameter of the kind; repeatable")
-    fraction = "of the rows, for the scores (default: 0.2)"
-    command.add_argument("--held-out-fraction", type=float, default=0.2, help=fraction)
+    text = "a parameter of the kind; repeatable"
+    command.add_argument("--param", action="append", default=[], metavar="NAME=VALUE", help=text)
+    text = "of the rows, for the scores (default: 0.2)"
+    command.add_argument("--held-out-fraction", type=float, default=0.2, help=text)
     command.add_argument("--activate", action="store_true", help="make the revision serve at once")
     command = _add_client(commands, "evaluate", evaluate, "score a revision on labelled rows", "model")
     command.add_argument("--revision", help="default: the active one")
