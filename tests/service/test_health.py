@@ -71,7 +71,7 @@ def test_a_server_with_a_model_that_cannot_load_serves_the_others_and_is_not_rea
         with pytest.raises(errors.NotReady, match=r"'broken' is not served: .* is not an ONNX"):
             client.predict("broken", {})
         with pytest.raises(errors.NotReady, match="not every model"):
-            client.wait_until_ready(0.5)
+            client.wait_until_ready(1.0)
     ready, metrics = page(server, "/health/ready"), page(server, "/metrics")[1]
     server.stop()
     assert statuses == [SERVING, NOT_SERVING, SERVING, NOT_SERVING]
@@ -98,7 +98,7 @@ def test_while_models_load_the_server_answers_that_it_is_not_ready_and_then_it_i
         with pytest.raises(errors.NotReady, match="loading its models"):
             client.predict("mlp", {"x": models.labelled_rows(1, 0)[0]})
         with pytest.raises(errors.NotReady, match="not every model is served"):
-            client.wait_until_ready(0.2)
+            client.wait_until_ready(1.0)
         go_on.set()
         client.wait_until_ready()
         assert client.predict("mlp", {"x": models.labelled_rows(1, 0)[0]}).probabilities.shape == (1, 4)
