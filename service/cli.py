@@ -159,8 +159,11 @@ def report(arguments: argparse.Namespace) -> None:
 
     rows = _load_rows(arguments.data)
     rows.pop("sample_weight", None)
-    with _client(arguments) as client:
-        page = html(client, arguments.model, **rows)
+    try:
+        with _client(arguments) as client:
+            page = html(client, arguments.model, **rows)
+    except ImportError as error:  # of matplotlib, naming the extra that brings it
+        raise Refused(str(error)) from error
     write_whole(arguments.out, page.encode())
     Console().print(f"{arguments.out}: open it in a browser; it needs no network")
 

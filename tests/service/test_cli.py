@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,19 @@ def test_the_main_job_from_fit_to_roll_back(
     run(capsys, "activate", "mlp", "none", *at)
     run(capsys, "activate", "mlp", "none", *at)
     assert "temperature-1 is deleted" in run(capsys, "delete", "mlp", "temperature-1", *at)
+
+
+def test_a_report_without_matplotlib_names_the_extra_that_brings_it(
+    server: RunningServer, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = ("--address", server.address)
+    np.savez(tmp_path / "logits.npz", logits=LOGITS, labels=LABELS)
+    run(capsys, "fit", "mlp", "--kind", "temperature", "--data", str(tmp_path / "logits.npz"), *at)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    page = tmp_path / "report.html"
+    text = refused(capsys, "report", "mlp", "--data", str(tmp_path / "logits.npz"), "--out", str(page), *at)
+    assert "calserve[plots]" in text
+    assert not page.exists()
 
 
 def test_inspect_says_what_was_found_and_why(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
