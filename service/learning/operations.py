@@ -82,7 +82,7 @@ class Operations:
         if sum(operation.running for operation in self._operations.values()) >= self.limits.waiting:
             raise Overloaded(f"{self.limits.waiting} operations are running or waiting already", retry_after_seconds=5)
         name = f"op-{secrets.token_hex(8)}"
-        writer = await asyncio.to_thread(RowWriter, self._root / name)
+        writer = RowWriter(self._root / name)  # not in a thread: a caller leaving meanwhile would leave open files
         try:
             yield name, writer
         finally:
