@@ -19,10 +19,12 @@ from service.learning.revisions import Revisions
 from service.rpc.calibrator_service import CalibratorService
 from service.rpc.grpc_front import GrpcFront
 from service.rpc.health import PROCESS, READY, Health
-from service.rpc.inference_service import InferenceService
-from service.rpc.methods import Method
+from service.rpc.inference_service import Inference
+from service.rpc.methods import Method, methods_of
 from service.rpc.observed import observed
 from service.rpc.reflection import Reflection
+from service.rpc.server_info import ServerInfo
+from service.rpc.wire import INFERENCE_SERVICE
 from service.settings import Settings
 from service.store.blobs import Blobs
 from service.store.catalogue import Catalogue
@@ -92,11 +94,9 @@ class App:
         self._lock.close()
 
     def _methods(self) -> Iterable[Method]:
-        inference = InferenceService(
-            self.repository, self._revisions, self._health, self.settings.default_deadline_seconds
-        )
+        inference = Inference(self.repository, self._revisions, self._health, self.settings.default_deadline_seconds)
         methods = [
-            *inference.methods(),
+            *methods_of(INFERENCE_SERVICE, ServerInfo(self.repository, self._health), inference),
             *CalibratorService(self.repository, self._revisions, self._operations).methods(),
             *self._health.methods(),
         ]

@@ -23,7 +23,7 @@ from service.inference.repository import Repository
 from service.learning.job import AUTO, JobSpec, RowWriter
 from service.learning.operations import Operation, Operations
 from service.learning.revisions import Revisions
-from service.rpc import inference_service, tensors
+from service.rpc import infer_request, tensors
 from service.rpc.methods import Call, Method, methods_of
 from service.rpc.wire import CALIBRATOR_SERVICE
 from service.store.catalogue import RevisionRow
@@ -186,9 +186,9 @@ class CalibratorService:
         """The model's logits for the caller's inputs, a few rows at a time."""
         specs = {spec.name: spec for spec in model.inputs}
         for name, array in inputs.items():
-            inference_service.check_input_name(model, name, specs, {})
-            inference_service.check_datatype(name, tensors.datatype_of(name, array), specs[name])
-            inference_service.check_dimensions(name, array.shape, specs[name])
+            infer_request.check_input_name(model, name, specs, {})
+            infer_request.check_datatype(name, tensors.datatype_of(name, array), specs[name])
+            infer_request.check_dimensions(name, array.shape, specs[name])
         missing = specs.keys() - inputs.keys()
         if missing:
             raise InvalidRequest(f"model {model.name!r} needs the inputs {', '.join(sorted(missing))} too")

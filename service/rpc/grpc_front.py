@@ -95,7 +95,8 @@ def _request(method: Method, request: Any) -> Any:
 
 def _call(context: grpc.aio.ServicerContext) -> Call:
     remaining = context.time_remaining()
-    return Call(None if remaining is None else time.monotonic() + remaining)
+    deadline = None if remaining is None else time.monotonic() + remaining
+    return Call(deadline, context.invocation_metadata, context.peer)
 
 
 async def _abort(context: grpc.aio.ServicerContext, error: Exception, call: Call, path: str) -> None:

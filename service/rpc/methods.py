@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 from google.protobuf import message_factory
@@ -23,16 +24,33 @@ from service.rpc.wire import method_path
 M = TypeVar("M", bound=Message)
 
 
-@dataclass
+Metadata = Sequence[tuple[str, str | bytes]]
+
+
 class Call:
     """What a handler may know of the call besides its messages.
 
-    `deadline` is on time.monotonic(), None if the caller set none. `id` names the call in the log and in an INTERNAL
-    error.
+    Attributes
+    ----------
+    deadline : on time.monotonic(), None if the caller set none
+    metadata : gives the call's metadata, keys in lower case
+    peer : gives the caller's address
+    id : names the call in the log and in an INTERNAL error; made when first asked for
     """
 
-    deadline: float | None = None
-    id: str = field(default_factory=lambda: secrets.token_hex(8))
+    __slots__ = ("__dict__", "deadline", "metadata", "peer")
+
+    def __init__(
+        self,
+        deadline: float | None = None,
+        metadata: Callable[[], Metadata] = tuple,
+        peer: Callable[[], str] = str,
+    ) -> None:
+        self.deadline, self.metadata, self.peer = deadline, metadata, peer
+
+    @cached_property
+    def id(self) -> str:
+        return secrets.token_hex(8)
 
     def seconds_left(self) -> float | None:
         return None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
@@ -56,12 +74,17 @@ def parse(kind: type[M], data: bytes) -> M:
         raise InvalidRequest(f"the request's bytes are not a {kind.DESCRIPTOR.full_name}") from None
 
 
-def methods_of(service: ServiceDescriptor, servicer: object, *, name: str | None = None) -> list[Method]:
-    """The methods of a service, each carried out by the servicer's method of that name in snake case.
+def methods_of(service: ServiceDescriptor, *servicers: object, name: str | None = None) -> list[Method]:
+    """The methods of a service, each carried out by the one servicer that has a method of that name in snake case.
 
     `name` overrides the service's full name in the paths.
     """
-    return [_method(method, getattr(servicer, _snake(method.name)), name) for method in service.methods]
+
+    def behaviour(method: MethodDescriptor) -> Callable[..., Any]:
+        (found,) = (s for s in servicers if hasattr(s, _snake(method.name)))
+        return getattr(found, _snake(method.name))  # type: ignore[no-any-return]
+
+    return [_method(method, behaviour(method), name) for method in service.methods]
 
 
 def _method(method: MethodDescriptor, behaviour: Callable[..., Any], name: str | None) -> Method:
