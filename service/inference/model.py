@@ -7,13 +7,12 @@ active one is a single attribute; activating is assigning it, so every answer is
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
-import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence, Set
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import onnx
@@ -24,8 +23,9 @@ from calibrators import Calibrator, fuse
 from calibrators.graph import LOGITS, FusedModel, signature, stage
 from calibrators.inspection import Inspection
 from calibrators.kinds.identity import Identity
-from service.errors import DeadlinePassed, InvalidRequest, Overloaded, Refused
+from service.errors import InvalidRequest, Refused
 from service.inference import datatypes
+from service.inference.batcher import Answer, Batcher, Lane, Limits, Run
 from service.inference.session import Device, Session, TensorSpec
 from service.inference.statistics import Statistics
 
@@ -35,10 +35,8 @@ NO_REVISION = "none"
 KEPT_SESSIONS = 4
 """Sessions kept beside the active one, for other kinds and for requests that name a revision."""
 
-T = TypeVar("T")
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Snapshot:
     """What computes an answer, immutable."""
 
@@ -72,7 +70,7 @@ class ServedModel:
         *,
         config: Any = None,
         class_names: Sequence[str] = (),
-        max_queued_runs: int = 256,
+        limits: Limits | None = None,
     ) -> None:
         self.name, self.version, self.digest = name, version, digest
         self.device, self.inspection = device, inspection
@@ -82,7 +80,6 @@ class ServedModel:
         self._proto = proto
         self._sessions: OrderedDict[str, tuple[Session, FusedModel]] = OrderedDict()
         self._building = threading.Lock()  # two requests for one graph must not build it twice
-        self._lane = _Lane(f"{name}/{version}", max_queued_runs)
         if inspection is None:
             self.n_classes = 0
             session = Session(proto.SerializeToString(), device)
@@ -94,9 +91,12 @@ class ServedModel:
         self.inputs = list(self.active.session.inputs)
         self.outputs = [spec for spec in self.active.session.outputs if spec.name != LOGITS]
         self.hidden_outputs = [spec for spec in self.active.session.outputs if spec.name == LOGITS]
+        self.datatypes = {spec.name: spec.datatype for spec in self.active.session.outputs}
         for spec in self.inputs:
             if spec.datatype not in datatypes.NUMPY:
                 raise Refused(f"input {spec.name!r} is of type {spec.datatype}, which the protocol has no word for")
+        self.joins_requests = self.max_batch_size > 0 or self._rows_stand_alone()
+        self.batcher = Batcher(f"{name}/{version}", self._execute, self._limits(limits or Limits()), self.statistics)
 
     @property
     def is_classifier(self) -> bool:
@@ -147,38 +147,94 @@ class ServedModel:
         self._check_classifier()
         return fuse(self._proto, calibrator or Identity.of(self.n_classes), self.inspection).export()
 
+    def lane(self, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]], snapshot: Snapshot | None) -> Lane:
+        """Where a request waits: beside those that ask for the same of rows of the same form."""
+        skipped = 1 if self.joins_requests else 0
+        inputs = tuple(
+            (spec.name, feeds[spec.name].dtype, feeds[spec.name].shape[skipped:])
+            for spec in self.inputs
+            if spec.name in feeds
+        )
+        return Lane(tuple(outputs), snapshot, inputs, self.joins_requests)
+
     async def run(
         self,
         outputs: Sequence[str],
         feeds: Mapping[str, NDArray[Any]],
-        snapshot: Snapshot,
-        deadline: float | None = None,
-    ) -> list[NDArray[Any]]:
-        """The named outputs for one request, computed in this model's thread by `snapshot`.
+        snapshot: Snapshot | None = None,
+        deadline: float = math.inf,
+        caller: str = "",
+    ) -> Answer:
+        """The named outputs for one request, computed by `snapshot`, by default the active one.
 
-        `deadline` is on time.monotonic(); work whose deadline has passed, or whose caller has left, is not run.
+        `deadline` is on time.monotonic(); work whose deadline has passed, or whose caller has left, is not run. A
+        request of more rows than a run takes is divided, and its parts are computed by one snapshot.
         """
+        rows, most = self.row_count(feeds), self.batcher.limits.rows
+        if not self.joins_requests or rows <= most:
+            return await self._submit(outputs, feeds, snapshot, deadline, caller)
+        snapshot = snapshot or self.active
+        parts = []
+        for start in range(0, rows, most):  # one after the other: one caller's rows never fill the queue
+            part = {name: array[start : start + most] for name, array in feeds.items()}
+            parts.append(await self._submit(outputs, part, snapshot, deadline, caller))
+        return _rejoined(outputs, parts, snapshot)
 
-        def work() -> list[NDArray[Any]]:
-            begun = time.perf_counter_ns()
-            try:
-                return snapshot.session.run(outputs, {**feeds, **snapshot.feeds})
-            finally:
-                self.statistics.ran(self.row_count(feeds), begun - asked, time.perf_counter_ns() - begun)
+    def _submit(
+        self,
+        outputs: Sequence[str],
+        feeds: Mapping[str, NDArray[Any]],
+        snapshot: Snapshot | None,
+        deadline: float,
+        caller: str,
+    ) -> asyncio.Future[Answer]:
+        lane = self.lane(outputs, feeds, snapshot)
+        values = [np.ascontiguousarray(feeds[name]) for name, _, _ in lane.inputs]
+        return self.batcher.submit(lane, values, self.row_count(feeds), deadline, caller)
 
-        asked = time.perf_counter_ns()
-        return await self._lane.submit(work, deadline)
+    def _execute(
+        self, asked: Snapshot | None, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]]
+    ) -> tuple[Snapshot, list[NDArray[Any]]]:
+        """One run. The active snapshot is read once: every answer of the run is computed by it."""
+        snapshot = asked or self.active
+        return snapshot, snapshot.session.run(outputs, {**feeds, **snapshot.feeds})
+
+    def _limits(self, limits: Limits) -> Limits:
+        """The server's limits with what config.pbtxt says of this model's batches."""
+        return replace(
+            limits,
+            rows=self.max_batch_size or limits.rows,
+            delay_us=int(self.config.dynamic_batching.max_queue_delay_microseconds) or limits.delay_us,
+        )
+
+    def _rows_stand_alone(self) -> bool:
+        """Whether rows may share a run: every tensor has a free first dimension, and rows give alone what they give
+        together. Tried on made-up rows, since no shape tells a batch from a sequence."""
+        specs = [*self.inputs, *self.active.session.outputs]
+        if not self.inputs or any(spec.shape[:1] != (-1,) for spec in specs):
+            return False
+        outputs = [spec.name for spec in self.active.session.outputs]
+        together = {spec.name: _made_up(spec, rows=3) for spec in self.inputs}
+        try:
+            of_all = self._execute(None, outputs, together)[1]
+            for row in range(3):
+                of_one = self._execute(None, outputs, {n: a[row : row + 1] for n, a in together.items()})[1]
+                if not all(map(_agree, of_one, (array[row : row + 1] for array in of_all))):
+                    return False
+        except InvalidRequest:
+            return False
+        return True
 
     def row_count(self, feeds: Mapping[str, NDArray[Any]]) -> int:
         """Rows of one request: its batch, or 1 for a model without a batch dimension."""
-        batched = self.is_classifier or self.max_batch_size > 0
+        batched = self.is_classifier or self.joins_requests
         shape = next(iter(feeds.values())).shape if feeds else ()
         return shape[0] if batched and shape else 1
 
     async def logits(self, feeds: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """The logits [B, K] that the calibrators of this model are fitted on."""
-        (logits,) = await self.run([LOGITS], feeds, self.uncalibrated)
-        return logits
+        answer = await self.run([LOGITS], feeds, self.uncalibrated)
+        return answer.part(LOGITS)
 
     def warm_up(self, snapshot: Snapshot) -> list[NDArray[Any]]:
         """Run `snapshot` once, in the calling thread, on made-up inputs; the logits and probabilities that came."""
@@ -186,8 +242,13 @@ class ServedModel:
         feeds = {spec.name: _made_up(spec) for spec in snapshot.session.inputs}
         return snapshot.session.run(wanted, {**feeds, **snapshot.feeds})
 
+    async def retire(self) -> None:
+        """Finish what is queued, then close. For a model that no new request can reach."""
+        await self.batcher.drain()
+        self.close()
+
     def close(self) -> None:
-        self._lane.close()
+        self.batcher.close()
 
     def _count_classes(self, inspection: Inspection) -> int:
         """K from a run, where no shape in the graph tells it."""
@@ -202,39 +263,31 @@ class ServedModel:
         return int(logits.shape[1])
 
 
-class _Lane:
-    """One thread that makes a model's runs, in order, with a bounded queue before it."""
-
-    def __init__(self, name: str, max_queued: int) -> None:
-        self._name, self._max_queued, self._queued = name, max_queued, 0
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"model {name}")
-
-    async def submit(self, work: Callable[[], T], deadline: float | None) -> T:
-        if self._queued >= self._max_queued:
-            raise Overloaded(f"model {self._name}: {self._queued} requests are waiting already")
-
-        def run_in_time() -> T:
-            if deadline is not None and time.monotonic() >= deadline:
-                raise DeadlinePassed("the deadline passed while the request waited for the model")
-            return work()
-
-        self._queued += 1
-        try:
-            # A cancelled caller cancels the future; the thread skips it if it has not begun.
-            return await asyncio.wrap_future(self._thread.submit(run_in_time))
-        finally:
-            self._queued -= 1
-
-    def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
+def _rejoined(outputs: Sequence[str], parts: Sequence[Answer], snapshot: Snapshot) -> Answer:
+    arrays = [np.concatenate([part.part(name) for part in parts]) for name in outputs]
+    rows = sum(part.stop - part.start for part in parts)
+    return Answer(Run(outputs, arrays, snapshot, rows), 0, rows)
 
 
-def _made_up(spec: TensorSpec) -> NDArray[Any]:
-    """One row for a warm-up: zeros for integers (the safest index), seeded normal numbers for floats."""
+def _agree(one: NDArray[Any], other: NDArray[Any]) -> bool:
+    if one.shape != other.shape:
+        return False
+    if one.dtype.kind == "f":
+        return bool(np.allclose(one, other, rtol=1e-3, atol=1e-5, equal_nan=True))
+    return bool((one == other).all())
+
+
+def _made_up(spec: TensorSpec, rows: int = 1) -> NDArray[Any]:
+    """Rows for a warm-up: zeros for integers (the safest index), seeded normal numbers for floats."""
     shape = [1 if size < 0 else size for size in spec.shape]
+    if spec.shape[:1] == (-1,):
+        shape[0] = rows
     if spec.datatype == "BYTES":
         return np.full(shape, b"", dtype=object)
     dtype = datatypes.NUMPY[spec.datatype]
     if dtype.kind == "f":
         return np.random.default_rng(0).standard_normal(shape).astype(dtype)
-    return np.zeros(shape, dtype=dtype)
+    numbers = np.zeros(shape, dtype=dtype)
+    if shape:
+        numbers[1::2] = 1  # rows that differ, of the indices that are most likely to be in range
+    return numbers

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -22,12 +21,12 @@ class Duration:
 
 @dataclass
 class Statistics:
-    """Counted from the event loop and from the model's thread.
+    """Counted in the event loop.
 
     Attributes
     ----------
     success, fail : requests answered and refused, from arrival to answer
-    queue, infer : runs waiting for the model, and in it
+    queue, infer : requests waiting for the model, and runs of it
     rows, executions : rows served, runs made
     batches : runs by their number of rows
     last_ms : time of the last success, milliseconds since the epoch
@@ -41,21 +40,18 @@ class Statistics:
     executions: int = 0
     batches: dict[int, Duration] = field(default_factory=lambda: defaultdict(Duration))
     last_ms: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
-    def ran(self, rows: int, queue_ns: int, infer_ns: int) -> None:
-        with self._lock:
-            self.executions += 1
-            self.queue.add(queue_ns)
-            self.infer.add(infer_ns)
-            self.batches[rows].add(infer_ns)
+    def ran(self, rows: int, requests: int, queue_ns: int, infer_ns: int) -> None:
+        self.executions += 1
+        self.queue.count += requests
+        self.queue.ns += queue_ns
+        self.infer.add(infer_ns)
+        self.batches[rows].add(infer_ns)
 
     def answered(self, rows: int, ns: int) -> None:
-        with self._lock:
-            self.rows += rows
-            self.success.add(ns)
-            self.last_ms = int(time.time() * 1000)
+        self.rows += rows
+        self.success.add(ns)
+        self.last_ms = int(time.time() * 1000)
 
     def refused(self, ns: int) -> None:
-        with self._lock:
-            self.fail.add(ns)
+        self.fail.add(ns)

@@ -74,15 +74,10 @@ def check_complete(model: ServedModel, arrays: Mapping[str, NDArray[Any]]) -> No
     missing = [spec.name for spec in model.inputs if spec.name not in arrays]
     if missing:
         raise InvalidRequest(f"model {model.name!r} needs the inputs {', '.join(missing)} too")
-    if model.max_batch_size:
+    if model.joins_requests:
         batches = {name: array.shape[0] for name, array in arrays.items()}
         if len(set(batches.values())) > 1:
             raise InvalidRequest(f"the inputs have different batch sizes: {batches}")
-        for name, rows in batches.items():
-            if rows > model.max_batch_size:
-                raise InvalidRequest(
-                    f"input {name!r}: a batch of at most {model.max_batch_size} rows wanted, got {rows}"
-                )
 
 
 def read_outputs(model: ServedModel, request: Any) -> list[str]:

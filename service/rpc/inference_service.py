@@ -1,151 +1,152 @@
-"""The Open Inference Protocol: what a caller sends is checked here, and the answer spelled out."""
+"""The Open Inference Protocol's calls that run a model: bytes in, bytes out."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from service.errors import CalserveError, InvalidRequest, NotReady, Refused, shown
-from service.inference.model import ServedModel, Snapshot
+from service.errors import CalserveError, InvalidRequest, NotReady, Refused
+from service.inference.batcher import Answer
 from service.inference.repository import Repository
 from service.learning.revisions import Revisions
-from service.rpc import classification, tensors
+from service.rpc import infer_plan
 from service.rpc.health import Health
-from service.rpc.infer_request import read_inputs, read_outputs
-from service.rpc.methods import Call
+from service.rpc.infer_plan import Reading, Templates, varint
+from service.rpc.infer_response import encode
+from service.rpc.methods import Call, parse
 from service.rpc.status import status_of
 from service.rpc.wire import inference
 
 log = logging.getLogger(__name__)
 
+STREAM_ANSWER_TAG = b"\x12"  # ModelStreamInferResponse.infer_response, field 2
 MOST_IN_FLIGHT = 128
 """Requests of one stream that may wait for their answers; more are not read until one is answered."""
 
 
-@dataclass(frozen=True)
+class _Begun(NamedTuple):
+    """A request whose run is awaited."""
+
+    reading: Reading
+    answer: Awaitable[Answer]
+    begun_ns: int
+
+
 class Inference:
     """The part of inference.GRPCInferenceService that runs models."""
 
-    repository: Repository
-    revisions: Revisions
-    health: Health
-    default_deadline_seconds: float
+    def __init__(
+        self, repository: Repository, revisions: Revisions, health: Health, default_deadline_seconds: float
+    ) -> None:
+        self._repository, self._revisions, self._health = repository, revisions, health
+        self._default_deadline_seconds = default_deadline_seconds
+        self._templates = Templates()
 
-    async def model_infer(self, request: Any, call: Call) -> Any:
-        if self.health.draining:
-            raise NotReady("the server is shutting down")
-        model = self.repository.get(request.model_name, request.model_version)
-        begun = time.perf_counter_ns()
-        try:
-            response, rows = await self._infer(model, request, call)
-        except Exception:
-            model.statistics.refused(time.perf_counter_ns() - begun)
-            raise
-        model.statistics.answered(rows, time.perf_counter_ns() - begun)
-        return response
+    async def model_infer_bytes(self, data: bytes, call: Call) -> bytes:
+        return await self._finish(self._begin(data, call))
 
-    async def model_stream_infer(self, requests: AsyncIterator[Any], call: Call) -> AsyncIterator[Any]:
+    async def model_stream_infer_bytes(self, requests: AsyncIterator[bytes], call: Call) -> AsyncIterator[bytes]:
         """Answers in the order of the requests; runs are made meanwhile. An error is an answer."""
-        answers: asyncio.Queue[asyncio.Task[Any] | None] = asyncio.Queue(MOST_IN_FLIGHT)
+        waiting: asyncio.Queue[tuple[bytes, _Begun | Exception] | None] = asyncio.Queue(MOST_IN_FLIGHT)
 
         async def read() -> None:
-            async for request in requests:
-                await answers.put(asyncio.create_task(self._stream_answer(request, call)))
-            await answers.put(None)
+            async for data in requests:
+                await waiting.put((data, self._begin_ahead(data, call)))
+            await waiting.put(None)
 
         reader = asyncio.create_task(read())
         try:
-            while (answer := await answers.get()) is not None:
-                yield await answer
+            while (item := await waiting.get()) is not None:
+                yield await self._stream_answer(*item, call)
             await reader  # a message that could not be read ends the stream with its error
         finally:
             reader.cancel()
-            while not answers.empty():
-                if (left := answers.get_nowait()) is not None:
-                    left.cancel()
+            while not waiting.empty():
+                _abandon(waiting.get_nowait())
 
-    async def _stream_answer(self, request: Any, call: Call) -> Any:
-        answer = inference.ModelStreamInferResponse()
+    def _begin(self, data: bytes, call: Call) -> _Begun:
+        """Read a request and queue it for its run."""
+        begun = time.perf_counter_ns()
+        reading = self._read(data, begun)
         try:
-            answer.infer_response.CopyFrom(await self.model_infer(request, call))
+            return _Begun(reading, self._submit(reading, call), begun)
+        except Exception:
+            reading.plan.model.statistics.refused(time.perf_counter_ns() - begun)
+            raise
+
+    def _begin_ahead(self, data: bytes, call: Call) -> _Begun | Exception:
+        """The same for a stream, whose next request may be read before this one's answer is awaited."""
+        try:
+            begun = self._begin(data, call)
         except Exception as error:
-            if not isinstance(error, CalserveError):
-                log.error("call %s failed in a stream", call.id, exc_info=error)
-            answer.error_message = status_of(error, call.id).message
-            answer.infer_response.id = request.id
-        if tensors.parameter_value(request.parameters["triton_enable_empty_final_response"]):
-            answer.infer_response.parameters["triton_final_response"].bool_param = True
-        return answer
+            return error
+        return begun._replace(answer=asyncio.ensure_future(begun.answer))
 
-    async def _infer(self, model: ServedModel, request: Any, call: Call) -> tuple[Any, int]:
-        """The response, and how many rows it answers."""
-        feeds = read_inputs(model, request)
-        wanted = read_outputs(model, request)
-        snapshot = await self._snapshot(model, request)
-        computed = list(dict.fromkeys([*wanted, *_watched(model)]))
-        deadline = call.deadline or time.monotonic() + self.default_deadline_seconds
-        arrays = dict(zip(computed, await model.run(computed, feeds, snapshot, deadline), strict=True))
-        if model.is_classifier:
-            check_confidence(arrays["confidence"], feeds, model)
-        answered = {name: arrays[name] for name in wanted}
-        for output in request.outputs:
-            if classification.PARAMETER in output.parameters:
-                k = _positive_integer(output)
-                answered[output.name] = classification.top(output.name, answered[output.name], k, model.class_names)
-        return self._respond(model, request, snapshot, answered), model.row_count(feeds)
+    async def _finish(self, begun: _Begun, *, in_stream: bool = False) -> bytes:
+        """The bytes of the answer, or the request's error; either is counted."""
+        plan = begun.reading.plan
+        try:
+            answer = await begun.answer
+            if plan.model.is_classifier and not answer.run.finite("confidence"):
+                _check_confidence(answer, begun.reading)
+            reply = encode(plan, answer, begun.reading.id_field, final=in_stream and plan.final)
+        except Exception:
+            plan.model.statistics.refused(time.perf_counter_ns() - begun.begun_ns)
+            raise
+        plan.model.statistics.answered(plan.rows, time.perf_counter_ns() - begun.begun_ns)
+        return reply
 
-    async def _snapshot(self, model: ServedModel, request: Any) -> Snapshot:
-        parameter = request.parameters.get("calibrator") if "calibrator" in request.parameters else None
-        if parameter is None:
-            return model.active
-        revision = tensors.parameter_value(parameter)
-        if not isinstance(revision, str):
-            raise InvalidRequest(
-                f"parameter 'calibrator' must be a string, a revision or 'none'; got {shown(revision)}"
-            )
-        return await self.revisions.snapshot(model, revision)
+    async def _stream_answer(self, data: bytes, begun: _Begun | Exception, call: Call) -> bytes:
+        try:
+            if isinstance(begun, Exception):
+                raise begun
+            reply = await self._finish(begun, in_stream=True)
+        except Exception as error:
+            return _error_in_band(error, data, call)
+        return STREAM_ANSWER_TAG + varint(len(reply)) + reply
 
-    def _respond(self, model: ServedModel, request: Any, snapshot: Snapshot, arrays: Mapping[str, NDArray[Any]]) -> Any:
-        response = inference.ModelInferResponse(model_name=model.name, model_version=model.version, id=request.id)
-        if model.is_classifier:
-            response.parameters["calibrator_revision"].CopyFrom(tensors.string_parameter(snapshot.revision))
-        response.parameters["provider"].CopyFrom(tensors.string_parameter(snapshot.session.provider))
-        datatypes = {spec.name: spec.datatype for spec in (*model.outputs, *model.hidden_outputs)}
-        sent_typed = bool(request.inputs) and not request.raw_input_contents
-        datatypes |= {name: "BYTES" for name, array in arrays.items() if array.dtype == object}
-        typed = sent_typed and all(datatypes[name] in tensors.TYPED_FIELDS for name in arrays)
-        for name, array in arrays.items():
-            output = response.outputs.add(name=name, datatype=datatypes[name], shape=array.shape)
-            if typed:
-                tensors.fill_typed(output.contents, datatypes[name], array)
-            else:
-                response.raw_output_contents.append(tensors.to_raw(array))
-        return response
+    def _read(self, data: bytes, begun_ns: int) -> Reading:
+        if self._health.draining:
+            raise NotReady("the server is shutting down")
+        reading = self._templates.match(data)
+        if reading is not None and self._repository.get(*reading.plan.asked) is reading.plan.model:
+            return reading
+        request = parse(inference.ModelInferRequest, data)
+        model = self._repository.get(request.model_name, request.model_version)
+        try:
+            reading = infer_plan.read(model, request)
+        except Exception:
+            model.statistics.refused(time.perf_counter_ns() - begun_ns)
+            raise
+        self._templates.keep(request, data, reading.plan)
+        return reading
 
+    def _submit(self, reading: Reading, call: Call) -> Awaitable[Answer]:
+        plan = reading.plan
+        deadline = call.deadline or time.monotonic() + self._default_deadline_seconds
+        if plan.revision is not None or plan.divided:
+            return self._run(reading, deadline, call.peer())
+        return plan.model.batcher.submit(plan.lane, reading.feeds, plan.rows, deadline, call.peer())
 
-def _positive_integer(output: Any) -> int:
-    value = tensors.parameter_value(output.parameters[classification.PARAMETER])
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InvalidRequest(
-            f"output {output.name!r}: parameter 'classification' must be a whole number of 1 or more, "
-            f"got {shown(value)}"
-        )
-    return value
+    async def _run(self, reading: Reading, deadline: float, caller: str) -> Answer:
+        """A request that names a revision, or has more rows than a run takes."""
+        plan = reading.plan
+        snapshot = await self._revisions.snapshot(plan.model, plan.revision) if plan.revision is not None else None
+        return await plan.model.run(plan.lane.outputs, plan.arrays(reading.feeds), snapshot, deadline, caller)
 
 
-def check_confidence(confidence: NDArray[Any], feeds: Mapping[str, NDArray[Any]], model: ServedModel) -> None:
+def _check_confidence(answer: Answer, reading: Reading) -> None:
     """No probability is served that is not a number. InvalidRequest if an input brought it in, else Refused."""
-    if np.isfinite(confidence).all():
-        return
-    row = int(np.argmin(np.isfinite(confidence)))
-    for name, array in feeds.items():
+    finite = np.isfinite(answer.part("confidence"))
+    if finite.all():
+        return  # it was in another caller's rows of the same run
+    row, model = int(np.argmin(finite)), reading.plan.model
+    for name, array in reading.plan.arrays(reading.feeds).items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             index = [int(i) for i in np.argwhere(~np.isfinite(array))[0]]
             raise InvalidRequest(
@@ -155,6 +156,22 @@ def check_confidence(confidence: NDArray[Any], feeds: Mapping[str, NDArray[Any]]
     raise Refused(f"model {model.name!r} gave scores that are not numbers for row {row}", reason="MODEL_GAVE_NAN")
 
 
-def _watched(model: ServedModel) -> list[str]:
-    """Outputs fetched in any case: a NaN anywhere in a row shows in its confidence."""
-    return ["confidence"] if model.is_classifier else []
+def _error_in_band(error: Exception, data: bytes, call: Call) -> bytes:
+    """An error as a stream's answer, under the id of its request if that can be read."""
+    if not isinstance(error, CalserveError):
+        log.error("call %s failed in a stream", call.id, exc_info=error)
+    answer = inference.ModelStreamInferResponse(error_message=status_of(error, call.id).message)
+    try:
+        request = parse(inference.ModelInferRequest, data)
+    except InvalidRequest:
+        return bytes(answer.SerializeToString())
+    answer.infer_response.id = request.id
+    if infer_plan.wants_final(request):
+        answer.infer_response.parameters["triton_final_response"].bool_param = True
+    return bytes(answer.SerializeToString())
+
+
+def _abandon(item: tuple[bytes, _Begun | Exception] | None) -> None:
+    """Give up a request whose stream has ended."""
+    if item is not None and isinstance(item[1], _Begun):
+        asyncio.ensure_future(item[1].answer).cancel()

@@ -18,8 +18,8 @@ from google.protobuf import message_factory
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 
-from service.errors import InvalidRequest
-from service.rpc.wire import method_path
+from service.errors import Forbidden, InvalidRequest, shown
+from service.rpc.tokens import Token
 
 M = TypeVar("M", bound=Message)
 
@@ -35,10 +35,11 @@ class Call:
     deadline : on time.monotonic(), None if the caller set none
     metadata : gives the call's metadata, keys in lower case
     peer : gives the caller's address
+    grant : what the caller's token allows, None on a server without tokens
     id : names the call in the log and in an INTERNAL error; made when first asked for
     """
 
-    __slots__ = ("__dict__", "deadline", "metadata", "peer")
+    __slots__ = ("__dict__", "deadline", "grant", "metadata", "peer")
 
     def __init__(
         self,
@@ -47,6 +48,7 @@ class Call:
         peer: Callable[[], str] = str,
     ) -> None:
         self.deadline, self.metadata, self.peer = deadline, metadata, peer
+        self.grant: Token | None = None
 
     @cached_property
     def id(self) -> str:
@@ -54,6 +56,15 @@ class Call:
 
     def seconds_left(self) -> float | None:
         return None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+
+    def may_use(self, model: str) -> bool:
+        return self.grant is None or self.grant.may_use(model)
+
+    def check_model(self, model: str) -> None:
+        """Forbidden if the caller's token is not for this model, whether it exists or not."""
+        if not self.may_use(model):
+            named = f"the token is not for model {shown(model)}"
+            raise Forbidden(named if model else "the token is for some models only; name one of them")
 
 
 @dataclass(frozen=True)
@@ -77,37 +88,65 @@ def parse(kind: type[M], data: bytes) -> M:
 def methods_of(service: ServiceDescriptor, *servicers: object, name: str | None = None) -> list[Method]:
     """The methods of a service, each carried out by the one servicer that has a method of that name in snake case.
 
-    `name` overrides the service's full name in the paths.
+    The servicer's method takes and gives messages; one whose name ends in `_bytes` takes and gives their bytes. `name`
+    overrides the service's full name in the paths.
     """
-
-    def behaviour(method: MethodDescriptor) -> Callable[..., Any]:
-        (found,) = (s for s in servicers if hasattr(s, _snake(method.name)))
-        return getattr(found, _snake(method.name))  # type: ignore[no-any-return]
-
-    return [_method(method, behaviour(method), name) for method in service.methods]
+    return [_method(method, servicers, f"/{name or service.full_name}/{method.name}") for method in service.methods]
 
 
-def _method(method: MethodDescriptor, behaviour: Callable[..., Any], name: str | None) -> Method:
+def _method(method: MethodDescriptor, servicers: Sequence[object], path: str) -> Method:
+    snake = _snake(method.name)
+    names = (snake, f"{snake}_bytes")
+    ((behaviour, of_bytes),) = (
+        (getattr(servicer, name), name != snake) for servicer in servicers for name in names if hasattr(servicer, name)
+    )
+    handler = behaviour if of_bytes else _of_bytes(method, behaviour)
+    return Method(path, method.client_streaming, method.server_streaming, handler)
+
+
+def _of_bytes(method: MethodDescriptor, behaviour: Callable[..., Any]) -> Callable[[Any, Call], Any]:
+    """A behaviour of messages as a handler of bytes."""
     request_kind = message_factory.GetMessageClass(method.input_type)
+    model_field = model_field_of(method.input_type)
 
-    async def decoded(stream: AsyncIterator[bytes]) -> AsyncIterator[Message]:
+    def allowed(data: bytes, call: Call) -> Message:
+        request = parse(request_kind, data)
+        if call.grant is not None and model_field is not None:
+            _check_model(request, model_field, call)
+        return request
+
+    async def decoded(stream: AsyncIterator[bytes], call: Call) -> AsyncIterator[Message]:
         async for data in stream:
-            yield parse(request_kind, data)
+            yield allowed(data, call)
 
-    def request_of(data: Any) -> Any:
-        return decoded(data) if method.client_streaming else parse(request_kind, data)
+    def request_of(data: Any, call: Call) -> Any:
+        return decoded(data, call) if method.client_streaming else allowed(data, call)
 
     async def answer_one(data: Any, call: Call) -> bytes:
-        answer: Message = await behaviour(request_of(data), call)
+        answer: Message = await behaviour(request_of(data, call), call)
         return answer.SerializeToString()
 
     async def answer_many(data: Any, call: Call) -> AsyncIterator[bytes]:
-        async for answer in behaviour(request_of(data), call):
+        async for answer in behaviour(request_of(data, call), call):
             yield answer.SerializeToString()
 
-    path = f"/{name}/{method.name}" if name else method_path(method)
-    handler = answer_many if method.server_streaming else answer_one
-    return Method(path, method.client_streaming, method.server_streaming, handler)
+    return answer_many if method.server_streaming else answer_one
+
+
+def model_field_of(request: Any) -> str | None:
+    """The field by which a request names its model, perhaps one of its `spec`; None if it names none."""
+    if "spec" in request.fields_by_name:
+        return f"spec.{model_field_of(request.fields_by_name['spec'].message_type)}"
+    # The Open Inference Protocol says `name` where it asks about a model; elsewhere that may be anything's name.
+    words = ("model", "model_name", *(["name"] if request.file.package == "inference" else []))
+    return next((word for word in words if word in request.fields_by_name), None)
+
+
+def _check_model(request: Any, field: str, call: Call) -> None:
+    if not field.startswith("spec."):
+        call.check_model(getattr(request, field))
+    elif request.HasField("spec"):
+        call.check_model(getattr(request.spec, field.removeprefix("spec.")))
 
 
 def _snake(name: str) -> str:

@@ -1,0 +1,219 @@
+"""What a request for inference comes to once it is validated, and how it is recognised when it comes again.
+
+A caller sends the same request over and over: only its id and the values of its inputs differ. The bytes around them
+are kept as a template. A message that has the same bytes there is what was validated before; any other is read in full.
+A hit is safe: whatever validation looks at lies in the compared bytes, so only requests qualify whose values need no
+look (numbers, sent raw).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.errors import InvalidRequest, shown
+from service.inference.batcher import Lane
+from service.inference.model import ServedModel
+from service.rpc import classification, infer_request, tensors
+from service.rpc.wire import inference
+
+ID_TAG, RAW_INPUT_TAG, RAW_OUTPUT_TAG = b"\x1a", b"\x3a", b"\x32"
+MAX_TEMPLATES = 256
+MAX_VARINT_BYTE = 0x80
+FINAL_RESPONSE = "triton_enable_empty_final_response"
+
+
+@dataclass(eq=False, slots=True)
+class Plan:
+    """Everything in a request but its id and the values of its inputs.
+
+    Attributes
+    ----------
+    asked : the name and the version in the request
+    model : what they meant then
+    wanted : the outputs of the answer, in order
+    lane, rows : where it waits for a run, and with how many rows
+    revision : what its parameter `calibrator` names
+    classes : output -> how many of its largest values are asked for instead of it
+    typed : whether the answer is in typed contents, as the request was
+    final : whether a stream's answer says that it is the last one of its request
+    replies : the answer's bytes around its values, by the layout of the run and what is said in it
+    """
+
+    asked: tuple[str, str]
+    model: ServedModel
+    wanted: tuple[str, ...]
+    lane: Lane
+    rows: int
+    revision: str | None = None
+    classes: Mapping[str, int] = field(default_factory=dict)
+    typed: bool = False
+    final: bool = False
+    replies: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def divided(self) -> bool:
+        """Whether it has more rows than a run takes."""
+        return self.lane.joins and self.rows > self.model.batcher.limits.rows
+
+    def arrays(self, feeds: Sequence[Any]) -> dict[str, NDArray[Any]]:
+        """The inputs as arrays, by name."""
+        batch = (self.rows,) if self.lane.joins else ()
+        return {
+            name: feed if isinstance(feed, np.ndarray) else np.frombuffer(feed, dtype).reshape((*batch, *shape))
+            for feed, (name, dtype, shape) in zip(feeds, self.lane.inputs, strict=True)
+        }
+
+
+class Reading(NamedTuple):
+    """A request as read: its plan, its id as the bytes of the field, its inputs in the order of the lane."""
+
+    plan: Plan
+    id_field: bytes
+    feeds: Sequence[Any]
+
+
+def read(model: ServedModel, request: Any) -> Reading:
+    """A request, validated in full. InvalidRequest says what is wrong with it."""
+    arrays = infer_request.read_inputs(model, request)
+    wanted = infer_request.read_outputs(model, request)
+    computed = dict.fromkeys([*wanted, "confidence"] if model.is_classifier else wanted)
+    lane = model.lane(list(computed), arrays, None)
+    typed = bool(request.inputs) and not request.raw_input_contents
+    plan = Plan(
+        (request.model_name, request.model_version),
+        model,
+        tuple(wanted),
+        lane,
+        model.row_count(arrays),
+        _revision(request),
+        _classes(request),
+        typed,
+        wants_final(request),
+    )
+    feeds = [np.ascontiguousarray(arrays[name]) for name, _, _ in lane.inputs]
+    return Reading(plan, id_field(request.id), feeds)
+
+
+def _revision(request: Any) -> str | None:
+    if "calibrator" not in request.parameters:
+        return None
+    revision = tensors.parameter_value(request.parameters["calibrator"])
+    if not isinstance(revision, str):
+        raise InvalidRequest(f"parameter 'calibrator' must be a string, a revision or 'none'; got {shown(revision)}")
+    return revision
+
+
+def _classes(request: Any) -> dict[str, int]:
+    return {
+        output.name: _positive_integer(output)
+        for output in request.outputs
+        if classification.PARAMETER in output.parameters
+    }
+
+
+def _positive_integer(output: Any) -> int:
+    value = tensors.parameter_value(output.parameters[classification.PARAMETER])
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidRequest(
+            f"output {output.name!r}: parameter 'classification' must be a whole number of 1 or more, "
+            f"got {shown(value)}"
+        )
+    return value
+
+
+def wants_final(request: Any) -> bool:
+    """Whether a stream's answer is to say that it is the last one of its request."""
+    return FINAL_RESPONSE in request.parameters and bool(tensors.parameter_value(request.parameters[FINAL_RESPONSE]))
+
+
+class _Template(NamedTuple):
+    """`middle`: the bytes between the id and the first value; then of each value its length and the bytes after it."""
+
+    middle: bytes
+    values: tuple[tuple[int, bytes], ...]
+    plan: Plan
+
+
+class Templates:
+    """The requests that were validated, by the bytes before the id and the number of bytes after it."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[bytes, int], list[_Template]] = {}
+        self._count = 0
+
+    def match(self, data: bytes) -> Reading | None:
+        """The reading of a message that differs from a validated one in nothing but its id and its values."""
+        try:
+            end = 2 + data[1]  # model_name, field 1, comes first; a length of two bytes finds no template
+            if data[end] == 0x12:  # model_version
+                end += 2 + data[end + 1]
+            at = end + 2 + data[end + 1] if data[end] == ID_TAG[0] else end
+        except IndexError:
+            return None
+        for middle, values, plan in self._kept.get((data[:end], len(data) - at), ()):
+            if data.startswith(middle, at):
+                feeds, position = [], at + len(middle)
+                view = memoryview(data)
+                for length, after in values:
+                    feeds.append(view[position : position + length])
+                    position += length
+                    if after and not data.startswith(after, position):
+                        break
+                    position += len(after)
+                else:
+                    return Reading(plan, data[end:at], feeds) if data[end:at].isascii() else None
+        return None
+
+    def keep(self, request: Any, data: bytes, plan: Plan) -> None:
+        """Remember a validated request, if it is spelled as such requests are and its values need no look."""
+        if plan.typed or plan.lane.inputs == () or any(dtype.kind in "Ob" for _, dtype, _ in plan.lane.inputs):
+            return
+        if [tensor.name for tensor in request.inputs] != [name for name, _, _ in plan.lane.inputs]:
+            return
+        values = list(request.raw_input_contents)
+        if len(values) != len(request.inputs):
+            return
+        own_id = id_field(request.id)
+        head = inference.ModelInferRequest(model_name=request.model_name, model_version=request.model_version)
+        before = head.SerializeToString()
+        request.ClearField("raw_input_contents")
+        request.ClearField("id")
+        skeleton = request.SerializeToString()
+        tags = [RAW_INPUT_TAG + varint(len(value)) for value in values]
+        middle = skeleton[len(before) :] + tags[0]
+        afters = [*tags[1:], b""]
+        spelled = [before, own_id, middle, *(part for pair in zip(values, afters, strict=True) for part in pair)]
+        if b"".join(spelled) != data or not skeleton.startswith(before) or len(own_id) > MAX_VARINT_BYTE:
+            return
+        if self._count >= MAX_TEMPLATES:
+            self.clear()
+        lengths = tuple((len(value), after) for value, after in zip(values, afters, strict=True))
+        self._kept.setdefault((before, len(data) - len(before) - len(own_id)), []).append(
+            _Template(middle, lengths, plan)
+        )
+        self._count += 1
+
+    def clear(self) -> None:
+        self._kept.clear()
+        self._count = 0
+
+
+def id_field(request_id: str) -> bytes:
+    """The field `id` of a request or an answer as bytes; nothing if it is empty."""
+    encoded = request_id.encode()
+    return ID_TAG + varint(len(encoded)) + encoded if encoded else b""
+
+
+def varint(value: int) -> bytes:
+    """Protobuf's base-128 number."""
+    encoded = bytearray()
+    while value >= MAX_VARINT_BYTE:
+        encoded.append(value & 0x7F | MAX_VARINT_BYTE)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)

@@ -1,0 +1,82 @@
+"""The answer to a request for inference, spelled out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numpy.typing import NDArray
+
+from service.inference.batcher import Answer, Run
+from service.rpc import classification, tensors
+from service.rpc.infer_plan import RAW_OUTPUT_TAG, Plan, varint
+from service.rpc.wire import inference
+
+MAX_REPLIES = 64
+"""Layouts of answers kept for one plan; a revision or a shape that comes new makes a new one."""
+
+
+def encode(plan: Plan, answer: Answer, id_field: bytes, *, final: bool = False) -> bytes:
+    """A ModelInferResponse: the bytes that every such answer has, and between them this one's id and values."""
+    run, start, stop = answer
+    if plan.typed or plan.classes or not run.numbers:
+        return _spelled(plan, answer, id_field, final)
+    key = (run.layout, final)
+    reply = plan.replies.get(key)
+    if reply is None:
+        reply = _remember(plan, key, _around(plan, answer, final))
+    before, after, tags = reply
+    parts = [before, id_field, after]
+    for name, tag in tags:
+        parts += (tag, run.raw(name, start, stop))
+    return b"".join(parts)
+
+
+def _remember(plan: Plan, key: Any, reply: Any) -> Any:
+    if len(plan.replies) >= MAX_REPLIES:
+        plan.replies.clear()
+    plan.replies[key] = reply
+    return reply
+
+
+def _around(plan: Plan, answer: Answer, final: bool) -> tuple[bytes, bytes, list[tuple[str, bytes]]]:
+    """The bytes before the id, those between it and the values, and what stands before each value."""
+    arrays = {name: answer.part(name) for name in plan.wanted}
+    tags = [(name, RAW_OUTPUT_TAG + varint(array.nbytes)) for name, array in arrays.items()]
+    head = inference.ModelInferResponse(model_name=plan.model.name, model_version=plan.model.version)
+    rest = inference.ModelInferResponse()
+    _say(rest, plan, answer.run, final)
+    for name, array in arrays.items():
+        rest.outputs.add(name=name, datatype=_datatype(plan, name, array), shape=array.shape)
+    return head.SerializeToString(), rest.SerializeToString(), tags
+
+
+def _spelled(plan: Plan, answer: Answer, id_field: bytes, final: bool) -> bytes:
+    """The same, field by field, for what has no fixed length: strings, classes, typed contents."""
+    response = inference.ModelInferResponse(model_name=plan.model.name, model_version=plan.model.version)
+    response.MergeFromString(id_field)
+    _say(response, plan, answer.run, final)
+    arrays = {name: answer.part(name) for name in plan.wanted}
+    for name, k in plan.classes.items():
+        arrays[name] = classification.top(name, arrays[name], k, plan.model.class_names)
+    datatypes = {name: _datatype(plan, name, array) for name, array in arrays.items()}
+    typed = plan.typed and all(datatype in tensors.TYPED_FIELDS for datatype in datatypes.values())
+    for name, array in arrays.items():
+        output = response.outputs.add(name=name, datatype=datatypes[name], shape=array.shape)
+        if typed:
+            tensors.fill_typed(output.contents, datatypes[name], array)
+        else:
+            response.raw_output_contents.append(tensors.to_raw(array))
+    return bytes(response.SerializeToString())
+
+
+def _say(response: Any, plan: Plan, run: Run, final: bool) -> None:
+    """The answer's parameters: what computed it."""
+    if plan.model.is_classifier:
+        response.parameters["calibrator_revision"].CopyFrom(tensors.string_parameter(run.snapshot.revision))
+    response.parameters["provider"].CopyFrom(tensors.string_parameter(run.snapshot.session.provider))
+    if final:
+        response.parameters["triton_final_response"].bool_param = True
+
+
+def _datatype(plan: Plan, name: str, array: NDArray[Any]) -> str:
+    return "BYTES" if array.dtype == object else plan.model.datatypes[name]
