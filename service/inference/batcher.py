@@ -1,13 +1,14 @@
 """One model's queue: requests gathered into runs.
 
-There is no timer by default: what arrived while the last run was made is the next run, so a lone caller never waits for
-company. A run that is expected to be short is made in the event loop, where the hop to a thread would cost more than
+There is no timer by default: what arrived while the last run was made, or in the same turns of the event loop, is the
+next run, so a lone caller never waits for company. A run that is expected to be short is made in the event loop, where the hop to a thread would cost more than
 the run; a longer one in the model's own thread, which takes a batch and wakes the loop once when it is done.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections import Counter, OrderedDict, deque
@@ -59,36 +60,36 @@ class Limits:
 class Run:
     """The results of one run, shared by those whose rows are in it."""
 
-    __slots__ = ("_finite", "_views", "arrays", "layout", "numbers", "rows", "snapshot")
+    __slots__ = ("_finite", "_views", "arrays", "layout", "rows", "snapshot")
 
     def __init__(self, outputs: Sequence[str], arrays: Sequence[NDArray[Any]], snapshot: Any, rows: int | None) -> None:
         self.arrays = dict(zip(outputs, arrays, strict=True))
         self.snapshot = snapshot
         self.rows = rows  # None: the arrays belong to one request and have no rows to divide
-        skipped = 0 if rows is None else 1
-        self.layout = (snapshot.revision, snapshot.session.provider, tuple(array.shape[skipped:] for array in arrays))
-        self.numbers = all(array.dtype != object for array in arrays)
+        shapes = [array.shape for array in arrays] if rows is None else [array.shape[1:] for array in arrays]
+        self.layout = (snapshot.revision, snapshot.session.provider, *shapes)
         self._views: dict[str, memoryview] = {}
-        self._finite: dict[str, bool] = {}
+        self._finite: bool | None = None
 
     def finite(self, name: str) -> bool:
-        """Whether an output holds neither NaN nor infinity, in all rows of the run."""
-        if name not in self._finite:
-            self._finite[name] = bool(np.isfinite(self.arrays[name]).all())
-        return self._finite[name]
+        """Whether a vector of probabilities holds neither NaN nor infinity, in all rows of the run."""
+        if self._finite is None:
+            values = self.arrays[name]
+            self._finite = math.isfinite(values.dot(values))  # a product of numbers up to 1 never overflows
+        return self._finite
 
     def part(self, name: str, start: int, stop: int) -> NDArray[Any]:
         """One request's rows of an output."""
         array = self.arrays[name]
         return array if self.rows is None else array[start:stop]
 
-    def raw(self, name: str, start: int, stop: int) -> memoryview:
-        """The bytes of one request's rows of an output of numbers, without a copy."""
+    def raw(self, name: str, start: int, stop: int) -> bytes | memoryview:
+        """The bytes of one request's rows of an output of numbers."""
+        if not self.rows or stop - start == self.rows:
+            return self.arrays[name].tobytes()
         view = self._views.get(name)
         if view is None:
             view = self._views[name] = _byte_view(self.arrays[name])
-        if not self.rows:
-            return view
         stride = len(view) // self.rows
         return view[start * stride : stop * stride]
 
@@ -126,11 +127,12 @@ class _Batch:
 
 @dataclass(slots=True)
 class _Outcome:
-    """Of each of a batch's requests an answer or an error; and what the runs took."""
+    """Of each of a batch's requests an answer or an error; when the run began, how long it took, what it cost."""
 
     answers: list[Answer | Exception]
     begun_ns: int
     took_ns: int
+    cost_ns: int
 
 
 Execute = Callable[[Any, Sequence[str], Mapping[str, NDArray[Any]]], tuple[Any, Sequence[NDArray[Any]]]]
@@ -140,8 +142,16 @@ Execute = Callable[[Any, Sequence[str], Mapping[str, NDArray[Any]]], tuple[Any, 
 class Batcher:
     """The queue and the runs of one model. All methods are for the event loop."""
 
-    def __init__(self, name: str, execute: Execute, limits: Limits, statistics: Statistics) -> None:
+    def __init__(
+        self,
+        name: str,
+        execute: Execute,
+        limits: Limits,
+        statistics: Statistics,
+        clock: Callable[[], int] = time.thread_time_ns,
+    ) -> None:
         self.limits = limits
+        self._clock = clock  # the thread's own time: waiting for a core or for the interpreter is not a run's cost
         self.costs = RunCosts()
         self._name, self._execute, self._statistics = name, execute, statistics
         self._lanes: OrderedDict[Lane, FairQueue] = OrderedDict()
@@ -231,7 +241,7 @@ class Batcher:
             del self._held[pending.caller]
 
     def _wake(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Make the next run at the end of this tick of the loop, with all that the tick brought; or after the delay."""
+        """See to it that the next run is made: once the loop falls quiet, or after the delay where one is set."""
         if self._timer is not None:
             if self.limits.delay_us and self._queued >= self.limits.rows:
                 self._timer.cancel()
@@ -239,7 +249,14 @@ class Batcher:
         elif self.limits.delay_us:
             self._timer = loop.call_later(self.limits.delay_us / 1e6, self._next)
         else:
-            self._timer = loop.call_soon(self._next)
+            self._timer = loop.call_soon(self._when_quiet, loop, 0)
+
+    def _when_quiet(self, loop: asyncio.AbstractEventLoop, seen: int) -> None:
+        """Make the next run unless the loop's last turn brought more requests: then its next turn may bring more."""
+        if seen < self._queued < self.limits.rows:
+            self._timer = loop.call_soon(self._when_quiet, loop, self._queued)
+        else:
+            self._next()
 
     def _next(self) -> None:
         self._timer = None
@@ -311,7 +328,7 @@ class Batcher:
                 pending.future.set_result(answer)
             else:
                 pending.future.set_exception(answer)
-        self.costs.learn(batch.rows, outcome.took_ns)
+        self.costs.learn(batch.rows, outcome.cost_ns)
         queue_ns = sum(outcome.begun_ns - pending.asked_ns for pending in batch.waiting)
         self._statistics.ran(batch.rows, len(batch.waiting), queue_ns, outcome.took_ns)
         if self._queued and self._loop is not None:
@@ -326,13 +343,13 @@ class Batcher:
 
     def _make(self, batch: _Batch) -> _Outcome:
         """Run a batch. If the run fails each request is run by itself, so that only the one at fault is refused."""
-        begun = time.perf_counter_ns()
+        begun, cost = time.perf_counter_ns(), self._clock()
         waiting = batch.waiting
         try:
             answers: list[Answer | Exception] = list(self._run(batch.lane, waiting))
         except Exception as error:
             answers = [error] if len(waiting) == 1 else [self._run_alone(batch.lane, pending) for pending in waiting]
-        return _Outcome(answers, begun, time.perf_counter_ns() - begun)
+        return _Outcome(answers, begun, time.perf_counter_ns() - begun, self._clock() - cost)
 
     def _run_alone(self, lane: Lane, pending: _Pending) -> Answer | Exception:
         try:
@@ -429,4 +446,4 @@ def _joined(parts: Sequence[Any], dtype: np.dtype[Any], shape: tuple[int, ...]) 
 
 
 def _byte_view(array: NDArray[Any]) -> memoryview:
-    return np.ascontiguousarray(array).data.cast("B") if array.size else memoryview(b"")
+    return np.ascontiguousarray(array).data.cast("B") if array.size else memoryview(b"")  # 0 has no cast

@@ -5,42 +5,45 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from service.rpc.methods import Call, Method
 from service.rpc.status import status_of
 
-Record = Callable[[str, str, float], None]
-"""(path, name of the gRPC code, seconds)"""
+Record = Callable[[str, float], None]
+"""(name of the gRPC code, seconds)"""
 
 
-def observed(method: Method, record: Record) -> Method:
-    """The same method, with `record` called at the end of each call."""
-
-    @contextmanager
-    def measured() -> Any:
-        begun, code = time.perf_counter(), "OK"
-        try:
-            yield
-        except (asyncio.CancelledError, GeneratorExit):
-            code = "CANCELLED"
-            raise
-        except Exception as error:
-            code = status_of(error, "").code.name
-            raise
-        finally:
-            record(method.path, code, time.perf_counter() - begun)
+def observed(method: Method, recorder: Callable[[str], Record]) -> Method:
+    """The same method, with the record that `recorder` has for its path called at the end of each call."""
+    record = recorder(method.path)
 
     async def one(request: Any, call: Call) -> bytes:
-        with measured():
+        begun = time.perf_counter()
+        try:
             answer: bytes = await method.handler(request, call)
-            return answer
+        except BaseException as error:
+            record(_code_of(error), time.perf_counter() - begun)
+            raise
+        record("OK", time.perf_counter() - begun)
+        return answer
 
     async def many(request: Any, call: Call) -> AsyncIterator[bytes]:
-        with measured():
+        begun = time.perf_counter()
+        try:
             async for answer in method.handler(request, call):
                 yield answer
+        except BaseException as error:
+            record(_code_of(error), time.perf_counter() - begun)
+            raise
+        record("OK", time.perf_counter() - begun)
 
     return replace(method, handler=many if method.server_streaming else one)
+
+
+def _code_of(error: BaseException) -> str:
+    if isinstance(error, asyncio.CancelledError | GeneratorExit):
+        return "CANCELLED"
+    code: str = status_of(error, "").code.name
+    return code

@@ -1,0 +1,286 @@
+"""The queue of one model: who shares a run, who is refused, and that each waiter meets its own fate."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from service.errors import DeadlinePassed, InvalidRequest, NotReady, Overloaded
+from service.inference.batcher import SHORT_RUN_NS, Answer, Batcher, Lane, Limits, RunCosts
+from service.inference.statistics import Statistics
+
+LANE = Lane(("y",), None, (("x", np.dtype("<f4"), (2,)),), joins=True)
+
+
+class FakeSnapshot:
+    session = SimpleNamespace(provider="CPUExecutionProvider")
+
+    def __init__(self, revision: str) -> None:
+        self.revision = revision
+
+
+SNAPSHOT = FakeSnapshot("r1")
+
+
+class Model:
+    """y = 2 x, and a record of the runs. A row that begins with 666 cannot be computed."""
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+        self.threads: set[str] = set()
+        self.entered, self.go_on = threading.Event(), threading.Event()
+        self.go_on.set()
+
+    async def hold(self) -> None:
+        """Return when a run has begun, which ends when `go_on` is set."""
+        assert await asyncio.to_thread(self.entered.wait, 60)
+
+    def __call__(
+        self, asked: Any, _outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]]
+    ) -> tuple[Any, list[NDArray[Any]]]:
+        self.entered.set()
+        assert self.go_on.wait(timeout=60)
+        self.threads.add(threading.current_thread().name)
+        self.batches.append(len(feeds["x"]))
+        if (feeds["x"][:, 0] == 666).any():
+            raise InvalidRequest("666 is out of range")
+        return asked or SNAPSHOT, [2 * feeds["x"]]
+
+
+def rows(*firsts: float) -> NDArray[np.float32]:
+    return np.array([[first, 0] for first in firsts], np.float32)
+
+
+def submit(
+    batcher: Batcher, *firsts: float, caller: str = "a", deadline: float = math.inf, lane: Lane = LANE
+) -> asyncio.Future[Answer]:
+    return batcher.submit(lane, [rows(*firsts)], len(firsts), deadline, caller)
+
+
+def doubled(answer: Answer) -> list[float]:
+    return [float(value) for value in answer.part("y")[:, 0]]
+
+
+def batcher_of(model: Model, *, short: bool = True, clock: Callable[[], int] = lambda: 0, **limits: int) -> Batcher:
+    """`short` runs are made in the loop, others in the thread."""
+    batcher = Batcher("m/1", model, Limits(**limits), Statistics(), clock)
+    for size in range(12):
+        batcher.costs.learn(2**size, 0 if short else 10 * SHORT_RUN_NS)
+    return batcher
+
+
+@pytest.fixture
+def model() -> Model:
+    return Model()
+
+
+def running(test: Callable[[Model], Coroutine[Any, Any, None]]) -> Callable[[Model], None]:
+    def run(model: Model) -> None:
+        asyncio.run(asyncio.wait_for(test(model), timeout=60))
+
+    run.__name__, run.__doc__ = test.__name__, test.__doc__
+    return run
+
+
+@running
+async def test_requests_that_come_together_share_a_run_and_each_gets_its_rows(model: Model) -> None:
+    batcher = batcher_of(model)
+    answers = await asyncio.gather(submit(batcher, 1), submit(batcher, 2, 3), submit(batcher, 4))
+    assert model.batches == [4]
+    assert [doubled(answer) for answer in answers] == [[2], [4, 6], [8]]
+
+
+@running
+async def test_the_bytes_of_each_share_are_those_of_its_rows(model: Model) -> None:
+    batcher = batcher_of(model)
+    one, two = await asyncio.gather(submit(batcher, 1), submit(batcher, 2, 3))
+    assert bytes(one.run.raw("y", one.start, one.stop)) == one.part("y").tobytes()
+    assert bytes(two.run.raw("y", two.start, two.stop)) == two.part("y").tobytes()
+    alone = await submit(batcher, 5)
+    assert bytes(alone.run.raw("y", 0, 1)) == rows(10).tobytes()
+
+
+@running
+async def test_what_comes_during_a_run_makes_the_next_run(model: Model) -> None:
+    batcher = batcher_of(model, short=False)
+    model.go_on.clear()
+    first = submit(batcher, 1)
+    await model.hold()
+    others = [submit(batcher, n) for n in (2, 3, 4)]
+    model.go_on.set()
+    await asyncio.gather(first, *others)
+    assert model.batches == [1, 3]
+    assert model.threads == {"model m/1"}
+
+
+@running
+async def test_a_short_run_is_made_in_the_loops_own_thread(model: Model) -> None:
+    await submit(batcher_of(model), 1)
+    assert model.threads == {threading.current_thread().name}
+
+
+@running
+async def test_a_run_holds_no_more_rows_than_its_limit(model: Model) -> None:
+    batcher = batcher_of(model, rows=4)
+    await asyncio.gather(*[submit(batcher, 1, 2) for _ in range(5)])
+    assert model.batches == [4, 4, 2]
+
+
+@running
+async def test_requests_of_another_form_have_a_run_of_their_own(model: Model) -> None:
+    batcher = batcher_of(model)
+    other = LANE._replace(snapshot=FakeSnapshot("r2"))
+    answers = await asyncio.gather(submit(batcher, 1), submit(batcher, 2, lane=other))
+    assert model.batches == [1, 1]
+    assert [answer.run.snapshot.revision for answer in answers] == ["r1", "r2"]
+
+
+@running
+async def test_requests_that_cannot_be_joined_run_one_by_one(model: Model) -> None:
+    batcher = batcher_of(model)
+    lane = LANE._replace(joins=False, inputs=(("x", np.dtype("<f4"), (1, 2)),))
+    answers = await asyncio.gather(*[submit(batcher, n, lane=lane) for n in (1, 2)])
+    assert model.batches == [1, 1]
+    assert [doubled(answer) for answer in answers] == [[2], [4]]
+
+
+@pytest.mark.parametrize("short", [True, False])
+def test_a_request_that_fails_fails_alone(model: Model, short: bool) -> None:
+    async def test() -> None:
+        batcher = batcher_of(model, short=short)
+        good, bad, fine = await asyncio.gather(
+            submit(batcher, 1), submit(batcher, 666), submit(batcher, 3), return_exceptions=True
+        )
+        assert (doubled(good), doubled(fine)) == ([2], [6])
+        assert isinstance(bad, InvalidRequest)
+
+    asyncio.run(test())
+
+
+@running
+async def test_what_was_cancelled_or_came_too_late_is_not_run(model: Model) -> None:
+    batcher = batcher_of(model)
+    left, late, good = submit(batcher, 1), submit(batcher, 2, deadline=time.monotonic() - 1), submit(batcher, 3)
+    left.cancel()
+    assert doubled(await good) == [6]
+    assert model.batches == [1]
+    with pytest.raises(DeadlinePassed):
+        await late
+
+
+@running
+async def test_a_caller_that_leaves_during_the_run_harms_nobody(model: Model) -> None:
+    batcher = batcher_of(model, short=False)
+    model.go_on.clear()
+    left, stays = submit(batcher, 1), submit(batcher, 2)
+    await model.hold()
+    left.cancel()
+    model.go_on.set()
+    assert doubled(await stays) == [4]
+    assert doubled(await submit(batcher, 3)) == [6]
+
+
+@running
+async def test_a_full_queue_refuses_and_empties_again(model: Model) -> None:
+    batcher = batcher_of(model, requests=2)
+    waiting = [submit(batcher, 1), submit(batcher, 2)]
+    with pytest.raises(Overloaded, match="2 requests are waiting already"):
+        submit(batcher, 3)
+    await asyncio.gather(*waiting)
+    assert doubled(await submit(batcher, 4)) == [8]
+
+
+@running
+async def test_bytes_are_bounded_too_but_one_request_always_enters(model: Model) -> None:
+    batcher = batcher_of(model, bytes=10)
+    large = submit(batcher, 1, 2)
+    with pytest.raises(Overloaded):
+        submit(batcher, 3)
+    await large
+
+
+@running
+async def test_who_fills_the_queue_gives_way_to_a_caller_with_less(model: Model) -> None:
+    batcher = batcher_of(model, requests=4)
+    greedy = [submit(batcher, n, caller="greedy") for n in range(4)]
+    modest = submit(batcher, 9, caller="modest")
+    with pytest.raises(Overloaded):
+        submit(batcher, 5, caller="greedy")
+    assert doubled(await modest) == [18]
+    outcomes = await asyncio.gather(*greedy, return_exceptions=True)
+    assert [isinstance(outcome, Overloaded) for outcome in outcomes] == [False, False, False, True]
+
+
+@running
+async def test_callers_take_turns(model: Model) -> None:
+    batcher = batcher_of(model, rows=1)
+    order: list[str] = []
+    waiting = [submit(batcher, n, caller=caller) for n, caller in enumerate("aaabc")]
+    for caller, future in zip("aaabc", waiting, strict=True):
+        future.add_done_callback(lambda _, caller=caller: order.append(caller))
+    await asyncio.gather(*waiting)
+    assert "".join(order) == "abcaa"
+
+
+@running
+async def test_a_delay_gathers_company_until_the_batch_is_full(model: Model) -> None:
+    batcher = batcher_of(model, rows=3, delay_us=60_000_000)
+    waiting = [submit(batcher, n) for n in range(3)]  # the third one makes the batch full: nobody waits the minute
+    await asyncio.gather(*waiting)
+    assert model.batches == [3]
+
+
+@running
+async def test_draining_waits_for_what_is_queued_and_for_what_runs(model: Model) -> None:
+    batcher = batcher_of(model, short=False)
+    model.go_on.clear()
+    waiting = [submit(batcher, 1)]
+    await model.hold()
+    waiting.append(submit(batcher, 2))
+    drained = asyncio.ensure_future(batcher.drain())
+    await asyncio.wait([drained], timeout=0.01)
+    assert not drained.done()
+    model.go_on.set()
+    await drained
+    assert all(future.done() for future in waiting)
+    batcher.close()
+    with pytest.raises(NotReady):
+        submit(batcher, 3)
+
+
+@running
+async def test_closing_refuses_what_is_queued(model: Model) -> None:
+    batcher = batcher_of(model)
+    waiting = submit(batcher, 1)
+    batcher.close()
+    with pytest.raises(NotReady):
+        await waiting
+
+
+@running
+async def test_runs_are_counted_with_their_rows(model: Model) -> None:
+    batcher = batcher_of(model)
+    await asyncio.gather(submit(batcher, 1), submit(batcher, 2, 3))
+    statistics = batcher._statistics
+    assert (statistics.executions, statistics.queue.count) == (1, 2)
+    assert statistics.batches[3].count == 1
+
+
+def test_the_cost_of_a_run_is_unknown_until_one_was_made_and_falls_faster_than_it_rises() -> None:
+    costs = RunCosts()
+    assert costs.expected_ns(4) == math.inf
+    costs.learn(4, 1000)
+    assert costs.expected_ns(7) == 1000
+    costs.learn(5, 0)
+    assert costs.expected_ns(4) == 500
+    costs.learn(5, 1500)
+    assert costs.expected_ns(4) == 550
