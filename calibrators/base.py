@@ -19,7 +19,16 @@ from sklearn.base import BaseEstimator
 from sklearn.exceptions import NotFittedError
 
 from calibrators.graph import Graph
-from calibrators.numerics import Array, blocks, check_labels, check_logits, check_sample_weight
+from calibrators.numerics import (
+    MAX_ABS_LOGIT,
+    Array,
+    by_blocks,
+    check_labels,
+    check_logits,
+    check_sample_weight,
+    check_shape,
+    to_numpy,
+)
 
 
 class Calibrator(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn ships no types
@@ -29,9 +38,6 @@ class Calibrator(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn ship
     parameters are plain JSON values, stored under their own names (scikit-learn's rule), so that `clone`, `get_params`
     and the artifact work without further code.
     """
-
-    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
-    """Signals read when serving: logits, features, inputs."""
 
     fit_needs: ClassVar[frozenset[str]] = frozenset()
     """Further signals read by `fit` alone."""
@@ -49,7 +55,19 @@ class Calibrator(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn ship
         """The name on the wire, in artifacts and in logs: the filename."""
         return type(self).__module__.rpartition(".")[2]
 
-    def fit(self, logits: ArrayLike, y: ArrayLike, *, sample_weight: ArrayLike | None = None) -> Self:
+    @property
+    def needs(self) -> frozenset[str]:
+        """Signals read when serving, as the parameters have it: logits, features, inputs, views."""
+        return frozenset({"logits"})
+
+    def signal_shapes(self, n_classes: int) -> dict[str, tuple[int, ...]]:
+        """What `fit` and `predict_proba` read beside the logits: the name of each signal, the shape of a row of it."""
+        del n_classes
+        return {}
+
+    def fit(
+        self, logits: ArrayLike, y: ArrayLike, *, sample_weight: ArrayLike | None = None, **signals: ArrayLike | None
+    ) -> Self:
         """Learn from labelled rows.
 
         Parameters
@@ -57,6 +75,7 @@ class Calibrator(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn ship
         logits : (n_samples, n_classes) real; scores before softmax. For probabilities p pass log(p).
         y : (n_samples,) class indices 0 .. n_classes-1
         sample_weight : (n_samples,) not negative; weight two equals the row twice
+        signals : (n_samples, ...) each, those of `signal_shapes`; None is as good as absent
 
         Raises
         ------
@@ -67,6 +86,7 @@ class Calibrator(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn ship
         z = check_logits(logits).astype(np.float64, copy=False)
         labels = check_labels(y, n_samples=len(z), n_classes=z.shape[1])
         weight = check_sample_weight(sample_weight, n_samples=len(z))
+        beside = self._check_signals(signals, z)
         present = np.unique(labels[weight > 0])
         if len(present) < 2:
             raise ValueError(
@@ -75,11 +95,12 @@ class Calibrator(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn ship
         kept = weight > 0
         if not kept.all():
             z, labels, weight = z[kept], labels[kept], weight[kept]
-        self._fit(z, labels, weight)
+            beside = {name: array[kept] for name, array in beside.items()}
+        self._fit(z, labels, weight, **beside)
         self.n_classes_ = z.shape[1]
         return self
 
-    def predict_proba(self, logits: ArrayLike) -> Array:
+    def predict_proba(self, logits: ArrayLike, **signals: ArrayLike | None) -> Array:
         """Calibrated probabilities (n_samples, n_classes): rows sum to one; float32 in, float32 out, else float64.
 
         Raises
@@ -87,15 +108,19 @@ class Calibrator(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn ship
         NotFittedError
             before `fit`
         ValueError, TypeError
-            for logits that are not finite reals of shape (n_samples, n_classes of the fit)
+            for logits that are not finite reals of shape (n_samples, n_classes of the fit), and for signals (as `fit`
+            takes them) that do not belong to these rows
         """
         self._check_fitted()
-        z = check_logits(logits, n_classes=self.n_classes_)
-        return np.concatenate([self._predict_proba(z[block]) for block in blocks(*z.shape)])
+        z = check_shape(logits, n_classes=self.n_classes_)
+        return by_blocks(self._predict_proba, z, self._check_signals(signals, z))
 
     @abstractmethod
     def _fit(self, logits: Array, y: Array, weight: Array) -> None:
-        """Set the learned attributes from checked float64 logits, int64 labels and positive weights."""
+        """Set the learned attributes from checked float64 logits, int64 labels and positive weights.
+
+        A kind with `signal_shapes` takes these by name as well, here, in `_predict_proba` and in `emit`.
+        """
 
     @abstractmethod
     def _predict_proba(self, logits: Array) -> Array:
@@ -108,6 +133,11 @@ class Calibrator(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn ship
         `logits` names a FLOAT [B, K] tensor. Learned arrays enter by `graph.parameter`, so that another fit of the same
         shape is another feed and not another session.
         """
+
+    def emit_inputs(self, graph: Graph, x: str) -> str:
+        """Append what acts before the model: from its input `x` to what a second run of it reads (for `views`)."""
+        del graph, x
+        raise TypeError(f"{self.kind} does not act before the model")
 
     def tensors(self) -> dict[str, Array]:
         """The learned arrays by name, `n_classes` among them."""
@@ -143,9 +173,33 @@ class Calibrator(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn ship
     def _check_learned(self, tensors: Mapping[str, Array], n_classes: int) -> None:
         """Raise ValueError for learned arrays that a fit on `n_classes` classes could not have made."""
 
+    def _check_signals(self, signals: Mapping[str, ArrayLike | None], logits: Array) -> dict[str, Array]:
+        """The signals that belong to these logits, in their dtype."""
+        given = {name: values for name, values in signals.items() if values is not None}
+        shapes = self.signal_shapes(logits.shape[1])
+        if given.keys() != shapes.keys():
+            read, got = (", ".join(sorted(names)) or "nothing" for names in (shapes, given))
+            raise ValueError(f"{self} reads {read} beside the logits, got {got}")
+        return {
+            name: check_signal(name, values, (len(logits), *shapes[name])).astype(logits.dtype, copy=False)
+            for name, values in given.items()
+        }
+
     def _check_fitted(self) -> None:
         if not hasattr(self, "n_classes_"):
             raise NotFittedError(f"this {type(self).__name__} is not fitted; call fit(logits, y) first")
+
+
+def check_signal(name: str, values: ArrayLike, shape: tuple[int, ...]) -> Array:
+    """A signal as an array of real, finite numbers of this shape (else TypeError or ValueError)."""
+    array = to_numpy(values)
+    if array.dtype.kind not in "fiu":
+        raise TypeError(f"{name} must be real numbers, got dtype {array.dtype}")
+    if array.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
+    if array.size and not (array.min() >= -MAX_ABS_LOGIT and array.max() <= MAX_ABS_LOGIT):
+        raise ValueError(f"{name} must be finite and within ±{MAX_ABS_LOGIT:g}")
+    return array
 
 
 def check_tensor(name: str, array: Array, dtype: DTypeLike, shape: tuple[int, ...]) -> None:

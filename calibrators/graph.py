@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +32,11 @@ ADDED_OUTPUTS = ("probabilities", "confidence", "label")
 
 LOGITS = f"{PREFIX}logits"
 """The FLOAT [B, K] logits inside a fused graph, fetchable as an output."""
+
+VIEWS = f"{PREFIX}views"
+"""Likewise the FLOAT [B, V, K] logits of the transformed copies of each row, where the calibrator reads them."""
+
+FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
 
 MIN_OPSET = 9
 STAGE_OPSET = 17
@@ -140,6 +145,33 @@ class Graph:
         values = self.largest(x, 2)
         return self.column(values, 0), self.column(values, 1)
 
+    def image_input(self) -> tuple[str, tuple[int | None, ...]]:
+        """The model's one input and its dimensions [B, C, H, W], None where they are open (else ValueError)."""
+        initializers = {tensor.name for tensor in self.model.graph.initializer}
+        inputs = [value for value in self.model.graph.input if value.name not in initializers]
+        types = [value.type.tensor_type for value in inputs]
+        shapes = [tuple(d.dim_value if d.HasField("dim_value") else None for d in t.shape.dim) for t in types]
+        if len(inputs) != 1 or len(shapes[0]) != 4 or shapes[0][0] is not None or types[0].elem_type not in FLOATS:
+            found = ", ".join(f"{value.name!r} {list(shape)}" for value, shape in zip(inputs, shapes, strict=True))
+            raise ValueError(f"views need one input of real images [B, C, H, W] with B open, the model has {found}")
+        return inputs[0].name, shapes[0]
+
+    def repeat(self, n_nodes: int, x: str, changed: str, wanted: str) -> str:
+        """Append the first `n_nodes` nodes once more, as far as they lie between `x` and `wanted`, reading `changed`.
+
+        Weights are shared with the first run, whose tensors stay what they are. Returns the second `wanted`.
+        """
+        nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in self.model.graph.node[:n_nodes]]
+        renamed = {x: changed}
+        for node in _ancestors(nodes, wanted):
+            if not renamed.keys().isdisjoint(_reads(node)):
+                renamed |= {name: f"{PREFIX}again/{name}" for name in node.output if name}
+                node.name = node.name and f"{PREFIX}again/{node.name}"
+                _rename_node(node, renamed)
+                _forget_named_dimensions(node)
+                self.model.graph.node.append(node)
+        return renamed[wanted]
+
     def reshape(self, x: str, shape: tuple[int, ...]) -> str:
         """Reshape with ONNX's rules: 0 keeps a dimension, -1 is inferred."""
         return self.node("Reshape", x, self.constant(np.array(shape, dtype=np.int64)))
@@ -171,7 +203,7 @@ class FusedModel:
         proto = onnx.ModelProto()
         proto.CopyFrom(self.proto)
         _keep(proto.graph.input, lambda name: name not in self.parameters)
-        _keep(proto.graph.output, lambda name: name != LOGITS)
+        _keep(proto.graph.output, lambda name: name not in (LOGITS, VIEWS))
         return proto.SerializeToString()
 
 
@@ -187,8 +219,8 @@ def fuse(model: onnx.ModelProto | bytes, calibrator: Calibrator, inspection: Ins
     Raises
     ------
     ValueError
-        if no classifier output is found, the operator set is older than 9, the number of classes differs, or an input
-        of the model bears the name of an added output
+        if no classifier output is found, the operator set is older than 9, the number of classes differs, an input of
+        the model bears the name of an added output, or the calibrator reads views of what is not one image a row
     """
     proto = onnx.ModelProto()
     proto.ParseFromString(model if isinstance(model, bytes) else model.SerializeToString())
@@ -202,12 +234,13 @@ def fuse(model: onnx.ModelProto | bytes, calibrator: Calibrator, inspection: Ins
         raise ValueError(f"the model uses opset {default_opset(proto)}; calibrators need opset {MIN_OPSET} or later")
     own_outputs, renamed = _free_reserved_names(proto)
     tap = Tap(renamed.get(found.logits.tensor, found.logits.tensor), found.logits.form, found.logits.reason)
-    graph = Graph(proto)
+    graph, n_nodes = Graph(proto), len(proto.graph.node)
     logits = graph.node("Identity", emit_logits(graph, tap))
     proto.graph.node[-1].output[0] = LOGITS
     logits = LOGITS
     proto.graph.output.append(helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, [None, n_classes]))
-    _emit_outputs(graph, calibrator.emit(graph, logits), n_classes)
+    signals = _emit_signals(graph, calibrator, tap, n_nodes)
+    _emit_outputs(graph, calibrator.emit(graph, logits, **signals), n_classes)
     return FusedModel(proto, graph.parameters, found, own_outputs)
 
 
@@ -227,17 +260,20 @@ def emit_logits(graph: Graph, tap: Tap) -> str:
 
 
 def stage(calibrator: Calibrator, opset: int = STAGE_OPSET) -> FusedModel:
-    """The calibrator alone as a graph: input `logits` FLOAT [B, K], outputs as `fuse` adds them.
+    """The calibrator alone as a graph: inputs `logits` FLOAT [B, K] and the signals that it reads besides, likewise
+    under their names; outputs as `fuse` adds them.
 
     For comparing the graph's arithmetic with `predict_proba` without any model.
     """
     n_classes = int(calibrator.tensors()["n_classes"])
-    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["B", n_classes])
+    signals = calibrator.signal_shapes(n_classes)
+    shapes = {"logits": (n_classes,), **signals}
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", *shape]) for name, shape in shapes.items()]
     proto = helper.make_model(
-        helper.make_graph([], "calibrator", [logits], []), opset_imports=[helper.make_opsetid("", opset)], ir_version=8
+        helper.make_graph([], "calibrator", inputs, []), opset_imports=[helper.make_opsetid("", opset)], ir_version=8
     )
     graph = Graph(proto)
-    _emit_outputs(graph, calibrator.emit(graph, "logits"), n_classes)
+    _emit_outputs(graph, calibrator.emit(graph, "logits", **{name: name for name in signals}), n_classes)
     tap = Tap("logits", "logits", "the graph's own input")
     return FusedModel(proto, graph.parameters, Inspection("logits", tap, None, "no model", n_classes), {})
 
@@ -255,6 +291,23 @@ def signature(calibrator: Calibrator, opset: int = STAGE_OPSET) -> str:
 def default_opset(model: onnx.ModelProto) -> int:
     """Version of ONNX's own operator set which the model declares."""
     return max((int(entry.version) for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=1)
+
+
+def _emit_signals(graph: Graph, calibrator: Calibrator, tap: Tap, n_nodes: int) -> dict[str, str]:
+    """What `emit` reads beside the logits: views, made by a second run of the model's nodes on copies of its input.
+
+    One run on a batch of originals and copies would cost the same, but round the model's own outputs differently.
+    """
+    shapes = calibrator.signal_shapes(int(calibrator.tensors()["n_classes"]))
+    if "views" not in shapes:
+        return {}
+    x, _ = graph.image_input()
+    tensor = graph.repeat(n_nodes, x, calibrator.emit_inputs(graph, x), tap.tensor)
+    stacked = emit_logits(graph, replace(tap, tensor=tensor))
+    n_views, n_classes = shapes["views"]
+    views = graph.node("Transpose", graph.reshape(stacked, (n_views, -1, n_classes)), perm=[1, 0, 2])
+    graph.output(views, VIEWS, TensorProto.FLOAT, (None, n_views, n_classes))
+    return {"views": views}
 
 
 def _emit_outputs(graph: Graph, probabilities: str, n_classes: int) -> None:
@@ -322,15 +375,46 @@ def _subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
     return graphs + [graph for attribute in node.attribute for graph in attribute.graphs]
 
 
+def _reads(node: onnx.NodeProto) -> set[str]:
+    """Names of the tensors that a node or its subgraphs read."""
+    inner = (_reads(inner) for subgraph in _subgraphs(node) for inner in subgraph.node)
+    return set(node.input).union(*inner) - {""}  # an optional input left out
+
+
+def _ancestors(nodes: list[onnx.NodeProto], wanted: str) -> list[onnx.NodeProto]:
+    """The nodes that `wanted` is made by, in their order."""
+    needed, found = {wanted}, []
+    for node in reversed(nodes):
+        if not needed.isdisjoint(node.output):
+            needed |= _reads(node)
+            found.append(node)
+    return found[::-1]
+
+
 def _rename(graph: onnx.GraphProto, renamed: dict[str, str]) -> None:
     """Rename tensors in a graph and in the subgraphs that see its scope."""
     for node in graph.node:
-        for names in (node.input, node.output):
-            for index, name in enumerate(names):
-                names[index] = renamed.get(name, name)
-        for subgraph in _subgraphs(node):
-            _rename(subgraph, renamed)
+        _rename_node(node, renamed)
     for value in (*graph.output, *graph.value_info):
         value.name = renamed.get(value.name, value.name)
     for tensor in graph.initializer:
         tensor.name = renamed.get(tensor.name, tensor.name)
+
+
+def _forget_named_dimensions(node: onnx.NodeProto) -> None:
+    """In subgraphs: a runtime takes dimensions of one name for equal, and a second batch is longer than the first."""
+    for subgraph in _subgraphs(node):
+        for value in (*subgraph.input, *subgraph.output, *subgraph.value_info):
+            for dimension in value.type.tensor_type.shape.dim:
+                if dimension.HasField("dim_param"):
+                    dimension.Clear()
+        for inner in subgraph.node:
+            _forget_named_dimensions(inner)
+
+
+def _rename_node(node: onnx.NodeProto, renamed: dict[str, str]) -> None:
+    for names in (node.input, node.output):
+        for index, name in enumerate(names):
+            names[index] = renamed.get(name, name)
+    for subgraph in _subgraphs(node):
+        _rename(subgraph, renamed)

@@ -40,7 +40,8 @@ import numpy as np
 from calibrators.base import Calibrator, check_tensor
 from calibrators.graph import Graph
 from calibrators.kinds.temperature import HIGHEST, LOWEST, TemperatureScaling
-from calibrators.numerics import Array, softmax
+from calibrators.numerics import Array, centre, softmax_of_centred, two_largest
+from calibrators.training import MIN_ROWS, affine, descend, distinct, drawn, hidden_layer, import_torch
 
 FORMS = ("logit_gap", "sorted")
 LOSSES = ("log", "soft_ece")
@@ -50,8 +51,6 @@ LAYERS = ("weight_1", "bias_1", "weight_2", "bias_2", "weight_3", "bias_3")
 LEAST_RATIO = 0.1
 FARTHEST_INPUT = 10.0
 
-MIN_ROWS, MAX_ROWS, MAX_LOGITS = 100, 20_000, 4_000_000
-LEARNING_RATE, MAX_EPOCHS, PATIENCE = 0.005, 1000, 50
 BIN_CENTRES, BIN_WIDTH = (np.arange(15) + 0.5) / 15, 0.05
 
 
@@ -109,11 +108,11 @@ class AdaptiveTemperature(Calibrator):
             raise ValueError(f"seed must be a whole number, 0 or above, got {self.seed!r}")
 
     def _fit(self, logits: Array, y: Array, weight: Array) -> None:
-        torch = _import_torch()
+        torch = import_torch(self.kind)
         logits, y, weight = _distinct(logits, y, weight)
         scaling = TemperatureScaling().fit(logits, y, sample_weight=weight)
         rng = np.random.default_rng(self.seed)
-        chosen = rng.permutation(len(y))[: min(MAX_ROWS, max(MIN_ROWS, MAX_LOGITS // logits.shape[1]))]
+        chosen = drawn(len(y), logits.shape[1], rng)
         logits, y, weight = logits[chosen], y[chosen], weight[chosen]
         gaps = _gaps(logits, self._n_largest(logits.shape[1]))
         self.temperature_, self.improvement_ = scaling.temperature_, 0.0
@@ -129,10 +128,9 @@ class AdaptiveTemperature(Calibrator):
 
     def _predict_proba(self, logits: Array) -> Array:
         dtype = logits.dtype
-        centred = logits - logits.max(axis=1, keepdims=True)
         with np.errstate(over="ignore"):  # minus infinity is a probability of zero, and far inputs end at the farthest
             x = self._inputs(_gaps(logits, self._n_largest(logits.shape[1])))
-            return softmax(centred / (dtype.type(self.temperature_) * self._ratio(x)))
+            return softmax_of_centred(centre(logits) / (dtype.type(self.temperature_) * self._ratio(x)))
 
     def emit(self, graph: Graph, logits: str) -> str:
         named = {name: graph.parameter(name, getattr(self, f"{name}_")) for name in self.learned}
@@ -178,7 +176,7 @@ class AdaptiveTemperature(Calibrator):
         """m(x), (n_samples, 1)."""
         for layer in (1, 2, 3):
             weight, bias = (getattr(self, f"{part}_{layer}_").astype(x.dtype) for part in ("weight", "bias"))
-            x = _affine(np.maximum(x, 0) if layer > 1 else x, weight, bias)
+            x = affine(np.maximum(x, 0) if layer > 1 else x, weight, bias)
         least = x.dtype.type(LEAST_RATIO)
         ratio: Array = np.maximum(np.abs(x), least) if self.form == "sorted" else np.logaddexp(x, 0 * least) + least
         return ratio
@@ -197,24 +195,17 @@ class _Rows(NamedTuple):
         return _Rows(x, scaled, correct, weight / weight.sum())
 
 
-def _import_torch() -> Any:
-    try:
-        import torch
-    except ImportError as error:
-        raise ImportError("adaptive_temperature trains with torch: pip install 'calserve[torch]'") from error
-    return torch
-
-
 def _distinct(logits: Array, y: Array, weight: Array) -> tuple[Array, Array, Array]:
     """Each distinct pair of a row and its label once, with the sum of its weights, in the order of their bytes."""
-    rows = np.column_stack([logits + 0.0, y])  # makes -0.0 into 0.0, which has other bytes
-    keys = rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1]))).ravel()
-    _, first, index = np.unique(keys, return_index=True, return_inverse=True)
-    return logits[first], y[first], np.bincount(index, weights=weight)
+    first, total = distinct(np.column_stack([logits, y]), weight)
+    return logits[first], y[first], total
 
 
 def _gaps(logits: Array, n_largest: int) -> Array:
     """The largest logit less each of the next n_largest - 1, in rising order of the gap."""
+    if n_largest == 2:
+        first, second = two_largest(logits, logits.argmax(axis=1)[:, None])
+        return np.asarray(first - second)
     top = -np.sort(-np.partition(logits, -n_largest, axis=1)[:, -n_largest:], axis=1)
     gaps: Array = top[:, :1] - top[:, 1:]
     return gaps
@@ -228,21 +219,10 @@ def _standardisation(gaps: Array, weight: Array) -> tuple[Array, Array]:
 
 
 def _first_layers(n_inputs: int, form: str, rng: np.random.Generator) -> list[Array]:
-    """Hidden layers as He and co-authors start them, then the layer that makes m = 1."""
+    """Hidden layers, then the layer that makes m = 1."""
     one = 1.0 if form == "sorted" else np.log(np.expm1(1 - LEAST_RATIO))
-    layers = []
-    for inputs in (n_inputs, HIDDEN):
-        layers += [rng.normal(scale=np.sqrt(2 / inputs), size=(inputs, HIDDEN)), np.zeros(HIDDEN)]
-    return [*layers, np.zeros((HIDDEN, 1)), np.array([one])]
-
-
-def _affine(x: Array, weight: Array, bias: Array) -> Array:
-    """x W + b, summed in one order: a matrix product's rounding depends on how many rows stand beside a row."""
-    total = x[:, :1] * weight[0]
-    for i in range(1, len(weight)):
-        total += x[:, i : i + 1] * weight[i]
-    result: Array = total + bias
-    return result
+    hidden = hidden_layer(n_inputs, HIDDEN, rng) + hidden_layer(HIDDEN, HIDDEN, rng)
+    return [*hidden, np.zeros((HIDDEN, 1)), np.array([one])]
 
 
 def _train(torch: Any, layers: list[Array], rows: _Rows, form: str, loss: str) -> tuple[list[Array], float]:
@@ -250,23 +230,12 @@ def _train(torch: Any, layers: list[Array], rows: _Rows, form: str, loss: str) -
     tensors = _Rows(*(torch.as_tensor(values) for values in rows))
     n_held = len(rows.weight) // 5
     held, training = tensors.take(slice(n_held)), tensors.take(slice(n_held, None))
-    current = [torch.tensor(layer, requires_grad=True) for layer in layers]
-    optimiser = torch.optim.Adam(current, lr=LEARNING_RATE)
-    with torch.no_grad():
-        first = least = float(_loss(torch, current, held, form, loss))
-    best_epoch = 0
-    for epoch in range(1, MAX_EPOCHS + 1):
-        optimiser.zero_grad()
-        _loss(torch, current, training, form, loss).backward()
-        optimiser.step()
-        with torch.no_grad():
-            value = float(_loss(torch, current, held, form, loss))
-        if value < least:
-            least, best_epoch = value, epoch
-            layers = [layer.detach().numpy().copy() for layer in current]
-        elif epoch - best_epoch >= PATIENCE:
-            break
-    return layers, first - least
+    return descend(
+        torch,
+        layers,
+        lambda current: _loss(torch, current, training, form, loss),
+        lambda current: _loss(torch, current, held, form, loss),
+    )
 
 
 def _loss(torch: Any, layers: list[Any], rows: _Rows, form: str, loss: str) -> Any:
