@@ -22,7 +22,7 @@ import numpy as np
 
 from calibrators.base import Calibrator, check_tensor
 from calibrators.graph import Graph
-from calibrators.numerics import Array, log_odds, normalised_sigmoid
+from calibrators.numerics import Array, centre, log_odds, normalised_sigmoid
 
 BEYOND = float(np.finfo(np.float32).max)
 """An edge that no score reaches."""
@@ -55,7 +55,7 @@ class OneVsRestSteps(Calibrator):
         return levels
 
     def _predict_proba(self, logits: Array) -> Array:
-        return distributions(look_up(scores(logits), self.edges_, self._levels()).astype(logits.dtype))
+        return distributions(look_up(scores(logits), self.edges_, self._levels()).astype(logits.dtype, copy=False))
 
     def emit(self, graph: Graph, logits: str) -> str:
         edges, levels = graph.parameter("edges", self.edges_), graph.parameter("levels", self._levels())
@@ -107,8 +107,7 @@ class Steps(NamedTuple):
 
 def scores(logits: Array) -> Array:
     """float32 log-odds (n_samples, n_maps): of every class against the rest, of class 1 alone where there are two."""
-    centred = (logits - logits.max(axis=1, keepdims=True)).astype(np.float32)
-    s = log_odds(centred)
+    s = log_odds(centre(logits).astype(np.float32, copy=False))
     return s[:, 1:] if s.shape[1] == 2 else s
 
 
@@ -145,22 +144,29 @@ def table(steps: Sequence[Steps], n_cells: int) -> tuple[Array, Array]:
     return edges, np.clip(levels, -LARGEST_LEVEL, LARGEST_LEVEL)
 
 
-def cells(s: Array, edges: Array) -> Array:
-    """The number of edges (n_maps, n_cells - 1) at or below each score (n_samples, n_maps): its cell, int32."""
-    n_maps, n_edges = edges.shape
-    first = n_edges * np.arange(n_maps, dtype=np.int32)
-    count = np.zeros(s.shape, dtype=np.int32)
+def places(s: Array, edges: Array, maps: Array) -> Array:
+    """Of each score the first edge above it on the score's own map, as a place in the edges laid end to end, int64.
+
+    s (n_samples, n) are read on the maps numbered `maps`, which broadcasts to s; edges (n_maps, n_cells - 1). A score
+    that no edge is above has the place after its map's last.
+    """
+    n_edges = edges.shape[1]
+    place = np.empty_like(s, dtype=np.int64)
+    place[...] = n_edges * maps
     flat, step = edges.ravel(), (n_edges + 1) // 2
     while step:
-        count += step * (s >= flat[first + count + (step - 1)])
+        passed = s >= flat[step - 1 :][place]
+        place += np.int16(step) * passed.view(np.int8)  # small integers: a quarter of the memory to go through
         step //= 2
-    return count
+    return place
 
 
-def look_up(s: Array, edges: Array, levels: Array) -> Array:
-    """Levels at scores (n_samples, n_maps), float32."""
-    n_maps, n_cells = levels.shape
-    found: Array = levels.ravel()[cells(s, edges) + n_cells * np.arange(n_maps, dtype=np.int32)]
+def look_up(s: Array, edges: Array, levels: Array, maps: Array | None = None) -> Array:
+    """Levels at scores (n_samples, n), float32, on the maps numbered `maps`: without these, one for each column."""
+    maps = np.arange(len(levels)) if maps is None else maps
+    place = places(s, edges, maps)
+    place += maps  # every map has one level more than it has edges
+    found: Array = levels.ravel()[place]
     return found
 
 

@@ -6,7 +6,8 @@ the array it holds. Nothing here knows a calibrator.
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,7 +17,10 @@ Array: TypeAlias = NDArray[Any]
 MAX_ABS_LOGIT = 1e30
 """Largest magnitude accepted in a logit: beyond it float32 arithmetic overflows."""
 
-ELEMENTS_AT_ONCE = 1 << 17
+ELEMENTS_AT_ONCE = 1 << 16
+
+FEW_COLUMNS = 128
+"""Up to here a block of logits is transformed with each column in one piece of memory."""
 
 
 def to_numpy(values: ArrayLike) -> Array:
@@ -36,6 +40,13 @@ def check_logits(logits: ArrayLike, *, n_classes: int | None = None) -> Array:
     ValueError
         if the array is not (n_samples, n_classes) with two classes or more, or holds a NaN or an infinity
     """
+    array = check_shape(logits, n_classes=n_classes)
+    check_finite(array)
+    return array
+
+
+def check_shape(logits: ArrayLike, *, n_classes: int | None = None) -> Array:
+    """`check_logits` without a look at the values."""
     array = to_numpy(logits)
     if array.dtype.kind not in "fiu":
         raise TypeError(f"logits must be real numbers, got dtype {array.dtype}")
@@ -50,14 +61,22 @@ def check_logits(logits: ArrayLike, *, n_classes: int | None = None) -> Array:
         )
     if n_classes is not None and array.shape[1] != n_classes:
         raise ValueError(f"this calibrator was fitted on {n_classes} classes, got logits with {array.shape[1]} columns")
-    # One pass without a temporary of the array's size: a NaN or an infinity shows in the extremes.
-    if array.size and not (array.min() >= -MAX_ABS_LOGIT and array.max() <= MAX_ABS_LOGIT):
-        row, column = np.argwhere(~(np.abs(array) <= MAX_ABS_LOGIT))[0]
+    return array
+
+
+def check_finite(logits: Array) -> None:
+    """Raise ValueError, naming the first, for logits that are not finite or beyond `MAX_ABS_LOGIT`."""
+    if not _is_finite(logits):
+        row, column = np.argwhere(~(np.abs(logits) <= MAX_ABS_LOGIT))[0]
         raise ValueError(
-            f"logits must be finite and within ±{MAX_ABS_LOGIT:g}, got {array[row, column]} at [{row}, {column}];"
+            f"logits must be finite and within ±{MAX_ABS_LOGIT:g}, got {logits[row, column]} at [{row}, {column}];"
             " for the logarithm of probabilities clip these away from 0 first"
         )
-    return array
+
+
+def _is_finite(logits: Array) -> bool:
+    """Without a temporary of the array's size: a NaN or an infinity shows in the extremes."""
+    return not logits.size or bool(logits.min() >= -MAX_ABS_LOGIT and logits.max() <= MAX_ABS_LOGIT)
 
 
 def check_labels(y: ArrayLike, *, n_samples: int, n_classes: int) -> NDArray[np.int64]:
@@ -103,12 +122,53 @@ def blocks(length: int, width: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, max(length, 1), size)]
 
 
+def by_blocks(transform: Callable[..., Array], logits: Array, beside: Mapping[str, Array]) -> Array:
+    """Rows of finite logits (n_samples, n_classes), and of the arrays beside them, transformed a block at a time.
+
+    So what is in between stays in a processor's cache. Where columns are few, a block holds them one after the other:
+    the sum of ten numbers in a row costs numpy ten times what it costs in ten columns added up. `transform` must not
+    write on what it is given: where columns are many, these are the caller's own rows.
+    """
+    order: Literal["F", "C"] = "F" if logits.shape[1] <= FEW_COLUMNS else "C"
+    transformed = np.empty(logits.shape, logits.dtype)
+    for block in blocks(*logits.shape):
+        rows = logits[block]
+        if not _is_finite(rows):
+            check_finite(logits)  # names the place in the whole
+        # A row by itself is doubled: numpy would sum it in another order than it does among others.
+        chosen = [0, 0] if len(rows) == 1 else slice(None)
+        of_rows = {name: array[block][chosen] for name, array in beside.items()}
+        transformed[block] = transform(np.asarray(rows[chosen], order=order), **of_rows)[: len(rows)]
+    return transformed
+
+
+def centre(logits: Array) -> Array:
+    """Logits less their row's largest."""
+    difference: Array = logits - logits.max(axis=1, keepdims=True)
+    return difference
+
+
 def softmax(logits: Array) -> Array:
     """exp(z_k) / sum_j exp(z_j) for each row, shifted by the row's maximum so that nothing overflows."""
-    shifted: Array = logits - logits.max(axis=1, keepdims=True)
-    np.exp(shifted, out=shifted)
-    shifted /= shifted.sum(axis=1, keepdims=True)
-    return shifted
+    return softmax_of_centred(centre(logits))
+
+
+def softmax_in_place(logits: Array) -> Array:
+    """`softmax`, computed in the memory of the logits."""
+    logits -= logits.max(axis=1, keepdims=True)
+    return softmax_of_centred(logits)
+
+
+def softmax_of_centred(logits: Array) -> Array:
+    """`softmax` of rows whose largest is 0, computed in their own memory."""
+    np.exp(logits, out=logits)
+    return normalise(logits)
+
+
+def normalise(p: Array) -> Array:
+    """Rows divided by their sums, in their own memory."""
+    p /= p.sum(axis=1, keepdims=True)
+    return p
 
 
 def log_softmax(logits: Array) -> Array:
@@ -128,15 +188,29 @@ def log_odds(logits: Array) -> Array:
         s = v - g - log(1 + (R - exp(v)) exp(-g))            for every other
 
     R >= 1, and R - exp(v) >= 0 is a sum of terms of one sign, so nothing overflows and nothing cancels. Where several
-    logits are the largest, g = 0 and the two lines agree.
+    logits are the largest, g = 0 and the second line is taken.
     """
-    second, first = np.partition(logits, -2, axis=1)[:, -2:].T[:, :, None]
-    above, gap = logits - second, first - second
-    terms = np.exp(np.minimum(above, 0))
+    top = logits.argmax(axis=1)[:, None]
+    first, second = two_largest(logits, top)
+    gap = first - second
+    above = logits - second
+    terms = np.minimum(above, 0)
+    np.exp(terms, out=terms)
     total = terms.sum(axis=1, keepdims=True) - 1
-    others = np.log1p((total - terms) * np.exp(-gap))
-    scores: Array = np.where(above > 0, gap - np.log(total), above - gap - others)
-    return scores
+    np.subtract(total, terms, out=terms)
+    terms *= np.exp(-gap)
+    above -= gap
+    above -= np.log1p(terms, out=terms)
+    tied = np.take_along_axis(above, top, axis=1)
+    np.put_along_axis(above, top, np.where(gap > 0, gap - np.log(total), tied), axis=1)
+    return above
+
+
+def two_largest(logits: Array, top: Array) -> tuple[Array, Array]:
+    """The largest of each row, which stands in the column `top`, and the largest of the others; (n_samples, 1) each."""
+    others = logits.copy(order="K")
+    np.put_along_axis(others, top, -np.inf, axis=1)
+    return np.take_along_axis(logits, top, axis=1), others.max(axis=1, keepdims=True)
 
 
 def normalised_sigmoid(log_odds: Array) -> Array:
@@ -145,7 +219,12 @@ def normalised_sigmoid(log_odds: Array) -> Array:
     sigmoid(t) = exp(min(t, 0)) / (1 + exp(-|t|)); the numerators are shifted by the row's largest, so a row whose every
     sigmoid underflows is a distribution like any other.
     """
-    p = softmax(np.minimum(log_odds, 0))
-    p /= 1 + np.exp(-np.abs(log_odds))
-    p /= p.sum(axis=1, keepdims=True)
-    return p
+    p = np.minimum(log_odds, 0)
+    p -= p.max(axis=1, keepdims=True)
+    np.exp(p, out=p)
+    decay = np.abs(log_odds)
+    np.negative(decay, out=decay)
+    np.exp(decay, out=decay)
+    decay += 1
+    p /= decay
+    return normalise(p)

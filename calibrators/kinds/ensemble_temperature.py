@@ -29,7 +29,7 @@ import numpy as np
 from calibrators.base import Calibrator, check_tensor
 from calibrators.graph import Graph
 from calibrators.kinds.temperature import HIGHEST, LOWEST, TemperatureScaling
-from calibrators.numerics import Array, blocks, softmax
+from calibrators.numerics import Array, blocks, centre, softmax, softmax_of_centred
 
 LOSSES = ("log", "brier")
 FACES = [list(face) for size in (1, 2, 3) for face in combinations(range(3), size)]
@@ -87,10 +87,10 @@ class EnsembleTemperatureScaling(Calibrator):
 
     def _predict_proba(self, logits: Array) -> Array:
         w = self.weights_.astype(logits.dtype)
-        centred = logits - logits.max(axis=1, keepdims=True)
+        below = centre(logits)
         with np.errstate(over="ignore"):  # minus infinity is a probability of zero
-            scaled = softmax(centred / logits.dtype.type(self.temperature_))
-        mixed: Array = w[0] * scaled + w[1] * softmax(centred) + w[2] / logits.shape[1]
+            scaled = softmax_of_centred(below * logits.dtype.type(1 / self.temperature_))
+        mixed: Array = w[0] * scaled + w[1] * softmax_of_centred(below) + w[2] / logits.shape[1]
         return mixed
 
     def emit(self, graph: Graph, logits: str) -> str:

@@ -48,7 +48,7 @@ from calibrators.binning import (
     table,
 )
 from calibrators.graph import Graph
-from calibrators.numerics import Array, log_odds, softmax
+from calibrators.numerics import Array, centre, log_odds, softmax_in_place
 
 ROWS_PER_BIN = 50
 STRATEGIES = ("equal_mass", "equal_width")
@@ -136,12 +136,15 @@ class HistogramBinning(Calibrator):
         own = (self.rows_.sum(axis=1) == 0).astype(np.float32)
         if not self.top_label:
             s = scores(logits)
-            return distributions((look_up(s, self.edges_, self.levels_) + own * s).astype(logits.dtype))
-        centred = (logits - logits.max(axis=1, keepdims=True)).astype(np.float32)
-        s = log_odds(centred)
-        moved = centred + (look_up(s, self.edges_, self.levels_) - (1 - own) * s)
-        predicted = centred.argmax(axis=1)[:, None] == np.arange(centred.shape[1])
-        return softmax(np.where(predicted, moved, centred).astype(logits.dtype))
+            t = look_up(s, self.edges_, self.levels_)
+            t += np.multiply(own, s, out=s)
+            return distributions(t.astype(logits.dtype, copy=False))
+        z = centre(logits).astype(np.float32, copy=False)
+        predicted = z.argmax(axis=1)[:, None]
+        s = np.take_along_axis(log_odds(z), predicted, axis=1)
+        moved = look_up(s, self.edges_, self.levels_, predicted) - (1 - own[predicted]) * s
+        np.put_along_axis(z, predicted, moved, axis=1)
+        return softmax_in_place(z.astype(logits.dtype, copy=False))
 
     def emit(self, graph: Graph, logits: str) -> str:
         n_maps, n_classes = len(self.edges_), self.n_classes_

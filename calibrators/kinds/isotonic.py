@@ -191,12 +191,17 @@ def _blocks(scores: Array, hits: Array, weight: Array, n_classes: int) -> tuple[
 def _look_up(scores: Array, levels: Array, low: Array, high: Array) -> Array:
     """Values of the piecewise linear maps at scores (n_samples, n_classes), in the scores' dtype."""
     levels, low, high = (array.astype(scores.dtype) for array in (levels, low, high))
-    x = np.clip((scores - low) * ((GRID_POINTS - 1) / (high - low)), 0, LAST_CELL)
-    cell = x.astype(np.int32)
-    left = cell + GRID_POINTS * np.arange(len(levels), dtype=np.int32)
+    x = scores - low
+    x *= (GRID_POINTS - 1) / (high - low)
+    np.clip(x, 0, LAST_CELL, out=x)
+    cell = np.floor(x)
+    x -= cell
+    left = cell.astype(np.int64)
+    left += GRID_POINTS * np.arange(len(levels))
     left_level: Array = levels.ravel()[left]
-    rise: Array = (x - cell.astype(x.dtype)) * (levels.ravel()[left + 1] - left_level)
-    return left_level + rise
+    x *= levels.ravel()[1:][left] - left_level
+    left_level += x
+    return left_level
 
 
 def _sigmoid(log_odds: Array) -> Array:

@@ -31,7 +31,7 @@ from scipy.optimize import nnls
 from calibrators.base import Calibrator, check_tensor
 from calibrators.graph import Graph
 from calibrators.kinds.temperature import HIGHEST, LOWEST, TemperatureScaling
-from calibrators.numerics import Array, blocks, softmax
+from calibrators.numerics import Array, blocks, centre, softmax, softmax_of_centred
 
 CELLS = 16
 LEAST_SLOPE = 0.01
@@ -83,8 +83,10 @@ class OrderPreserving(Calibrator):
     def _predict_proba(self, logits: Array) -> Array:
         slope = self.slope_.astype(logits.dtype)
         with np.errstate(over="ignore"):  # minus infinity is a probability of zero
-            cell, beyond = _cells((logits.max(axis=1, keepdims=True) - logits) / logits.dtype.type(self.temperature_))
-            return softmax(-(_starts(slope)[cell] + slope[cell] * beyond))
+            cell, beyond = _cells(centre(logits) * -logits.dtype.type(1 / self.temperature_))
+            beyond *= slope[cell]
+            beyond += _starts(slope)[cell]
+            return softmax_of_centred(np.negative(beyond, out=beyond))
 
     def emit(self, graph: Graph, logits: str) -> str:
         slope, start = graph.parameter("slope", self.slope_), graph.parameter("start", _starts(self.slope_))
@@ -187,8 +189,8 @@ def _least_under_bounds(slope: Array, gradient: Array, curvature: Array) -> Arra
 
 def _cells(v: Array) -> tuple[Array, Array]:
     """Each distance's cell and how far beyond that cell's start it lies."""
-    cell = np.minimum(v, CELLS - 1).astype(np.int32)
-    return cell, v - cell.astype(v.dtype)
+    start = np.floor(np.minimum(v, CELLS - 1))
+    return start.astype(np.int64), v - start
 
 
 def _starts(slope: Array) -> Array:

@@ -67,8 +67,10 @@ class PlattScaling(Calibrator):
         self.slope_ = slope[:, 0]
 
     def _predict_proba(self, logits: Array) -> Array:
-        dtype = logits.dtype
-        return normalised_sigmoid(self.slope_.astype(dtype) * log_odds(logits) + self.intercept_.astype(dtype))
+        scores = log_odds(logits)
+        scores *= self.slope_.astype(logits.dtype)
+        scores += self.intercept_.astype(logits.dtype)
+        return normalised_sigmoid(scores)
 
     def emit(self, graph: Graph, logits: str) -> str:
         scaled = graph.node("Mul", graph.log_odds(logits), graph.parameter("slope", self.slope_))

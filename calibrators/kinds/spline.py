@@ -35,7 +35,7 @@ from scipy.interpolate import CubicSpline
 
 from calibrators.base import Calibrator, check_tensor
 from calibrators.graph import Graph
-from calibrators.numerics import Array, softmax
+from calibrators.numerics import Array, softmax_in_place, two_largest
 
 N_KNOTS = 6
 TABLE = 128
@@ -94,7 +94,7 @@ class SplineCalibration(Calibrator):
         moved = logits - (logits.max(axis=1, keepdims=True) - gap)
         top = np.maximum(level + log_rest, np.minimum(gap, logits.dtype.type(LEAST_GAP)))
         np.put_along_axis(moved, logits.argmax(axis=1)[:, None], top, axis=1)
-        return softmax(moved)
+        return softmax_in_place(moved)
 
     def emit(self, graph: Graph, logits: str) -> str:
         zero, one = graph.constant(0.0), graph.constant(1.0)
@@ -140,9 +140,10 @@ def _gap_and_rest(logits: Array) -> tuple[Array, Array]:
 
     The first less the second is the log-odds of the top class.
     """
-    second, first = np.partition(logits, -2, axis=1)[:, -2:].T[:, :, None]
-    terms = np.exp(np.minimum(logits - second, 0)).sum(axis=1, keepdims=True)
-    return first - second, np.log(terms - 1)
+    first, second = two_largest(logits, logits.argmax(axis=1)[:, None])
+    terms = np.minimum(logits - second, 0)
+    np.exp(terms, out=terms)
+    return first - second, np.log(terms.sum(axis=1, keepdims=True) - 1)
 
 
 def _tied(scores: Array, correct: Array, weight: Array) -> tuple[Array, Array, Array]:

@@ -23,7 +23,7 @@ from calibrators.base import Calibrator, check_tensor
 from calibrators.graph import Graph
 from calibrators.kinds.temperature import TemperatureScaling
 from calibrators.multinomial import Rows, identity_map, minimise
-from calibrators.numerics import Array, softmax
+from calibrators.numerics import Array, centre, softmax_in_place, softmax_of_centred
 
 LARGEST_WEIGHT = 1e7
 """A slope or bias that float32 holds with room for sums."""
@@ -76,7 +76,10 @@ class StructuredVectorScaling(Calibrator):
 
     def _predict_proba(self, logits: Array) -> Array:
         weight, bias = self.weight_.astype(logits.dtype), self.bias_.astype(logits.dtype)
-        return softmax(weight * mixed_log(logits, self.temperature_, self.mix_) + bias)
+        scores = mixed_log(logits, self.temperature_, self.mix_)
+        scores *= weight
+        scores += bias
+        return softmax_in_place(scores)
 
     def emit(self, graph: Graph, logits: str) -> str:
         mixed = emit_mixed_log(graph, logits, self.temperature_, self.mix_, self.n_classes_)
@@ -99,12 +102,11 @@ def first_step(logits: Array, y: Array, weight: Array) -> tuple[Array, Array]:
 
 def mixed_log(logits: Array, temperature: Array, mix: Array) -> Array:
     """l (n_samples, n_classes), in the dtype of the logits."""
-    centred = logits - logits.max(axis=1, keepdims=True)
     with np.errstate(over="ignore"):  # minus infinity is a probability of zero
-        p = softmax(centred / logits.dtype.type(temperature))
+        p = softmax_of_centred(centre(logits) * logits.dtype.type(1 / temperature))
     p *= logits.dtype.type(1 - mix)
     p += logits.dtype.type(mix / logits.shape[1])
-    return np.asarray(np.log(p))
+    return np.log(p, out=p)
 
 
 def emit_mixed_log(graph: Graph, logits: str, temperature: Array, mix: Array, n_classes: int) -> str:

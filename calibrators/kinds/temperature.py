@@ -26,7 +26,7 @@ import numpy as np
 
 from calibrators.base import Calibrator, check_tensor
 from calibrators.graph import Graph
-from calibrators.numerics import Array, blocks, softmax
+from calibrators.numerics import Array, blocks, centre, softmax, softmax_of_centred
 
 LOG_RANGE = 16.0
 MAX_STEPS = 100
@@ -57,15 +57,14 @@ class TemperatureScaling(Calibrator):
     def _fit(self, logits: Array, y: Array, weight: Array) -> None:
         # Centred on the label's own logit, so that L' needs no second gather and large offsets cancel exactly.
         centred = logits - logits[np.arange(len(y)), y][:, None]
-        scale = float(np.abs(centred).max()) or 1.0
+        scale = float(max(centred.max(), -centred.min())) or 1.0
         centred /= scale
         log_beta, self.converged_ = _root(centred, weight / weight.sum())
         self.temperature_ = np.asarray(np.clip(scale * np.exp(-log_beta), LOWEST, HIGHEST))
 
     def _predict_proba(self, logits: Array) -> Array:
-        centred = logits - logits.max(axis=1, keepdims=True)
         with np.errstate(over="ignore"):  # minus infinity is a probability of zero
-            return softmax(centred / logits.dtype.type(self.temperature_))
+            return softmax_of_centred(centre(logits) * logits.dtype.type(1 / self.temperature_))
 
     def emit(self, graph: Graph, logits: str) -> str:
         # Centred before the division: float32 then errs in proportion to the distance from the top, not to the logit.

@@ -104,7 +104,8 @@ def nll_gap(probabilities: ArrayLike, y: ArrayLike) -> float:
     loss = float(log_losses(p, labels).mean())
     if np.isinf(loss):
         return loss
-    logits = np.log(np.maximum(p, np.finfo(p.dtype).tiny))
+    logits = np.maximum(p, np.finfo(p.dtype).tiny, dtype=np.float64)
+    np.log(logits, out=logits)  # in place, and in the type of the fit: half the memory of a fit on copies
     best = TemperatureScaling().fit(logits, labels).predict_proba(logits)
     return max(loss - float(log_losses(best, labels).mean()), 0.0)
 

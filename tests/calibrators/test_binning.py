@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.special import expit
 from sklearn.calibration import calibration_curve
 
-from calibrators.binning import Ties, cells, power_of_two, thin
+from calibrators.binning import Ties, look_up, places, power_of_two, thin
 from calibrators.kinds.bbq import BayesianBinning
 from calibrators.kinds.histogram_binning import HistogramBinning
 from calibrators.kinds.platt import PlattScaling
@@ -40,13 +40,14 @@ def binary(scores: Array) -> Array:
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(values=st.lists(st.integers(-9, 9), min_size=1, max_size=31), n_bits=st.integers(5, 6))
-def test_cells_count_the_edges_at_or_below_a_score(values: list[int], n_bits: int) -> None:
+def test_places_count_the_edges_at_or_below_a_score(values: list[int], n_bits: int) -> None:
     edges = np.full((2, 2**n_bits - 1), np.finfo(np.float32).max, dtype=np.float32)
     edges[0, : len(values)] = np.sort(values)
     edges[1, : len(values)] = np.sort(values) / 2
     scores = np.tile(np.arange(-10, 10.5, 0.5, dtype=np.float32)[:, None], (1, 2))
     expected = np.column_stack([np.searchsorted(row, scores[:, 0], side="right") for row in edges])
-    np.testing.assert_array_equal(cells(scores, edges), expected)
+    first = edges.shape[1] * np.arange(2)
+    np.testing.assert_array_equal(places(scores, edges, np.arange(2)) - first, expected)
 
 
 @pytest.mark.parametrize(("n_rows", "n_bins"), [(100, 10), (97, 10), (7, 10), (50, 1)])
@@ -126,8 +127,8 @@ def test_a_class_without_rows_stays_as_it_is_before_rows_are_normalised() -> Non
     y[y == 2] = 0
     calibrator = HistogramBinning().fit(logits, y)
     served = calibrator.predict_proba(logits)
-    cell = cells(log_odds(logits).astype(np.float32), calibrator.edges_)
-    binned = expit(np.take_along_axis(calibrator.levels_, cell.T, axis=1).T[:, :2].astype(np.float64))
+    levels = look_up(log_odds(logits).astype(np.float32), calibrator.edges_, calibrator.levels_)
+    binned = expit(levels[:, :2].astype(np.float64))
     expected = np.column_stack([binned, softmax(logits)[:, 2]])
     np.testing.assert_allclose(served, expected / expected.sum(axis=1, keepdims=True), atol=1e-6)
 

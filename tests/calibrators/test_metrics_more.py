@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -353,3 +354,20 @@ def test_logits_are_refused(name: str) -> None:
     metric: Any = ERRORS.get(name) or TESTS[name]
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
         metric([[3.0, -2.0]] * 5, [0] * 5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["accuracy", "brier_score", "classwise_calibration_error", "expected_calibration_error", "log_loss", *ERRORS],
+)
+def test_no_metric_copies_many_classes_more_than_twice(name: str) -> None:
+    """In float64, which the fits within some metrics need; what is small beside the probabilities is a fifth of them."""
+    p, y = rows(3000, 500, seed=0)
+    metric: Any = getattr(metrics, name)
+    tracemalloc.start()
+    try:
+        metric(p, y)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2.2 * p.nbytes
