@@ -1,8 +1,9 @@
 """One model's queue: requests gathered into runs.
 
 There is no timer by default: what arrived while the last run was made, or in the same turns of the event loop, is the
-next run, so a lone caller never waits for company. A run that is expected to be short is made in the event loop, where the hop to a thread would cost more than
-the run; a longer one in the model's own thread, which takes a batch and wakes the loop once when it is done.
+next run, so a lone caller never waits for company. A run that is expected to be short is made in the event loop, where
+the hop to a thread would cost more than the run; a longer one in the model's own thread, which takes a batch and wakes
+the loop once when it is done.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class Run:
         """Whether a vector of probabilities holds neither NaN nor infinity, in all rows of the run."""
         if self._finite is None:
             values = self.arrays[name]
-            self._finite = math.isfinite(values.dot(values))  # a product of numbers up to 1 never overflows
+            self._finite = math.isfinite(np.vdot(values, values))  # numbers up to 1: no overflow
         return self._finite
 
     def part(self, name: str, start: int, stop: int) -> NDArray[Any]:
@@ -151,7 +152,7 @@ class Batcher:
         clock: Callable[[], int] = time.thread_time_ns,
     ) -> None:
         self.limits = limits
-        self._clock = clock  # the thread's own time: waiting for a core or for the interpreter is not a run's cost
+        self._clock = clock
         self.costs = RunCosts()
         self._name, self._execute, self._statistics = name, execute, statistics
         self._lanes: OrderedDict[Lane, FairQueue] = OrderedDict()
@@ -420,8 +421,11 @@ class RunCosts:
         self._ns: dict[int, float] = {}
 
     def expected_ns(self, rows: int) -> float:
-        """Infinite while no run of about this size was made."""
-        return self._ns.get(rows.bit_length(), float("inf"))
+        """What a run of about this size took, or the next larger one; infinite if no such run was made."""
+        size = rows.bit_length()
+        if size in self._ns:
+            return self._ns[size]
+        return min((ns for larger, ns in self._ns.items() if larger > size), default=math.inf)
 
     def learn(self, rows: int, ns: int) -> None:
         """A moving mean that follows faster runs quickly and slower ones slowly: the machine's pauses are no cost."""

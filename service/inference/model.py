@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
@@ -26,8 +27,9 @@ from calibrators.kinds.identity import Identity
 from service.errors import InvalidRequest, Refused
 from service.inference import datatypes
 from service.inference.batcher import Answer, Batcher, Lane, Limits, Run
-from service.inference.session import Device, Session, TensorSpec
+from service.inference.session import Device, Session
 from service.inference.statistics import Statistics
+from service.inference.warmup import made_up, row_costs, warm_up
 
 NO_REVISION = "none"
 """The name of serving the model's own probabilities."""
@@ -96,7 +98,14 @@ class ServedModel:
             if spec.datatype not in datatypes.NUMPY:
                 raise Refused(f"input {spec.name!r} is of type {spec.datatype}, which the protocol has no word for")
         self.joins_requests = self.max_batch_size > 0 or self._rows_stand_alone()
-        self.batcher = Batcher(f"{name}/{version}", self._execute, self._limits(limits or Limits()), self.statistics)
+        self.batcher = Batcher(
+            f"{name}/{version}",
+            self._execute,
+            self._limits(limits or Limits()),
+            self.statistics,
+            # Waiting for a core is no cost of a run, so it is the thread's time; a GPU's is the wall clock's.
+            time.thread_time_ns if device.on_cpu else time.perf_counter_ns,
+        )
 
     @property
     def is_classifier(self) -> bool:
@@ -197,7 +206,7 @@ class ServedModel:
     ) -> tuple[Snapshot, list[NDArray[Any]]]:
         """One run. The active snapshot is read once: every answer of the run is computed by it."""
         snapshot = asked or self.active
-        return snapshot, snapshot.session.run(outputs, {**feeds, **snapshot.feeds})
+        return snapshot, snapshot.session.run_with(outputs, feeds, snapshot.feeds)
 
     def _limits(self, limits: Limits) -> Limits:
         """The server's limits with what config.pbtxt says of this model's batches."""
@@ -214,7 +223,10 @@ class ServedModel:
         if not self.inputs or any(spec.shape[:1] != (-1,) for spec in specs):
             return False
         outputs = [spec.name for spec in self.active.session.outputs]
-        together = {spec.name: _made_up(spec, rows=3) for spec in self.inputs}
+        together = made_up(self.inputs, 3)
+        for array in together.values():
+            if array.dtype.kind in "iu":
+                array[1] = 1  # rows that differ, of the indices that are most likely to be in range
         try:
             of_all = self._execute(None, outputs, together)[1]
             for row in range(3):
@@ -237,10 +249,22 @@ class ServedModel:
         return answer.part(LOGITS)
 
     def warm_up(self, snapshot: Snapshot) -> list[NDArray[Any]]:
-        """Run `snapshot` once, in the calling thread, on made-up inputs; the logits and probabilities that came."""
+        """Run `snapshot`, in the calling thread, on made-up inputs; the logits and probabilities of one row."""
         wanted = [LOGITS, "probabilities"] if self.is_classifier else [spec.name for spec in self.outputs[:1]]
-        feeds = {spec.name: _made_up(spec) for spec in snapshot.session.inputs}
-        return snapshot.session.run(wanted, {**feeds, **snapshot.feeds})
+        if not self.device.on_cpu:  # where each size costs time when it comes first
+            default = [spec.name for spec in self.outputs]  # what a request gets that names nothing
+            warm_up(snapshot.session, default, snapshot.feeds, self.batcher.limits.rows)
+        return snapshot.session.run_with(wanted, made_up(self.inputs, 1), snapshot.feeds)
+
+    def measure(self) -> None:
+        """Learn what runs cost, and where config.pbtxt does not say how many rows to join, join no more than make a row
+        cheaper."""
+        outputs, most = list(self.datatypes), self.batcher.limits.rows if self.joins_requests else 1
+        costs = row_costs(lambda rows: self._execute(None, outputs, made_up(self.inputs, rows)), most)
+        for rows, seconds in costs.seconds.items():
+            self.batcher.costs.learn(rows, int(1e9 * seconds))
+        if self.joins_requests and not self.max_batch_size:
+            self.batcher.limits = replace(self.batcher.limits, rows=costs.knee)
 
     async def retire(self) -> None:
         """Finish what is queued, then close. For a model that no new request can reach."""
@@ -255,7 +279,7 @@ class ServedModel:
         fused = fuse(self._proto, Identity.of(2), inspection)
         session = Session(fused.to_bytes(), self.device)
         try:
-            (logits,) = session.run([LOGITS], {spec.name: _made_up(spec) for spec in session.inputs})
+            (logits,) = session.run([LOGITS], made_up(session.inputs, 1))
         except InvalidRequest:
             raise Refused(
                 f"model {self.name!r} does not tell its number of classes; declare the output's dims in config.pbtxt"
@@ -275,19 +299,3 @@ def _agree(one: NDArray[Any], other: NDArray[Any]) -> bool:
     if one.dtype.kind == "f":
         return bool(np.allclose(one, other, rtol=1e-3, atol=1e-5, equal_nan=True))
     return bool((one == other).all())
-
-
-def _made_up(spec: TensorSpec, rows: int = 1) -> NDArray[Any]:
-    """Rows for a warm-up: zeros for integers (the safest index), seeded normal numbers for floats."""
-    shape = [1 if size < 0 else size for size in spec.shape]
-    if spec.shape[:1] == (-1,):
-        shape[0] = rows
-    if spec.datatype == "BYTES":
-        return np.full(shape, b"", dtype=object)
-    dtype = datatypes.NUMPY[spec.datatype]
-    if dtype.kind == "f":
-        return np.random.default_rng(0).standard_normal(shape).astype(dtype)
-    numbers = np.zeros(shape, dtype=dtype)
-    if shape:
-        numbers[1::2] = 1  # rows that differ, of the indices that are most likely to be in range
-    return numbers

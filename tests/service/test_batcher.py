@@ -279,7 +279,8 @@ def test_the_cost_of_a_run_is_unknown_until_one_was_made_and_falls_faster_than_i
     costs = RunCosts()
     assert costs.expected_ns(4) == math.inf
     costs.learn(4, 1000)
-    assert costs.expected_ns(7) == 1000
+    assert costs.expected_ns(7) == costs.expected_ns(1) == 1000
+    assert costs.expected_ns(8) == math.inf
     costs.learn(5, 0)
     assert costs.expected_ns(4) == 500
     costs.learn(5, 1500)
