@@ -7,7 +7,7 @@ project; a set that is not there is left out.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +26,11 @@ class DataSet:
     labels: NDArray[np.int64]
     test_logits: NDArray[np.float64]
     test_labels: NDArray[np.int64]
+    time_ordered: bool = False
 
     @property
     def n_classes(self) -> int:
-        return self.logits.shape[1]
+        return int(self.logits.shape[1])
 
 
 def _halves(name: str, logits: NDArray[np.generic], labels: NDArray[np.generic], n: int) -> DataSet:
@@ -49,7 +50,8 @@ def _chosen(name: str, data: Arrays) -> DataSet:
 
 def _stream(name: str, data: Arrays, n: int) -> DataSet:
     start = int(data["n_train"])
-    return _halves(name, _log(data["probs"])[start : start + 2 * n], data["y"][start : start + 2 * n], n)
+    rows = _halves(name, _log(data["probs"])[start : start + 2 * n], data["y"][start : start + 2 * n], n)
+    return replace(rows, time_ordered=True)
 
 
 def _in_order(seed: int, n: int) -> NDArray[np.int64]:

@@ -46,7 +46,9 @@ class Calibrator(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn ship
     """Attributes set by `_fit`, without the trailing underscore: the tensors of the artifact, beside `n_classes`."""
 
     float32_atol: ClassVar[float] = 2e-6
-    """Largest difference between the float32 graph and a float64 `predict_proba`, for logits within ±100."""
+    """Largest difference between the float32 graph and a float64 `predict_proba`, for logits within ±100.
+
+    Of a kind that is a step function not of the few rows so near an edge that float32 puts them into the next cell."""
 
     n_classes_: int
 

@@ -52,6 +52,7 @@ class StructuredVectorScaling(Calibrator):
     [[0.282, 0.718]]
     """
 
+    float32_atol = 5e-6
     learned = ("temperature", "mix", "weight", "bias")
 
     def __init__(

@@ -26,7 +26,7 @@ import numpy as np
 
 from calibrators.base import Calibrator, check_tensor
 from calibrators.graph import Graph
-from calibrators.numerics import Array, blocks, centre, softmax, softmax_of_centred
+from calibrators.numerics import Array, blocks, centre, softmax_in_place, softmax_of_centred
 
 LOG_RANGE = 16.0
 MAX_STEPS = 100
@@ -90,7 +90,8 @@ def _root(centred: Array, weight: Array) -> tuple[float, bool]:
         low, high = (u, high) if slope < 0 else (low, u)
         # Newton on L' as a function of u: dL'/du = beta L''.
         step = u - slope / curvature if curvature > 0 else np.inf
-        following = step if low < step < high else (low + high) / 2
+        arrived = abs(step - u) <= RELATIVE_PRECISION  # it may then be u itself, the bracket's end
+        following = step if arrived or low < step < high else (low + high) / 2
         if abs(following - u) <= RELATIVE_PRECISION:
             return following, abs(following) < LOG_RANGE - 1e-6  # a root beyond the range is sought at its end
         u = following
@@ -102,10 +103,11 @@ def _derivatives(centred: Array, weight: Array, log_beta: float) -> tuple[float,
     beta = np.exp(log_beta)
     slope = curvature = 0.0
     for block in blocks(*centred.shape):
-        terms = softmax(beta * centred[block])
-        terms *= centred[block]
+        rows = centred[block]
+        terms = softmax_in_place(beta * rows)
+        terms *= rows
         mean = terms.sum(axis=1)
-        variance = np.einsum("ik,ik->i", terms, centred[block]) - mean**2
+        variance = np.einsum("ik,ik->i", terms, rows) - mean**2
         slope += float(weight[block] @ mean)
         curvature += float(weight[block] @ np.maximum(variance, 0.0))
     return slope, float(beta) * curvature
