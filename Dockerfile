@@ -1,5 +1,10 @@
-# The server, without root and without a writable root:
-#   docker run --read-only --tmpfs /tmp --cap-drop=ALL -v $PWD/models:/models:ro -v calserve:/data -p 127.0.0.1:8001:8001 calserve
+# The server, without root and without a writable root. It starts only with TLS and tokens (docs/security.md) ...
+#   docker run --read-only --tmpfs /tmp --cap-drop=ALL -v $PWD/models:/models:ro -v calserve:/data -p 8001:8001 \
+#     -v $PWD/secrets:/secrets:ro -e CALSERVE_TLS_CERT=/secrets/tls.crt -e CALSERVE_TLS_KEY=/secrets/tls.key \
+#     -e CALSERVE_TOKEN_FILE=/secrets/tokens.toml calserve
+# ... or where you say that it may do without, as with a port that is published for this machine alone:
+#   docker run --read-only --tmpfs /tmp --cap-drop=ALL -v $PWD/models:/models:ro -v calserve:/data \
+#     -p 127.0.0.1:8001:8001 -e CALSERVE_INSECURE=true calserve
 # For CUDA, build FROM an image with the CUDA and cuDNN libraries that onnxruntime-gpu's release asks for.
 
 FROM python:3.11-slim-bookworm AS build
@@ -21,7 +26,8 @@ ENV PATH=/opt/calserve/bin:$PATH \
 USER 65532:65532
 VOLUME /data
 EXPOSE 8001 8002
-# Inside a container the network is the container's own; publish the ports on 127.0.0.1 as above.
+# Other containers of the same network reach this address too, whatever is published: the image does not say --insecure
+# for you. For a scraper outside the container add CALSERVE_METRICS_HOST=0.0.0.0.
 ENTRYPOINT ["calserve"]
 CMD ["serve", "--host", "0.0.0.0"]
 HEALTHCHECK --interval=10s --timeout=3s --start-period=30s \

@@ -5,33 +5,52 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import logging
-import signal
 from collections.abc import Iterable
+from dataclasses import replace
 from http import HTTPStatus
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Self
 
+from service.cores import threads_per_run, usable_cores
 from service.errors import Refused
-from service.inference.repository import Repository
+from service.inference.batcher import Limits as QueueLimits
+from service.inference.device_loss import DeviceLoss
+from service.inference.repository import Repository, folders
 from service.inference.session import Device
+from service.learning.following import Following
+from service.learning.loading import Loading, Poll
 from service.learning.operations import Limits, Operations
 from service.learning.revisions import Revisions
+from service.lifecycle import Signals, end_process, notify
+from service.rpc.access import Access, check_complete
 from service.rpc.calibrator_service import CalibratorService
-from service.rpc.grpc_front import GrpcFront
+from service.rpc.forward import Forward
+from service.rpc.grpc_front import ConnectionLimits, GrpcFront
 from service.rpc.health import PROCESS, READY, Health
 from service.rpc.inference_service import Inference
 from service.rpc.methods import Method, methods_of
 from service.rpc.observed import observed
+from service.rpc.process_settings import ProcessSettings
 from service.rpc.reflection import Reflection
-from service.rpc.server_info import ServerInfo
+from service.rpc.repository_control import RepositoryControl
+from service.rpc.server_info import EXTENSIONS, ServerInfo
+from service.rpc.shared_memory import Regions, SharedMemory
+from service.rpc.streams import StreamLimits, Streams
+from service.rpc.tls import CertificateFiles
+from service.rpc.tokens import TokenFile
 from service.rpc.wire import INFERENCE_SERVICE
-from service.settings import Settings
+from service.settings import Settings, is_local
 from service.store.blobs import Blobs
 from service.store.catalogue import Catalogue
+from service.supervisor import Member
 from service.web.http import HttpServer, Page, text
 from service.web.metrics import Metrics, ModelInfo
 
 log = logging.getLogger(__name__)
+
+WATCH_SECONDS = 1.0
+"""How often the token file and the open streams are looked at."""
 
 
 class App:
@@ -42,21 +61,34 @@ class App:
     port, metrics_port : where it listens, once started
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, member: Member | None = None) -> None:
         self.settings = settings
-        self._lock = _lock_store(settings.store)
+        self._member = member
+        self._learns = member is None or member.is_learner
+        self._tokens = TokenFile(settings.token_file) if settings.token_file else None
+        self._access = Access(self._tokens) if self._tokens else None
+        certificates = _certificates(settings)
+        self._device = _device(settings)
+        self._lock = _lock_store(settings.store) if self._learns else None
         self._catalogue = Catalogue(settings.store / "catalogue.sqlite")
         blobs = Blobs(settings.store / "blobs")
-        device = Device.choose(settings.device, settings.model_threads)
-        log.info("models run on %s, %d threads each", device.provider, device.threads)
-        self.repository = Repository(settings.model_repository, device, settings.max_queued_runs)
+        self.repository = Repository(
+            settings.model_repository, self._device, _queue_limits(settings), at_start=settings.at_start
+        )
         self._health = Health()
         self._revisions = Revisions(self._catalogue, blobs, self.repository)
+        self._following = Following(self._catalogue, self._revisions)
+        self._forward = None if self._learns or member is None else Forward(member.learner_socket, self._following.look)
+        self._loading = Loading(self.repository, self._revisions, self._tell_health)
+        self._poll = Poll(self.repository, self._loading, settings.poll_seconds)
+        self._regions = Regions(settings.shared_memory_prefix, settings.shared_memory_bytes)
         self._operations = Operations(self._catalogue, blobs, settings.store / "jobs", _limits(settings))
-        self._metrics = Metrics(self._model_infos, lambda: self._health.serving(READY))
-        methods = [observed(method, self._metrics.record_call) for method in self._methods()]
-        self._front = GrpcFront(methods, max_message_bytes=settings.max_message_bytes)
-        self._http = HttpServer(settings.host, settings.metrics_port, self._pages())
+        self._metrics = Metrics(self._model_infos, lambda: self._health.serving(READY), lambda: self._device.loss.lost)
+        self._streams = Streams(_stream_limits(settings))
+        limits = replace(_connection_limits(settings), shared_port=member is not None)
+        self._front = GrpcFront(self._guarded_methods(), limits, certificates)
+        metrics_port = settings.metrics_port + (member.index if member and settings.metrics_port else 0)
+        self._http = HttpServer(settings.metrics_host, metrics_port, self._pages())
         self.port, self.metrics_port = 0, self._http.port
 
     async def __aenter__(self) -> Self:
@@ -70,38 +102,115 @@ class App:
         """Listen, load and warm every model, restore what was active. Before that is done, calls are UNAVAILABLE."""
         await self._health.set(PROCESS, serving=True)
         await self._health.set(READY, serving=False)
+        if not is_local(self.settings.host) and not (self._access and self.settings.tls_cert):
+            log.warning("host %s is reached by other machines, and --insecure is set", self.settings.host)
         self._http.start()
-        self.port = await self._front.start(self.settings.host, self.settings.port)
-        await asyncio.to_thread(self.repository.load_all)
-        await self._revisions.restore()
-        self.repository.loaded = True
-        await self._operations.resume()
-        for name in self.repository.names():
-            await self._health.set(name, serving=name not in self.repository.failures)
-        await self._health.set(READY, serving=not self.repository.failures)
+        self._watch = asyncio.create_task(self._keep_watch())
+        self.port = await self._listen()
+        if self.settings.model_control == "poll":
+            await self._poll.start()
+        await self._loading.start()
+        if self._learns:
+            await self._operations.resume()
+        else:
+            self._following.start()
+        await self._tell_health(*self.repository.names())
         log.info(
-            "gRPC on %s:%d, metrics on %s:%d", self.settings.host, self.port, self.settings.host, self.metrics_port
-        )
+            "gRPC on %s:%d, metrics on %s:%d",
+            self.settings.host, self.port, self.settings.metrics_host, self.metrics_port,
+        )  # fmt: skip
 
     async def stop(self) -> None:
         """Drain: say so, finish what is in flight, close the store."""
         await self._health.drain()
-        await self._front.stop(self.settings.drain_seconds)
+        await asyncio.sleep(self.settings.drain_delay_seconds)
+        stopped = asyncio.create_task(self._front.stop(self.settings.drain_seconds))
+        await self._operations.release()
+        await self._streams.drain()
+        self._health.draining = True
+        await stopped
+        self._watch.cancel()
         await self._operations.close()
+        await self._following.close()
+        if self._forward:
+            await self._forward.close()
+        await self._poll.close()
+        await self._loading.settle(self.settings.drain_seconds)
+        self._regions.unregister()
         self._http.stop()
         self.repository.close()
         self._catalogue.close()
-        self._lock.close()
+        if self._lock:
+            self._lock.close()
+
+    def reload(self, *, force: bool = True) -> None:
+        """Read the tokens again, and end the streams that may no longer go on."""
+        if self._tokens:
+            self._tokens.refresh(force=force)
+        self._streams.sweep(self._access.recheck if self._access else None)
+
+    async def _listen(self) -> int:
+        if self._member is None:
+            return await self._front.start(self.settings.host, self.settings.port)
+        socket = self._member.learner_socket if self._learns else None
+        return await self._front.start(self.settings.host, self._member.port, socket)
+
+    async def _keep_watch(self) -> None:
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            try:
+                self.reload(force=False)
+                if not self._device.usable:
+                    await self._tell_health(*self.repository.names())
+            except Exception:
+                log.exception("the watch over tokens and streams failed once; it goes on")
+
+    def _guarded_methods(self) -> list[Method]:
+        """Every method: counted, its streams bounded, its callers' tokens checked."""
+        methods = list(self._methods())
+        check_complete(methods)
+        methods = [self._streams.guarded(method) for method in methods]
+        if self._access:
+            methods = [self._access.guarded(method) for method in methods]
+        return [observed(method, self._metrics.recorder) for method in methods]
+
+    async def _tell_health(self, *names: str) -> None:
+        """Say which of these models serve, and whether all do."""
+        if not self._health.drained.is_set():
+            for name in names:
+                await self._health.set(name, serving=self._device.usable and self.repository.serves(name))
+            await self._health.set(READY, serving=self._device.usable and self.repository.ready)
 
     def _methods(self) -> Iterable[Method]:
-        inference = Inference(self.repository, self._revisions, self._health, self.settings.default_deadline_seconds)
+        deadline = self.settings.default_deadline_seconds
+        inference = Inference(self.repository, self._revisions, self._health, self._regions, deadline)
         methods = [
-            *methods_of(INFERENCE_SERVICE, ServerInfo(self.repository, self._health), inference),
-            *CalibratorService(self.repository, self._revisions, self._operations).methods(),
+            *methods_of(
+                INFERENCE_SERVICE,
+                ServerInfo(self.repository, self._health, self._extensions()),
+                RepositoryControl(self.repository, self._loading, self.settings.model_control),
+                SharedMemory(self._regions),
+                ProcessSettings(self.repository),
+                inference,
+            ),
+            *self._calibrator_methods(),
             *self._health.methods(),
         ]
         services = {method.path.split("/")[1] for method in methods}
         return [*methods, *Reflection([*services, *Reflection.SERVICES]).methods()]
+
+    def _calibrator_methods(self) -> list[Method]:
+        """The learner's own; of another worker, passed on to it."""
+        methods = CalibratorService(self.repository, self._revisions, self._operations).methods()
+        return [self._forward.method(method) for method in methods] if self._forward else methods
+
+    def _extensions(self) -> list[str]:
+        """Triton's words for what this server does, as it is set up."""
+        optional = {
+            "model_repository": self.settings.model_control == "explicit",
+            "system_shared_memory": self._regions.allowed,
+        }
+        return [*EXTENSIONS, *(name for name, works in optional.items() if works)]
 
     def _model_infos(self) -> list[ModelInfo]:
         return [
@@ -121,21 +230,77 @@ class App:
         }
 
 
-async def serve(settings: Settings) -> None:
-    """Run a server until SIGTERM or SIGINT; a second signal ends it at once."""
-    app = App(settings)
-    stopping = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
+async def serve(settings: Settings, member: Member | None = None, supervisor: Connection | None = None) -> None:
+    """Run a server until SIGTERM or SIGINT, or until its supervisor is gone; a second signal ends it at once."""
+    app = App(settings, member)
+    signals = Signals(app.reload)
+    if supervisor:
+        supervisor.send("open")
+        asyncio.get_running_loop().add_reader(supervisor.fileno(), signals.stopping.set)  # nothing comes but its end
+    starting, stopping = asyncio.create_task(app.start()), asyncio.create_task(signals.stopping.wait())
+    await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        log.info("stopped while starting")
+        end_process()  # what the store holds survives kill -9
     try:
-        await app.start()
-        await stopping.wait()
+        await starting
+        if supervisor:
+            supervisor.send("ready")
+        else:
+            notify("READY=1")  # of several workers the supervisor tells it
+        await stopping
         log.info("draining")
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)  # the second signal has its default effect
+        if not supervisor:
+            notify("STOPPING=1")
     finally:
         await app.stop()
+    end_process()
+
+
+def _certificates(settings: Settings) -> CertificateFiles | None:
+    if settings.tls_cert is None or settings.tls_key is None:
+        return None
+    return CertificateFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+
+
+def _connection_limits(settings: Settings) -> ConnectionLimits:
+    return ConnectionLimits(
+        message_bytes=settings.max_message_bytes,
+        metadata_bytes=settings.max_metadata_bytes,
+        streams=settings.max_streams_per_connection,
+        idle_seconds=settings.connection_idle_seconds,
+        age_seconds=settings.connection_age_seconds,
+        age_grace_seconds=settings.connection_age_grace_seconds,
+        keepalive_seconds=settings.keepalive_seconds,
+    )
+
+
+def _stream_limits(settings: Settings) -> StreamLimits:
+    return StreamLimits(
+        idle_seconds=settings.stream_idle_seconds,
+        seconds=settings.stream_seconds,
+        messages=settings.stream_messages,
+        bytes=settings.stream_bytes,
+    )
+
+
+def _device(settings: Settings) -> Device:
+    """The device, and on the CPU the threads of a run; both are said in the log."""
+    models = len(folders(settings.model_repository) if settings.at_start is None else settings.at_start)
+    cores = usable_cores()
+    device = Device.choose(
+        settings.device,
+        settings.threads or threads_per_run(cores, models=models, replicas=settings.replicas * settings.workers),
+        memory_limit_bytes=settings.gpu_memory_limit_bytes,
+        cuda_graphs=settings.cuda_graphs,
+        fp16=settings.tensorrt_fp16,
+        loss=DeviceLoss(settings.device_lost),
+    )
+    log.info(
+        "models run on %s %s, %d threads a run (%d cores, %d models, %d replicas)",
+        device.provider, dict(device.options), device.threads, cores, models, settings.replicas,
+    )  # fmt: skip
+    return device
 
 
 def _limits(settings: Settings) -> Limits:
@@ -144,6 +309,15 @@ def _limits(settings: Settings) -> Limits:
         seconds=settings.fit_seconds,
         memory_bytes=settings.fit_memory_bytes,
         bytes_per_job=settings.fit_rows_bytes,
+    )
+
+
+def _queue_limits(settings: Settings) -> QueueLimits:
+    return QueueLimits(
+        requests=settings.max_queued_requests,
+        bytes=settings.max_queued_bytes,
+        rows=settings.max_batch_rows,
+        delay_us=settings.max_queue_delay_us,
     )
 
 

@@ -3,47 +3,65 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import uvloop
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from service import __version__
-from service.errors import CalserveError, InvalidRequest, Refused
+from service.errors import CalserveError, Damaged, InvalidRequest, Refused
 from service.settings import HELP, Settings
 from service.store.files import write_whole
+from service.supervisor import Member, supervise
 
 DEFAULT_ADDRESS = "127.0.0.1:8001"
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point; exit code 2 for what the user can mend, with one line that says what."""
+    """Entry point; exit code 2 for what the user can mend, 3 for a damaged store, with one line that says what."""
     parsed = _parser().parse_args(arguments)
     try:
         parsed.command(parsed)
     except CalserveError as error:
-        sys.exit(_fail(error.message))
+        sys.exit(_fail(error))
     except BrokenPipeError:
         sys.exit(1)
 
 
 def serve(arguments: argparse.Namespace) -> None:
-    from service.app import serve as run
-
     settings = Settings.from_sources(vars(arguments), os.environ)
     logging.basicConfig(level=settings.log_level.upper(), format=_LOG_FORMAT, stream=sys.stderr)
-    asyncio.run(run(settings))
+    if settings.workers > 1:
+        supervise(settings, _worker)
+    from service.app import serve as run  # after the settings: a refusal of one should not wait for the imports
+
+    uvloop.run(run(settings))
+
+
+def _worker(settings: Settings, member: Member, supervisor: Connection) -> None:
+    """What each process of `--workers N` does."""
+    from service.app import serve as run
+
+    logging.basicConfig(
+        level=settings.log_level.upper(), format=f"worker {member.index} {_LOG_FORMAT}", stream=sys.stderr
+    )
+    os.environ.pop("NOTIFY_SOCKET", None)  # the supervisor speaks for all
+    try:
+        uvloop.run(run(settings, member, supervisor))
+    except CalserveError as error:
+        sys.exit(_fail(error))
 
 
 def inspect(arguments: argparse.Namespace) -> None:
@@ -74,6 +92,20 @@ def inspect(arguments: argparse.Namespace) -> None:
             raise Refused(str(error)) from error
 
 
+def passthrough(arguments: argparse.Namespace) -> None:
+    from service.passthrough import write
+
+    try:
+        labels = arguments.labels.read_bytes() if arguments.labels else b""
+    except OSError as error:
+        raise InvalidRequest(f"{arguments.labels}: {os.strerror(error.errno or 0)}") from error
+    root = arguments.model_repository
+    written = write(
+        root, arguments.name, arguments.classes, log_probabilities=arguments.log_probabilities, labels=labels
+    )
+    Console().print(f"{arguments.name} is in {root}; its input is {written!r}, [rows, {arguments.classes}]")
+
+
 def models(arguments: argparse.Namespace) -> None:
     from service.console import models_table
 
@@ -89,6 +121,29 @@ def kinds(arguments: argparse.Namespace) -> None:
     for kind in calibrators.kinds():
         table.add_row(f"[bold]{kind}[/]", escape((calibrators.create(kind).__doc__ or "").partition("\n")[0]))
     Console().print(table)
+
+
+def token_add(arguments: argparse.Namespace) -> None:
+    from service.rpc.tokens import add
+
+    roles, models = (text.split(",") for text in (arguments.roles, arguments.models))
+    token = add(arguments.file, arguments.name, roles, models, arguments.days)
+    Console(stderr=True).print(f"shown once, kept nowhere; {arguments.file} holds its hash:")
+    sys.stdout.write(f"{token}\n")  # alone on standard output, for a secret store to read
+
+
+def token_list(arguments: argparse.Namespace) -> None:
+    from service.console import tokens_table
+    from service.rpc.tokens import read
+
+    Console().print(tokens_table(read(arguments.file)))
+
+
+def token_revoke(arguments: argparse.Namespace) -> None:
+    from service.rpc.tokens import revoke
+
+    revoke(arguments.file, arguments.name)
+    Console().print(f"{arguments.name} is revoked: servers refuse it in a few seconds, on open streams too")
 
 
 def fit(arguments: argparse.Namespace) -> None:
@@ -177,7 +232,24 @@ def delete(arguments: argparse.Namespace) -> None:
 def _client(arguments: argparse.Namespace) -> Any:
     from service.client import Client
 
-    return Client(arguments.address)
+    return Client(
+        arguments.address,
+        token=_token(arguments.token_from),
+        root_certificates=arguments.root_certificates,
+        certificate=arguments.certificate,
+        private_key=arguments.private_key,
+        tls=arguments.tls,
+    )
+
+
+def _token(file: Path | None) -> str | None:
+    """From a file, never from a flag: everybody may list the flags of a process."""
+    if file is None:
+        return None
+    try:
+        return file.read_text().strip()
+    except OSError as error:
+        raise InvalidRequest(f"{file} cannot be read: {error.strerror}") from None
 
 
 def _load_rows(path: str) -> dict[str, Any]:
@@ -204,16 +276,16 @@ def _parameter(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _fail(message: str) -> int:
-    Console(stderr=True).print(f"[bold red]calserve:[/] {escape(message)}", highlight=False)
-    return 2
+def _fail(error: CalserveError) -> int:
+    Console(stderr=True).print(f"[bold red]calserve:[/] {escape(error.message)}", highlight=False, soft_wrap=True)
+    return 3 if isinstance(error, Damaged) else 2
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="calserve", description="Honest probabilities for deployed ONNX classifiers.")
     parser.add_argument("--version", action="version", version=f"calserve {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_serving_commands, _fitting_commands, _choosing_commands, _sharing_commands):
+    for add in (_serving_commands, _token_commands, _fitting_commands, _choosing_commands, _sharing_commands):
         add(commands)
     return parser
 
@@ -222,9 +294,13 @@ def _serving_commands(commands: Any) -> None:
     command = _add(commands, "serve", serve, "serve a model repository over gRPC")
     for setting in fields(Settings):
         required = setting.default is MISSING
-        default = "" if required or setting.default is None else f" (default: {setting.default})"
+        default = "" if required or setting.default in (None, False, "") else f" (default: {setting.default})"
+        flag = f"--{setting.name.replace('_', '-')}"
+        if setting.type == "bool":
+            command.add_argument(flag, action="store_true", default=None, help=HELP[setting.name])
+            continue
         command.add_argument(
-            f"--{setting.name.replace('_', '-')}",
+            flag,
             type=_setting_type(setting.type),
             required=required and f"CALSERVE_{setting.name.upper()}" not in os.environ,
             help=HELP[setting.name] + default,
@@ -233,7 +309,35 @@ def _serving_commands(commands: Any) -> None:
     command = _add(commands, "inspect", inspect, text)
     command.add_argument("model", help="a .onnx file, or a model's name in the repository")
     command.add_argument("--model-repository", default=".", help="folder of models (default: this folder)")
+    text = "put a model without a network in the repository: it calibrates logits made elsewhere (needs no server)"
+    command = _add(commands, "passthrough", passthrough, text)
+    command.add_argument("name", help="of the new model")
+    command.add_argument("--classes", type=int, required=True, help="how many there are")
+    text = "its input is log-probabilities, and -inf counts as the logarithm of the smallest number"
+    command.add_argument("--log-probabilities", action="store_true", help=text)
+    command.add_argument("--labels", type=Path, help="file of the class names, one a line")
+    text = "folder of models (default: this folder)"
+    command.add_argument("--model-repository", type=Path, default=Path(), help=text)
     _add_client(commands, "models", models, "list the models that the server serves")
+
+
+def _token_commands(commands: Any) -> None:
+    text = "make, list and revoke the bearer tokens of a server's --token-file (needs no server)"
+    parser = commands.add_parser("token", help=text, description=text)
+    actions = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    command = _add(actions, "add", token_add, "make a token: print it once, write its hash into the file")
+    command.add_argument("file", type=Path, help="the token file, made if it is not there")
+    command.add_argument("--name", required=True, help="whose it is; stands in the log")
+    command.add_argument("--roles", required=True, help="some of infer,label,fit,operate; none includes another")
+    command.add_argument(
+        "--models", default="*", metavar="GLOBS", help="such as magika,resnet-* (default: every model)"
+    )
+    command.add_argument("--days", type=float, help="until it expires (default: never)")
+    command = _add(actions, "list", token_list, "list the tokens of a file: names, roles, when they expire")
+    command.add_argument("file", type=Path, help="the token file")
+    command = _add(actions, "revoke", token_revoke, "take a token out of the file")
+    command.add_argument("file", type=Path, help="the token file")
+    command.add_argument("name", help="see `calserve token list`")
 
 
 def _fitting_commands(commands: Any) -> None:
@@ -281,6 +385,12 @@ def _add_client(
     for argument in positional:
         parser.add_argument(argument)
     parser.add_argument("--address", default=DEFAULT_ADDRESS, help=f"the server (default: {DEFAULT_ADDRESS})")
+    parser.add_argument("--token-from", type=Path, metavar="FILE", help="the file that holds your bearer token")
+    text = "authorities (PEM), one of which signed the server's certificate; implies --tls"
+    parser.add_argument("--root-certificates", type=Path, metavar="FILE", help=text)
+    parser.add_argument("--certificate", type=Path, metavar="FILE", help="your own certificate, if the server asks")
+    parser.add_argument("--private-key", type=Path, metavar="FILE", help="its key")
+    parser.add_argument("--tls", action="store_true", help="TLS with the usual authorities")
     return parser
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from datetime import UTC
 
 from rich import box
 from rich.markup import escape
@@ -12,6 +13,7 @@ from calibrators.auto import Candidate
 from calibrators.inspection import Inspection
 from calibrators.metrics import Estimate
 from service.client import Evaluation, Model, Revision
+from service.rpc.tokens import Token
 
 SHOWN_SCORES = {
     "accuracy": "accuracy",
@@ -122,4 +124,15 @@ def inspection_table(name: str, inspection: Inspection) -> Table:
     }
     for what, found in rows.items():
         table.add_row(what, escape(found))
+    return table
+
+
+def tokens_table(tokens: Iterable[Token]) -> Table:
+    """What each token is for, and until when; never its hash."""
+    table = Table()
+    for heading in ("token", "roles", "models", "expires (UTC)"):
+        table.add_column(heading)
+    for token in tokens:
+        expires = "never" if token.expires is None else f"{token.expires.astimezone(UTC):%Y-%m-%d %H:%M}"
+        table.add_row(token.name, ", ".join(sorted(token.roles)), escape(", ".join(token.models)), expires)
     return table

@@ -2,6 +2,8 @@
 
     CalserveError
     ├── InvalidRequest    fixes the request
+    ├── Unauthenticated   shows a token that is known and valid now
+    ├── Forbidden         asks the operator for a token that may
     ├── NotFound          fixes the name
     ├── AlreadyExists     stops
     ├── Stale             rereads, retries
@@ -38,6 +40,14 @@ class CalserveError(Exception):
 
 class InvalidRequest(CalserveError):
     reason = "INVALID_REQUEST"
+
+
+class Unauthenticated(CalserveError):
+    reason = "UNAUTHENTICATED"
+
+
+class Forbidden(CalserveError):
+    reason = "FORBIDDEN"
 
 
 class NotFound(CalserveError):

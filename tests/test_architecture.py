@@ -25,7 +25,10 @@ EVERYWHERE = {"service", "service.errors"}  # the error tree and the version
 ONLY_HERE = {
     "onnxruntime": {"service/inference/session.py"},
     "sqlite3": {"service/store/catalogue.py"},
-    "grpc": {"service/client.py", "service/rpc/grpc_front.py", "service/rpc/status.py", "service/rpc/wire.py"},
+    "grpc": {
+        *(f"service/client/{name}.py" for name in ("asynchronous", "blocking", "connection", "failures", "stream")),
+        *(f"service/rpc/{name}.py" for name in ("forward", "grpc_front", "status", "wire")),
+    },
 }
 
 

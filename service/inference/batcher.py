@@ -16,7 +16,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -212,6 +212,7 @@ class Batcher:
     def close(self) -> None:
         """Refuse what is queued and what comes; end the thread after its present run."""
         self._closed = True
+        self._execute = _closed  # else model and batcher keep each other, and the sessions, in memory
         for queue in self._lanes.values():
             while queue:
                 _fail(queue.pop(), NotReady(f"model {self._name} is being unloaded"))
@@ -432,6 +433,10 @@ class RunCosts:
         size = rows.bit_length()
         known = self._ns.get(size)
         self._ns[size] = ns if known is None else known + (ns - known) * (0.5 if ns < known else 0.05)
+
+
+def _closed(*_: Any) -> NoReturn:
+    raise NotReady("the model is being unloaded")
 
 
 def _fail(pending: _Pending, error: Exception) -> None:

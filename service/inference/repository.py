@@ -7,11 +7,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
+import os
 import re
+import stat
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,8 @@ from google.protobuf import text_format
 
 from calibrators import inspect_model
 from calibrators.inspection import Inspection
-from service.errors import CalserveError, InvalidRequest, NotFound, NotReady, Refused, shown
+from service.errors import CalserveError, InvalidRequest, NotFound, NotReady, Refused, Stale, shown
+from service.inference.batcher import Limits
 from service.inference.datatypes import NUMPY
 from service.inference.model import ServedModel
 from service.inference.session import Device, TensorSpec
@@ -49,9 +53,9 @@ class ModelFolder:
         return self.path.name
 
     @classmethod
-    def read(cls, path: Path) -> ModelFolder:
-        """Refused, naming file and key, for files that cannot be understood."""
-        config = _read_config(path)
+    def read(cls, path: Path, config: Any = None) -> ModelFolder:
+        """Refused, naming file and key, for files that cannot be understood. `config` stands in for config.pbtxt."""
+        config = _checked(path, _read_config(path) if config is None else config)
         settings = _read_toml(path / "calserve.toml")
         labels = settings.pop("labels", None) or next(
             (o.label_filename for o in config.output if o.label_filename), None
@@ -102,36 +106,102 @@ class ModelFolder:
 class Repository:
     """The loaded models, and why others are not.
 
+    The map of models is replaced, never changed: who reads it, in whatever thread, sees all of a change or nothing.
+
     Attributes
     ----------
-    failures : model name -> why it is not served
+    at_start : names of the models to load at start; None: all
+    failures : model name -> why its last load failed; what was loaded before goes on serving
+    unloaded : names of models that were there and were asked to leave
     loaded : set once every model serves what was active before; until then `get` says NotReady
+    generation : another number whenever other models are served
     """
 
     root: Path
     device: Device
-    max_queued_runs: int = 256
+    limits: Limits = field(default_factory=Limits)
+    at_start: Collection[str] | None = None
     failures: dict[str, str] = field(default_factory=dict)
+    unloaded: set[str] = field(default_factory=set)
     loaded: bool = False
-    _models: dict[str, dict[str, ServedModel]] = field(default_factory=dict)
+    generation: int = 0
+    _models: Mapping[str, dict[str, ServedModel]] = field(default_factory=dict)
 
     def load_all(self) -> None:
-        """Load and warm every model; one that fails is logged and named in `failures`, the others are served."""
-        for path in folders(self.root):
+        """Load and warm the models to start with; one that fails is logged and named in `failures`."""
+        names = [path.name for path in folders(self.root)] if self.at_start is None else self.at_start
+        for name in names:
             try:
-                self._models[path.name] = self._load(ModelFolder.read(path))
+                self.put(name, self.load(name))
             except CalserveError as error:
-                self.failures[path.name] = error.message
-                log.error("model %s is not served: %s", path.name, error.message)
+                self.fail(name, error.message)
+
+    def load(self, name: str, config: Any = None) -> dict[str, ServedModel]:
+        """Load and warm the versions of a model, beside what is served. `config` stands in for config.pbtxt.
+
+        Raises
+        ------
+        NotFound, Refused, Stale
+            no such model; one that cannot be served; its files changed meanwhile
+        """
+        path = self.folder(name)
+        before = fingerprint(path)
+        try:
+            versions = self._load(ModelFolder.read(path, config))
+        except OSError as error:
+            reason = os.strerror(error.errno or 0)
+            raise Refused(f"the files of model {shown(name)} cannot be read: {reason}") from error
+        if fingerprint(path) != before:
+            _close(versions)
+            raise Stale(f"the files of model {shown(name)} changed while they were read; load it again")
+        return versions
+
+    def folder(self, name: str) -> Path:
+        """The folder of a model; NotFound if there is none."""
+        for path in folders(self.root):
+            if path.name == name:
+                return path
+        raise NotFound(f"no model {shown(name)} in the repository")
+
+    def put(self, name: str, versions: dict[str, ServedModel]) -> list[ServedModel]:
+        """Serve these versions from now on; return those that did before."""
+        before = list(self._models.get(name, {}).values())
+        self._models = {**self._models, name: versions}
+        self.failures.pop(name, None)
+        self.unloaded -= {name}
+        self.generation += 1
+        return before
+
+    def remove(self, name: str, *, keep_name: bool = False) -> list[ServedModel]:
+        """Serve a model no more; return the versions that did. Its name is kept as that of an unloaded one, or not."""
+        before = list(self._models.get(name, {}).values())
+        self._models = {other: versions for other, versions in self._models.items() if other != name}
+        self.failures.pop(name, None)
+        self.unloaded = self.unloaded | {name} if keep_name else self.unloaded - {name}
+        self.generation += 1
+        return before
+
+    def fail(self, name: str, reason: str) -> None:
+        self.failures[name] = reason
+        log.error("model %s cannot be loaded: %s", name, reason)
+
+    def serves(self, name: str) -> bool:
+        return name in self._models
+
+    @property
+    def ready(self) -> bool:
+        """Whether everything that is to be served is."""
+        return self.loaded and all(map(self.serves, self.failures))
 
     def names(self) -> list[str]:
-        """All models of the repository, served or failed."""
-        return sorted({*self._models, *self.failures})
+        """All models of the repository that were ever to be served: those that are, failed ones, unloaded ones."""
+        return sorted({*self._models, *self.failures, *self.unloaded})
 
     def models(self) -> Iterator[ServedModel]:
         """Every loaded version, by name and version."""
-        for name in sorted(self._models):
-            yield from self._models[name].values()
+        models = self._models
+        for name in sorted(models):
+            yield from models[name].values()
 
     def versions(self, name: str) -> list[str]:
         return list(self._models.get(name, ()))
@@ -142,17 +212,15 @@ class Repository:
         Raises
         ------
         NotFound, NotReady, InvalidRequest
-            no such model or version; one that failed to load; a version that is not a positive number
+            no such model or version; one that failed to load or was unloaded; a version that is not a positive number
         """
         if version and not VERSION.fullmatch(version):
             raise InvalidRequest(f"a model version is a positive number or empty, got {shown(version)}")
         if not self.loaded:
             raise NotReady("the server is loading its models")
-        if name in self.failures:
-            raise NotReady(f"model {shown(name)} is not served: {self.failures[name]}")
         loaded = self._models.get(name)
         if loaded is None:
-            raise NotFound(f"no model {shown(name)}; there are: {', '.join(sorted(self._models)) or 'none'}")
+            raise self._not_served(name)
         if not version:
             return next(reversed(loaded.values()))
         if version not in loaded:
@@ -163,8 +231,22 @@ class Repository:
         for model in self.models():
             model.close()
 
+    def _not_served(self, name: str) -> CalserveError:
+        if name in self.failures:
+            return NotReady(f"model {shown(name)} is not served: {self.failures[name]}")
+        if name in self.unloaded:
+            return NotReady(f"model {shown(name)} is not served: it was unloaded")
+        return NotFound(f"no model {shown(name)}; there are: {', '.join(sorted(self._models)) or 'none'}")
+
     def _load(self, folder: ModelFolder) -> dict[str, ServedModel]:
-        return {version: self._load_version(folder, version) for version in folder.versions()}
+        loaded: dict[str, ServedModel] = {}
+        try:
+            for version in folder.versions():
+                loaded[version] = self._load_version(folder, version)
+        except BaseException:
+            _close(loaded)
+            raise
+        return loaded
 
     def _load_version(self, folder: ModelFolder, version: str) -> ServedModel:
         proto, digest = folder.read_model(version)
@@ -188,6 +270,7 @@ class Repository:
         _check_config(folder, model)
         try:
             model.warm_up(model.active)
+            model.measure()
         except InvalidRequest as error:
             log.warning("model %s/%s cannot be warmed up with made-up inputs: %s", folder.name, version, error.message)
         return model
@@ -204,7 +287,7 @@ class Repository:
             inspection,
             config=folder.config,
             class_names=folder.class_names,
-            max_queued_runs=self.max_queued_runs,
+            limits=self.limits,
         )
 
 
@@ -215,6 +298,26 @@ def folders(root: Path) -> list[Path]:
     return sorted(path for path in root.iterdir() if path.is_dir() and MODEL_NAME.fullmatch(path.name))
 
 
+Fingerprint = frozenset[tuple[str, int, int, int, int]]
+
+
+def fingerprint(folder: Path) -> Fingerprint:
+    """What tells one state of a model's files from another: their names, inodes, sizes and times of change."""
+    found = set()
+    for path in (*folder.glob("*"), *(file for version in folder.glob("[1-9]*") for file in version.glob("*"))):
+        with contextlib.suppress(OSError):  # gone since it was listed, or not to be read at all
+            status = path.stat()
+            if stat.S_ISREG(status.st_mode):
+                times = status.st_mtime_ns, status.st_ctime_ns
+                found.add((str(path.relative_to(folder)), status.st_ino, status.st_size, *times))
+    return frozenset(found)
+
+
+def _close(versions: Mapping[str, ServedModel]) -> None:
+    for model in versions.values():
+        model.close()
+
+
 def _read_config(path: Path) -> Any:
     config = messages.ModelConfig()
     file = path / "config.pbtxt"
@@ -223,8 +326,14 @@ def _read_config(path: Path) -> Any:
             text_format.Parse(file.read_text(), config, allow_unknown_field=True)
         except (text_format.ParseError, UnicodeDecodeError) as error:
             raise Refused(f"config.pbtxt of model {path.name!r}: {error}") from error
+    return config
+
+
+def _checked(path: Path, config: Any) -> Any:
     if config.name not in {"", path.name}:
         raise Refused(f"config.pbtxt of model {path.name!r} names another model, {shown(config.name)}")
+    if config.max_batch_size < 0:
+        raise Refused(f"config.pbtxt of model {path.name!r}: max_batch_size must be 0 or more")
     return config
 
 
@@ -250,7 +359,10 @@ def _read_labels(path: Path, filename: str | None) -> tuple[str, ...]:
     file = path / filename
     if Path(filename).name != filename or not file.is_file():
         raise Refused(f"model {path.name!r} has no labels file {shown(filename)} in its folder")
-    return tuple(file.read_text().split("\n")[: -1 if file.read_text().endswith("\n") else None])
+    try:
+        return tuple(file.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
+    except UnicodeDecodeError:
+        raise Refused(f"the labels file {filename!r} of model {path.name!r} is not UTF-8 text") from None
 
 
 def _check_config(folder: ModelFolder, model: ServedModel) -> None:
@@ -258,7 +370,8 @@ def _check_config(folder: ModelFolder, model: ServedModel) -> None:
     batched = folder.config.max_batch_size > 0
     own = dict(model.active.own_outputs.items())
     by_name = {spec.name: spec for spec in model.outputs}
-    outputs = {name: by_name[served] for name, served in own.items()}
+    # What ModelConfig answered may come back: it declares calserve's outputs too.
+    outputs = by_name | {name: by_name[served] for name, served in own.items()}
     inputs = {spec.name: spec for spec in model.inputs}
     for what, declared, actual in (("input", folder.config.input, inputs), ("output", folder.config.output, outputs)):
         for tensor in declared:

@@ -63,6 +63,7 @@ class Operations:
         self._operations: dict[str, Operation] = {}
         self._slots = asyncio.Semaphore(limits.processes)
         self._changed = asyncio.Condition()
+        self._released = False
         root.mkdir(parents=True, exist_ok=True)
 
     async def resume(self) -> None:
@@ -123,7 +124,7 @@ class Operations:
 
         def enough() -> bool:
             further = until_progress_above is not None and operation.progress > until_progress_above
-            return further or not operation.running
+            return further or not operation.running or self._released
 
         try:
             async with asyncio.timeout(timeout_seconds), self._changed:
@@ -140,6 +141,10 @@ class Operations:
             operation.task.cancel()
             await asyncio.wait([operation.task])
         return operation
+
+    async def release(self) -> None:
+        """Let nobody wait any longer: they learn the state as it is, and ask the next server."""
+        await self._change(lambda: setattr(self, "_released", True))
 
     async def close(self) -> None:
         """Stop the workers. Their operations stay `running` in the catalogue and are taken up at the next start."""

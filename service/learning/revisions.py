@@ -10,6 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
 
 import numpy as np
 import safetensors.numpy
@@ -26,8 +29,10 @@ from service.store.catalogue import ActivationRow, Catalogue, RevisionRow
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 KEPT_SNAPSHOTS = 8
-"""Snapshots kept for requests that name a revision which is not active."""
+"""Snapshots of one model kept for requests that name a revision which is not active."""
 
 
 class Revisions:
@@ -36,18 +41,46 @@ class Revisions:
     def __init__(self, catalogue: Catalogue, blobs: Blobs, repository: Repository) -> None:
         self._catalogue, self._blobs, self._repository = catalogue, blobs, repository
         self._lock = asyncio.Lock()  # one activation at a time: each changes the history the next one reads
-        self._snapshots: dict[tuple[str, str], Snapshot] = {}
+        self._snapshots: dict[ServedModel, dict[str, Snapshot]] = {}
+        self._preparing: dict[ServedModel, set[asyncio.Future[None]]] = {}  # one future a request that waits for one
 
     async def restore(self) -> None:
         """Make active what was active before the restart. A model whose revision is damaged is not served at all."""
         for model in list(self._repository.models()):
             try:
-                for activation in await asyncio.to_thread(self._catalogue.activations, model.name, model.digest):
-                    model.active = await self._prepare(model, activation.revision)
-                    break
+                await self._restore(model)
             except CalserveError as error:
-                self._repository.failures[model.name] = f"its active revision cannot be served: {error.message}"
-                log.error("model %s: %s", model.name, error.message)
+                for removed in self._repository.remove(model.name):
+                    removed.close()
+                self._repository.fail(model.name, error.message)
+
+    async def restore_then(self, models: Iterable[ServedModel], swap: Callable[[], T]) -> T:
+        """Make active on new models what is active now, then `swap` them in. No activation can come between."""
+        async with self._lock:
+            for model in models:
+                await self._restore(model)
+            return swap()
+
+    async def _restore(self, model: ServedModel) -> None:
+        """Activate what was activated last on this model file, if anything was."""
+        for activation in await asyncio.to_thread(self._catalogue.activations, model.name, model.digest):
+            try:
+                model.active = await self._prepare(model, activation.revision)
+            except CalserveError as error:
+                raise Refused(f"its active revision cannot be served: {error.message}") from error
+            return
+
+    async def follow(self) -> None:
+        """Make active what another process recorded as active. A revision that cannot be served leaves what is."""
+        async with self._lock:
+            for model in list(self._repository.models()):
+                history = await asyncio.to_thread(self._catalogue.activations, model.name, model.digest)
+                revision = history[0].revision if history else NO_REVISION
+                try:
+                    if revision != model.active.revision:
+                        self._swap(model, await self._prepare(model, revision))
+                except CalserveError as error:
+                    log.error("model %s goes on with %s: %s", model.name, model.active.revision, error.message)
 
     async def of_model(self, model: str) -> list[RevisionRow]:
         self._repository.get(model)
@@ -78,12 +111,30 @@ class Revisions:
             return model.active
         if revision == NO_REVISION:
             return model.uncalibrated if model.is_classifier else model.active
-        key = (f"{model.name}/{model.version}", revision)
-        if key not in self._snapshots:
-            self._snapshots[key] = await self._prepare(model, revision)
-            while len(self._snapshots) > KEPT_SNAPSHOTS:
-                self._snapshots.pop(next(iter(self._snapshots)))
-        return self._snapshots[key]
+        kept = self._snapshots.setdefault(model, {})
+        if revision not in kept:
+            with self._busy(model):
+                kept[revision] = await self._prepare(model, revision)
+            while len(kept) > KEPT_SNAPSHOTS:
+                kept.pop(next(iter(kept)))
+        return kept[revision]
+
+    @contextmanager
+    def _busy(self, model: ServedModel) -> Iterator[None]:
+        ended = asyncio.get_running_loop().create_future()
+        self._preparing.setdefault(model, set()).add(ended)
+        try:
+            yield
+        finally:
+            self._preparing[model].discard(ended)
+            ended.set_result(None)
+
+    async def left(self, model: ServedModel) -> None:
+        """Return when no request waits for a snapshot of this model, which no new request can reach."""
+        while waiting := self._preparing.get(model):
+            await asyncio.wait(waiting)
+        self._preparing.pop(model, None)
+        self._snapshots.pop(model, None)
 
     async def activate(self, model_name: str, revision: str, version: str = "") -> tuple[str, str]:
         """Make a revision (or `none`) serve; return (active now, active before). A failure changes nothing."""
@@ -117,7 +168,8 @@ class Revisions:
                 )
             for digest in await asyncio.to_thread(self._catalogue.delete_revision, row):
                 await asyncio.to_thread(self._blobs.delete, digest)
-            self._snapshots = {key: value for key, value in self._snapshots.items() if value.revision != revision}
+            for model in self._models_of(row):
+                self._snapshots.get(model, {}).pop(revision, None)
 
     def _swap(self, model: ServedModel, snapshot: Snapshot) -> tuple[str, str]:
         before = model.active.revision

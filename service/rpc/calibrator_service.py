@@ -54,7 +54,9 @@ class CalibratorService:
         return methods_of(CALIBRATOR_SERVICE, self)
 
     async def list_models(self, request: pb.ListModelsRequest, call: Call) -> pb.ListModelsResponse:
-        return pb.ListModelsResponse(models=[_model_message(model) for model in self.repository.models()])
+        return pb.ListModelsResponse(
+            models=[_model_message(model) for model in self.repository.models() if call.may_use(model.name)]
+        )
 
     async def fit_calibrator(self, requests: AsyncIterator[pb.FitCalibratorRequest], call: Call) -> resources.Operation:
         spec: pb.FitCalibratorRequest.Spec = await _first_spec(requests)
@@ -94,7 +96,7 @@ class CalibratorService:
         return await self._message(operation)
 
     async def get_operation(self, request: pb.GetOperationRequest, call: Call) -> resources.Operation:
-        return await self._message(self.operations.get(request.operation))
+        return await self._message(self._operation(request.operation, call))
 
     async def list_operations(self, request: pb.ListOperationsRequest, call: Call) -> pb.ListOperationsResponse:
         found = [await self._message(operation) for operation in self.operations.of_model(request.model)]
@@ -104,10 +106,12 @@ class CalibratorService:
         asked = request.timeout.ToTimedelta().total_seconds() if request.HasField("timeout") else None
         limits = [seconds for seconds in (asked, call.seconds_left()) if seconds is not None]
         further = request.until_progress_above if request.HasField("until_progress_above") else None
+        self._operation(request.operation, call)
         operation = await self.operations.wait(request.operation, min(limits, default=None), further)
         return await self._message(operation)
 
     async def cancel_operation(self, request: pb.CancelOperationRequest, call: Call) -> resources.Operation:
+        self._operation(request.operation, call)
         return await self._message(await self.operations.cancel(request.operation))
 
     async def list_revisions(self, request: pb.ListRevisionsRequest, call: Call) -> pb.ListRevisionsResponse:
@@ -137,6 +141,11 @@ class CalibratorService:
     async def roll_back(self, request: pb.RollBackRequest, call: Call) -> pb.RollBackResponse:
         active, before = await self.revisions.roll_back(request.model, request.model_version)
         return pb.RollBackResponse(active_revision=active, previous_revision=before)
+
+    def _operation(self, name: str, call: Call) -> Operation:
+        operation = self.operations.get(name)
+        call.check_model(operation.row.model)
+        return operation
 
     def _classifier(self, name: str, version: str) -> ServedModel:
         model = self.repository.get(name, version)

@@ -9,49 +9,110 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
 
 from service.errors import CalserveError, NotReady
 from service.rpc.methods import Call, Method
-from service.rpc.status import DETAILS_KEY, status_of
+from service.rpc.status import DETAILS_KEY, Relayed, status_of
+from service.rpc.tls import CertificateFiles, Certificates
 
 log = logging.getLogger(__name__)
 
-MAX_METADATA_BYTES = 8 << 10
-HANDSHAKE_TIMEOUT_MS = 5_000
-MAX_CONCURRENT_STREAMS = 1024
+
+@dataclass(frozen=True)
+class ConnectionLimits:
+    """What one connection may take. At its age it is asked to go, and cut when the grace is over."""
+
+    message_bytes: int = 64 << 20
+    metadata_bytes: int = 8 << 10
+    streams: int = 1024
+    handshake_seconds: float = 5.0
+    idle_seconds: float = 300.0
+    age_seconds: float = 3600.0
+    age_grace_seconds: float = 60.0
+    keepalive_seconds: float = 60.0
+    keepalive_timeout_seconds: float = 20.0
+    ping_interval_seconds: float = 10.0
+    ping_strikes: int = 2
+    shared_port: bool = False  # two servers that do not know of each other would share a port in silence
+
+    def options(self) -> list[tuple[str, int]]:
+        """The same, as grpc-core names them."""
+        return [
+            ("grpc.max_receive_message_length", self.message_bytes),
+            ("grpc.max_send_message_length", self.message_bytes),
+            ("grpc.max_metadata_size", self.metadata_bytes),
+            # Between the two sizes grpc-core refuses at random; equal, there is one limit.
+            ("grpc.absolute_max_metadata_size", self.metadata_bytes),
+            ("grpc.max_concurrent_streams", self.streams),
+            ("grpc.server_handshake_timeout_ms", int(1000 * self.handshake_seconds)),
+            ("grpc.max_connection_idle_ms", int(1000 * self.idle_seconds)),
+            ("grpc.max_connection_age_ms", int(1000 * self.age_seconds)),
+            ("grpc.max_connection_age_grace_ms", int(1000 * self.age_grace_seconds)),
+            ("grpc.keepalive_time_ms", int(1000 * self.keepalive_seconds)),
+            ("grpc.keepalive_timeout_ms", int(1000 * self.keepalive_timeout_seconds)),
+            ("grpc.keepalive_permit_without_calls", 1),  # callers ping idle connections through proxies that forget
+            ("grpc.http2.min_ping_interval_without_data_ms", int(1000 * self.ping_interval_seconds)),
+            ("grpc.http2.max_ping_strikes", self.ping_strikes),
+            ("grpc.so_reuseport", int(self.shared_port)),
+        ]
 
 
 class GrpcFront:
-    """Serves a table of methods on one address."""
+    """Serves a table of methods on one address, over TLS if there are certificates."""
 
-    def __init__(self, methods: Iterable[Method], *, max_message_bytes: int) -> None:
-        self._server = grpc.aio.server(
-            options=[
-                ("grpc.max_receive_message_length", max_message_bytes),
-                ("grpc.max_send_message_length", max_message_bytes),
-                ("grpc.max_metadata_size", MAX_METADATA_BYTES),
-                ("grpc.max_concurrent_streams", MAX_CONCURRENT_STREAMS),
-                ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
-                ("grpc.so_reuseport", 0),  # two servers on one port would share it in silence
-            ]
-        )
+    def __init__(
+        self, methods: Iterable[Method], limits: ConnectionLimits, certificates: CertificateFiles | None = None
+    ) -> None:
+        self._certificates = certificates
+        self._server = grpc.aio.server(options=limits.options())
         self._server.add_generic_rpc_handlers((_Table({method.path: method for method in methods}),))
 
-    async def start(self, host: str, port: int) -> int:
-        """Listen; return the port, chosen by the system if `port` is 0. NotReady if the address is taken."""
+    async def start(self, host: str, port: int, socket: Path | None = None) -> int:
+        """Listen, on a local socket too if one is given; return the port, chosen by the system if `port` is 0.
+
+        NotReady if the address is taken.
+        """
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
-            bound: int = self._server.add_insecure_port(f"{host}:{port}")
+            bound = self._bind(address)
+            if socket is not None:
+                self._server.add_insecure_port(f"unix:{socket}")
         except RuntimeError as error:
-            raise NotReady(f"cannot listen on {host}:{port}: is another server running there?") from error
+            raise NotReady(f"cannot listen on {address}: is another server running there?") from error
         await self._server.start()
         return bound
 
     async def stop(self, grace_seconds: float) -> None:
         """Refuse new calls, let those in flight finish, cut them after the grace."""
         await self._server.stop(grace_seconds)
+
+    def _bind(self, address: str) -> int:
+        if self._certificates is None:
+            return int(self._server.add_insecure_port(address))
+        return int(self._server.add_secure_port(address, _credentials(self._certificates)))
+
+
+def _credentials(files: CertificateFiles) -> grpc.ServerCredentials:
+    """Credentials that look at the files again for each new connection."""
+
+    def fetch() -> grpc.ServerCertificateConfiguration | None:
+        changed = files.changed()
+        return None if changed is None else _configuration(changed)
+
+    first = files.current
+    return grpc.dynamic_ssl_server_credentials(
+        _configuration(first), fetch, require_client_authentication=first.client_ca is not None
+    )
+
+
+def _configuration(certificates: Certificates) -> grpc.ServerCertificateConfiguration:
+    pair = (certificates.key, certificates.chain)
+    return grpc.ssl_server_certificate_configuration([pair], root_certificates=certificates.client_ca)
 
 
 class _Table(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc ships no types
@@ -66,7 +127,7 @@ def _rpc_handler(method: Method) -> grpc.RpcMethodHandler:
     async def answer_one(request: Any, context: grpc.aio.ServicerContext) -> bytes:
         call = _call(context)
         try:
-            answer: bytes = await method.handler(_request(method, request), call)
+            answer: bytes = await method.handler(request, call)
         except Exception as error:
             await _abort(context, error, call, method.path)
             raise  # not reached: abort raises
@@ -75,7 +136,7 @@ def _rpc_handler(method: Method) -> grpc.RpcMethodHandler:
     async def answer_many(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
         call = _call(context)
         try:
-            async for answer in method.handler(_request(method, request), call):
+            async for answer in method.handler(request, call):
                 yield answer
         except Exception as error:
             await _abort(context, error, call, method.path)
@@ -89,10 +150,6 @@ def _rpc_handler(method: Method) -> grpc.RpcMethodHandler:
     return make(answer_many if method.server_streaming else answer_one)
 
 
-def _request(method: Method, request: Any) -> Any:
-    return aiter(request) if method.client_streaming else request
-
-
 def _call(context: grpc.aio.ServicerContext) -> Call:
     remaining = context.time_remaining()
     deadline = None if remaining is None else time.monotonic() + remaining
@@ -100,7 +157,7 @@ def _call(context: grpc.aio.ServicerContext) -> Call:
 
 
 async def _abort(context: grpc.aio.ServicerContext, error: Exception, call: Call, path: str) -> None:
-    if not isinstance(error, CalserveError):
+    if not isinstance(error, CalserveError | Relayed):
         log.error("call %s of %s failed", call.id, path, exc_info=error)
     status = status_of(error, call.id)
     await context.abort(status.code, status.message, ((DETAILS_KEY, status.details),))

@@ -19,11 +19,18 @@ _Response = health_pb2.HealthCheckResponse
 
 
 class Health:
-    """The statuses, and the streams that watch them."""
+    """The statuses, and the streams that watch them.
+
+    Attributes
+    ----------
+    drained : set when the server begins to drain: what only watches ends itself then
+    draining : new requests are refused
+    """
 
     def __init__(self) -> None:
         self._statuses: dict[str, int] = {}
         self._changed = asyncio.Condition()
+        self.drained = asyncio.Event()
         self.draining = False
 
     def methods(self) -> list[Method]:
@@ -40,13 +47,14 @@ class Health:
     async def drain(self) -> None:
         """NOT_SERVING for everything, and the end of every Watch: an open one would hold up the server's stop."""
         async with self._changed:
-            self.draining = True
+            self.drained.set()
             self._statuses = dict.fromkeys(self._statuses, _Response.NOT_SERVING)
             self._changed.notify_all()
 
     async def check(self, request: health_pb2.HealthCheckRequest, call: Call) -> health_pb2.HealthCheckResponse:
         if request.service not in self._statuses:
-            raise NotFound(f"no service {shown(request.service)}; there are: {', '.join(map(repr, self._statuses))}")
+            # Everybody may ask, so the answer names no service that is there.
+            raise NotFound(f"no service {shown(request.service)}; there are '', 'ready' and one a model")
         return _Response(status=self._statuses[request.service])
 
     async def list(self, request: health_pb2.HealthListRequest, call: Call) -> health_pb2.HealthListResponse:
@@ -66,6 +74,6 @@ class Health:
             async with self._changed:
                 current = self._statuses.get(request.service, _Response.SERVICE_UNKNOWN)
                 if current == told:
-                    if self.draining:
+                    if self.drained.is_set():
                         return
                     await self._changed.wait()

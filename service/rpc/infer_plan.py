@@ -19,6 +19,7 @@ from service.errors import InvalidRequest, shown
 from service.inference.batcher import Lane
 from service.inference.model import ServedModel
 from service.rpc import classification, infer_request, tensors
+from service.rpc.shared_memory import Regions
 from service.rpc.wire import inference
 
 ID_TAG, RAW_INPUT_TAG, RAW_OUTPUT_TAG = b"\x1a", b"\x3a", b"\x32"
@@ -33,18 +34,18 @@ class Plan:
 
     Attributes
     ----------
-    asked : the name and the version in the request
-    model : what they meant then
+    model : what the request's name and version mean
     wanted : the outputs of the answer, in order
     lane, rows : where it waits for a run, and with how many rows
     revision : what its parameter `calibrator` names
     classes : output -> how many of its largest values are asked for instead of it
     typed : whether the answer is in typed contents, as the request was
+    places : output -> where it goes in shared memory, of those that go there
     final : whether a stream's answer says that it is the last one of its request
+    plain : whether the answer is numbers, sent raw
     replies : the answer's bytes around its values, by the layout of the run and what is said in it
     """
 
-    asked: tuple[str, str]
     model: ServedModel
     wanted: tuple[str, ...]
     lane: Lane
@@ -53,7 +54,13 @@ class Plan:
     classes: Mapping[str, int] = field(default_factory=dict)
     typed: bool = False
     final: bool = False
+    places: Mapping[str, infer_request.Place] = field(default_factory=dict)
+    plain: bool = field(init=False)
     replies: dict[Any, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        strings = any(self.model.datatypes[name] == "BYTES" for name in self.wanted)
+        self.plain = not (self.typed or self.classes or self.places or strings)
 
     @property
     def divided(self) -> bool:
@@ -77,15 +84,14 @@ class Reading(NamedTuple):
     feeds: Sequence[Any]
 
 
-def read(model: ServedModel, request: Any) -> Reading:
+def read(model: ServedModel, request: Any, regions: Regions) -> Reading:
     """A request, validated in full. InvalidRequest says what is wrong with it."""
-    arrays = infer_request.read_inputs(model, request)
+    arrays = infer_request.read_inputs(model, request, regions)
     wanted = infer_request.read_outputs(model, request)
     computed = dict.fromkeys([*wanted, "confidence"] if model.is_classifier else wanted)
     lane = model.lane(list(computed), arrays, None)
-    typed = bool(request.inputs) and not request.raw_input_contents
+    typed = infer_request.sent_typed(request)
     plan = Plan(
-        (request.model_name, request.model_version),
         model,
         tuple(wanted),
         lane,
@@ -94,6 +100,7 @@ def read(model: ServedModel, request: Any) -> Reading:
         _classes(request),
         typed,
         wants_final(request),
+        infer_request.output_places(request, regions),
     )
     feeds = [np.ascontiguousarray(arrays[name]) for name, _, _ in lane.inputs]
     return Reading(plan, id_field(request.id), feeds)
@@ -171,7 +178,8 @@ class Templates:
 
     def keep(self, request: Any, data: bytes, plan: Plan) -> None:
         """Remember a validated request, if it is spelled as such requests are and its values need no look."""
-        if plan.typed or plan.lane.inputs == () or any(dtype.kind in "Ob" for _, dtype, _ in plan.lane.inputs):
+        looked_at = any(dtype.kind in "Ob" for _, dtype, _ in plan.lane.inputs)
+        if plan.typed or plan.places or looked_at or not plan.lane.inputs:
             return
         if [tensor.name for tensor in request.inputs] != [name for name, _, _ in plan.lane.inputs]:
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from numpy.typing import NDArray
@@ -11,36 +12,73 @@ from service.errors import InvalidRequest, shown
 from service.inference.model import ServedModel
 from service.inference.session import TensorSpec
 from service.rpc import tensors
+from service.rpc.shared_memory import Regions
 
-# Parameters of Triton's that would change what comes back: refused, not ignored.
-UNSUPPORTED_OUTPUT_PARAMETERS = ("shared_memory_region",)
+REGION, BYTE_SIZE, OFFSET = "shared_memory_region", "shared_memory_byte_size", "shared_memory_offset"
 
 
-def read_inputs(model: ServedModel, request: Any) -> dict[str, NDArray[Any]]:
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor is in shared memory. The region is looked up at each use: it may be another one by then."""
+
+    regions: Regions
+    region: str
+    offset: int
+    byte_size: int
+
+    def check(self) -> None:
+        self.regions.get(self.region).check(self.offset, self.byte_size)
+
+    def read(self) -> bytes:
+        return self.regions.get(self.region).read(self.offset, self.byte_size)
+
+    def write(self, data: bytes | memoryview) -> None:
+        self.regions.get(self.region).write(self.offset, self.byte_size, data)
+
+
+def read_inputs(model: ServedModel, request: Any, regions: Regions) -> dict[str, NDArray[Any]]:
     """The request's inputs, each of the type and shape that the model declares. InvalidRequest otherwise."""
-    raw = request.raw_input_contents
-    if raw and len(raw) != len(request.inputs):
+    in_message = [tensor for tensor in request.inputs if REGION not in tensor.parameters]
+    if request.raw_input_contents and len(request.raw_input_contents) != len(in_message):
+        which = "inputs" if len(in_message) == len(request.inputs) else "inputs outside shared memory"
         raise InvalidRequest(
-            f"raw_input_contents must hold one entry for each of the {len(request.inputs)} inputs, got {len(raw)}"
+            f"raw_input_contents must hold one entry for each of the {len(in_message)} {which}, "
+            f"got {len(request.raw_input_contents)}"
         )
+    raw = iter(request.raw_input_contents)
     arrays: dict[str, NDArray[Any]] = {}
     specs = {spec.name: spec for spec in model.inputs}
-    for index, tensor in enumerate(request.inputs):
+    for tensor in request.inputs:
         check_input_name(model, tensor.name, specs, arrays)
         check_datatype(tensor.name, tensor.datatype, specs[tensor.name])
         check_dimensions(tensor.name, tensor.shape, specs[tensor.name])
-        if "shared_memory_region" in tensor.parameters:
-            raise InvalidRequest(f"input {shown(tensor.name)}: shared memory is not supported by this server")
-        if raw:
-            if tensor.HasField("contents"):
-                raise InvalidRequest(
-                    f"input {shown(tensor.name)} has typed contents beside raw_input_contents; send one kind"
-                )
-            arrays[tensor.name] = tensors.from_raw(tensor.name, tensor.datatype, tensor.shape, raw[index])
-        else:
+        place = place_of(tensor, f"input {tensor.name!r}", regions)
+        if place is None and not request.raw_input_contents:
             arrays[tensor.name] = tensors.from_typed(tensor.name, tensor.datatype, tensor.shape, tensor.contents)
+            continue
+        if tensor.HasField("contents"):
+            beside = "raw_input_contents" if place is None else REGION
+            raise InvalidRequest(f"input {tensor.name!r} has typed contents beside {beside}; send one kind")
+        data = next(raw) if place is None else place.read()
+        arrays[tensor.name] = tensors.from_raw(tensor.name, tensor.datatype, tensor.shape, data)
     check_complete(model, arrays)
     return arrays
+
+
+def place_of(tensor: Any, what: str, regions: Regions) -> Place | None:
+    """Where in shared memory an input is or an output goes; None if in the message. InvalidRequest for half a place."""
+    if REGION not in tensor.parameters:
+        return None
+    region = tensors.parameter_value(tensor.parameters[REGION])
+    if not isinstance(region, str):
+        raise InvalidRequest(f"{what}: parameter {REGION!r} must be a string, got {shown(region)}")
+    numbers = {}
+    for name, default in ((BYTE_SIZE, None), (OFFSET, 0)):
+        value = tensors.parameter_value(tensor.parameters[name]) if name in tensor.parameters else default
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise InvalidRequest(f"{what}: parameter {name!r} must be a whole number of 0 or more, got {shown(value)}")
+        numbers[name] = value
+    return Place(regions, region, numbers[OFFSET], numbers[BYTE_SIZE])
 
 
 def check_input_name(
@@ -80,6 +118,32 @@ def check_complete(model: ServedModel, arrays: Mapping[str, NDArray[Any]]) -> No
             raise InvalidRequest(f"the inputs have different batch sizes: {batches}")
 
 
+def sent_typed(request: Any) -> bool:
+    """Whether the caller spells tensors in typed contents, and gets them so."""
+    return any(tensor.HasField("contents") for tensor in request.inputs)
+
+
+def output_places(request: Any, regions: Regions) -> dict[str, Place]:
+    """Where in shared memory outputs go, of those that go there. InvalidRequest for places that do not exist."""
+    places = {output.name: place_of(output, f"output {shown(output.name)}", regions) for output in request.outputs}
+    found = {name: place for name, place in places.items() if place is not None}
+    for place in found.values():
+        place.check()
+    return found
+
+
+def place_output(place: Place, output: Any, data: bytes | memoryview) -> None:
+    """Write an output's bytes to its place and say in `output` (an InferOutputTensor) where they are.
+
+    In the response such an output has no typed contents, and an empty entry in raw_output_contents.
+    """
+    place.write(data)
+    output.parameters[REGION].string_param = place.region
+    output.parameters[BYTE_SIZE].int64_param = len(data)
+    if place.offset:
+        output.parameters[OFFSET].int64_param = place.offset
+
+
 def read_outputs(model: ServedModel, request: Any) -> list[str]:
     """The outputs to compute: those named, or all that the metadata declares."""
     names = [spec.name for spec in model.outputs]
@@ -92,9 +156,6 @@ def read_outputs(model: ServedModel, request: Any) -> list[str]:
             raise InvalidRequest(f"model {model.name!r} has no output {shown(output.name)}; it has: {', '.join(names)}")
         if output.name in wanted:
             raise InvalidRequest(f"output {shown(output.name)} is asked for twice")
-        for parameter in UNSUPPORTED_OUTPUT_PARAMETERS:
-            if parameter in output.parameters:
-                raise InvalidRequest(f"output {output.name!r}: parameter {parameter!r} is not supported by this server")
         wanted.append(output.name)
     return wanted
 

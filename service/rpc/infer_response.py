@@ -7,7 +7,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from service.inference.batcher import Answer, Run
-from service.rpc import classification, tensors
+from service.rpc import classification, infer_request, tensors
 from service.rpc.infer_plan import RAW_OUTPUT_TAG, Plan, varint
 from service.rpc.wire import inference
 
@@ -18,7 +18,7 @@ MAX_REPLIES = 64
 def encode(plan: Plan, answer: Answer, id_field: bytes, *, final: bool = False) -> bytes:
     """A ModelInferResponse: the bytes that every such answer has, and between them this one's id and values."""
     run, start, stop = answer
-    if plan.typed or plan.classes or not run.numbers:
+    if not plan.plain:
         return _spelled(plan, answer, id_field, final)
     key = (run.layout, final)
     reply = plan.replies.get(key)
@@ -62,10 +62,15 @@ def _spelled(plan: Plan, answer: Answer, id_field: bytes, final: bool) -> bytes:
     typed = plan.typed and all(datatype in tensors.TYPED_FIELDS for datatype in datatypes.values())
     for name, array in arrays.items():
         output = response.outputs.add(name=name, datatype=datatypes[name], shape=array.shape)
-        if typed:
+        if typed and name not in plan.places:
             tensors.fill_typed(output.contents, datatypes[name], array)
-        else:
-            response.raw_output_contents.append(tensors.to_raw(array))
+            continue
+        data = tensors.to_raw(array)
+        if name in plan.places:
+            infer_request.place_output(plan.places[name], output, data)
+            data = b""
+        if not typed:
+            response.raw_output_contents.append(data)
     return bytes(response.SerializeToString())
 
 

@@ -19,6 +19,7 @@ from service.rpc.health import Health
 from service.rpc.infer_plan import Reading, Templates, varint
 from service.rpc.infer_response import encode
 from service.rpc.methods import Call, parse
+from service.rpc.shared_memory import Regions
 from service.rpc.status import status_of
 from service.rpc.wire import inference
 
@@ -41,11 +42,16 @@ class Inference:
     """The part of inference.GRPCInferenceService that runs models."""
 
     def __init__(
-        self, repository: Repository, revisions: Revisions, health: Health, default_deadline_seconds: float
+        self,
+        repository: Repository,
+        revisions: Revisions,
+        health: Health,
+        regions: Regions,
+        default_deadline_seconds: float,
     ) -> None:
         self._repository, self._revisions, self._health = repository, revisions, health
-        self._default_deadline_seconds = default_deadline_seconds
-        self._templates = Templates()
+        self._regions, self._default_deadline_seconds = regions, default_deadline_seconds
+        self._templates, self._known_at = Templates(), -1
 
     async def model_infer_bytes(self, data: bytes, call: Call) -> bytes:
         return await self._finish(self._begin(data, call))
@@ -72,7 +78,7 @@ class Inference:
     def _begin(self, data: bytes, call: Call) -> _Begun:
         """Read a request and queue it for its run."""
         begun = time.perf_counter_ns()
-        reading = self._read(data, begun)
+        reading = self._read(data, call, begun)
         try:
             return _Begun(reading, self._submit(reading, call), begun)
         except Exception:
@@ -110,16 +116,21 @@ class Inference:
             return _error_in_band(error, data, call)
         return STREAM_ANSWER_TAG + varint(len(reply)) + reply
 
-    def _read(self, data: bytes, begun_ns: int) -> Reading:
+    def _read(self, data: bytes, call: Call, begun_ns: int) -> Reading:
         if self._health.draining:
             raise NotReady("the server is shutting down")
+        if self._known_at != self._repository.generation:  # other models are served: the old must not be kept alive
+            self._templates.clear()
+            self._known_at = self._repository.generation
         reading = self._templates.match(data)
-        if reading is not None and self._repository.get(*reading.plan.asked) is reading.plan.model:
+        if reading is not None:
+            call.check_model(reading.plan.model.name)
             return reading
         request = parse(inference.ModelInferRequest, data)
+        call.check_model(request.model_name)
         model = self._repository.get(request.model_name, request.model_version)
         try:
-            reading = infer_plan.read(model, request)
+            reading = infer_plan.read(model, request, self._regions)
         except Exception:
             model.statistics.refused(time.perf_counter_ns() - begun_ns)
             raise
@@ -160,7 +171,9 @@ def _error_in_band(error: Exception, data: bytes, call: Call) -> bytes:
     """An error as a stream's answer, under the id of its request if that can be read."""
     if not isinstance(error, CalserveError):
         log.error("call %s failed in a stream", call.id, exc_info=error)
-    answer = inference.ModelStreamInferResponse(error_message=status_of(error, call.id).message)
+    status = status_of(error, call.id)
+    answer = inference.ModelStreamInferResponse(error_message=status.message)
+    answer.infer_response.parameters["error_code"].string_param = status.code.name
     try:
         request = parse(inference.ModelInferRequest, data)
     except InvalidRequest:

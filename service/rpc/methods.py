@@ -75,6 +75,7 @@ class Method:
     client_streaming: bool
     server_streaming: bool
     handler: Callable[[Any, Call], Any]
+    request: type[Message]
 
 
 def parse(kind: type[M], data: bytes) -> M:
@@ -101,52 +102,30 @@ def _method(method: MethodDescriptor, servicers: Sequence[object], path: str) ->
         (getattr(servicer, name), name != snake) for servicer in servicers for name in names if hasattr(servicer, name)
     )
     handler = behaviour if of_bytes else _of_bytes(method, behaviour)
-    return Method(path, method.client_streaming, method.server_streaming, handler)
+    request = message_factory.GetMessageClass(method.input_type)
+    return Method(path, method.client_streaming, method.server_streaming, handler, request)
 
 
 def _of_bytes(method: MethodDescriptor, behaviour: Callable[..., Any]) -> Callable[[Any, Call], Any]:
     """A behaviour of messages as a handler of bytes."""
     request_kind = message_factory.GetMessageClass(method.input_type)
-    model_field = model_field_of(method.input_type)
 
-    def allowed(data: bytes, call: Call) -> Message:
-        request = parse(request_kind, data)
-        if call.grant is not None and model_field is not None:
-            _check_model(request, model_field, call)
-        return request
-
-    async def decoded(stream: AsyncIterator[bytes], call: Call) -> AsyncIterator[Message]:
+    async def decoded(stream: AsyncIterator[bytes]) -> AsyncIterator[Message]:
         async for data in stream:
-            yield allowed(data, call)
+            yield parse(request_kind, data)
 
-    def request_of(data: Any, call: Call) -> Any:
-        return decoded(data, call) if method.client_streaming else allowed(data, call)
+    def request_of(data: Any) -> Any:
+        return decoded(data) if method.client_streaming else parse(request_kind, data)
 
     async def answer_one(data: Any, call: Call) -> bytes:
-        answer: Message = await behaviour(request_of(data, call), call)
+        answer: Message = await behaviour(request_of(data), call)
         return answer.SerializeToString()
 
     async def answer_many(data: Any, call: Call) -> AsyncIterator[bytes]:
-        async for answer in behaviour(request_of(data, call), call):
+        async for answer in behaviour(request_of(data), call):
             yield answer.SerializeToString()
 
     return answer_many if method.server_streaming else answer_one
-
-
-def model_field_of(request: Any) -> str | None:
-    """The field by which a request names its model, perhaps one of its `spec`; None if it names none."""
-    if "spec" in request.fields_by_name:
-        return f"spec.{model_field_of(request.fields_by_name['spec'].message_type)}"
-    # The Open Inference Protocol says `name` where it asks about a model; elsewhere that may be anything's name.
-    words = ("model", "model_name", *(["name"] if request.file.package == "inference" else []))
-    return next((word for word in words if word in request.fields_by_name), None)
-
-
-def _check_model(request: Any, field: str, call: Call) -> None:
-    if not field.startswith("spec."):
-        call.check_model(getattr(request, field))
-    elif request.HasField("spec"):
-        call.check_model(getattr(request.spec, field.removeprefix("spec.")))
 
 
 def _snake(name: str) -> str:

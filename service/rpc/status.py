@@ -17,6 +17,8 @@ MAX_MESSAGE_CHARACTERS = 2000
 
 CODES: dict[type[errors.CalserveError], grpc.StatusCode] = {
     errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    errors.Forbidden: grpc.StatusCode.PERMISSION_DENIED,
     errors.NotFound: grpc.StatusCode.NOT_FOUND,
     errors.AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
     errors.Stale: grpc.StatusCode.ABORTED,
@@ -38,8 +40,18 @@ class Status:
     details: bytes  # a serialized google.rpc.Status, for the trailer `grpc-status-details-bin`
 
 
+class Relayed(Exception):
+    """Another process's status, passed on as it is."""
+
+    def __init__(self, status: Status) -> None:
+        super().__init__(status.message)
+        self.status = status
+
+
 def status_of(error: BaseException, request_id: str) -> Status:
     """The status of any exception. Of one that is not ours only the request's id is told."""
+    if isinstance(error, Relayed):
+        return error.status
     if not isinstance(error, errors.CalserveError):
         text = f"internal error; the server's log has it under request {request_id}"
         return _status(grpc.StatusCode.INTERNAL, text, "INTERNAL", [])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import grpc
@@ -25,11 +26,12 @@ def method_path(method: MethodDescriptor) -> str:
 
 
 class Stub:
-    """A client's view of a service: one callable a method, made from its descriptor."""
+    """A client's view of a service: one callable a method, from its descriptor; `metadata` goes with every call."""
 
-    def __init__(self, channel: grpc.Channel, service: ServiceDescriptor) -> None:
+    def __init__(self, channel: grpc.Channel, service: ServiceDescriptor, metadata: Sequence[Any] = ()) -> None:
         for method in service.methods:
-            setattr(self, method.name, _callable(channel, method))
+            call = _callable(channel, method)
+            setattr(self, method.name, partial(call, metadata=metadata) if metadata else call)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         raise AttributeError(f"the service has no method {name}")

@@ -212,6 +212,12 @@ class Catalogue:
                 (keep,),
             )
 
+    def changes(self) -> int:
+        """Another number after another process has written."""
+        with self._lock:
+            (number,) = self._connection.execute("PRAGMA data_version").fetchone()
+        return int(number)
+
     def _prepare(self) -> None:
         connection = self._connection
         connection.execute("PRAGMA journal_mode=WAL")

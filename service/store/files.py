@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write beside the target, fsync, rename over it, fsync the folder."""
+def write_whole(path: Path, data: bytes, *, mode: int = 0o666) -> None:
+    """Write beside the target, fsync, rename over it, fsync the folder. `mode` is narrowed by the umask."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
+    with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -24,3 +24,12 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def signature(path: Path | None) -> tuple[int, ...] | None:
+    """Changes when the file does: its inode, size and time of change. None where there is no file."""
+    try:
+        status = path.stat() if path is not None else None
+    except OSError:
+        return None
+    return None if status is None else (status.st_ino, status.st_size, status.st_ctime_ns)

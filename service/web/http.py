@@ -1,11 +1,17 @@
-"""The HTTP port for operators: /metrics, /health/live, /health/ready. Read-only, a thread of its own."""
+"""The HTTP port for operators: /metrics, /health/live, /health/ready. Read-only, a thread of its own.
+
+It knows neither TLS nor tokens, and tells the models' names, their revisions and how much they are used: it listens
+where the operator says, by default for this machine alone.
+"""
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 from service import __version__
 from service.errors import NotReady
@@ -14,6 +20,9 @@ Page = Callable[[], tuple[HTTPStatus, str, bytes]]
 """Gives status, content type and body."""
 
 IDLE_SECONDS = 10
+STOP_SECONDS = 0.05
+MOST_CONNECTIONS = 32
+"""Each takes a thread; a further one is closed at once."""
 
 
 class HttpServer:
@@ -37,11 +46,12 @@ class HttpServer:
                 """Nothing: scrapes are not news."""
 
         try:
-            self._server = ThreadingHTTPServer((host, port), Handler)
+            self._server = _Server((host, port), Handler)
         except OSError as error:
             raise NotReady(f"cannot listen on {host}:{port}: is another server running there?") from error
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, name="http", daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": STOP_SECONDS}, name="http", daemon=True
+        )
 
     @property
     def port(self) -> int:
@@ -54,6 +64,24 @@ class HttpServer:
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        self._places = threading.BoundedSemaphore(MOST_CONNECTIONS)
+        super().__init__(address, handler)
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:  # noqa: ARG002  # as the base class calls it
+        return self._places.acquire(blocking=False)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._places.release()
 
 
 def text(body: str, status: HTTPStatus = HTTPStatus.OK) -> tuple[HTTPStatus, str, bytes]:

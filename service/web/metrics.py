@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 SECONDS_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
@@ -16,39 +19,72 @@ ModelInfo = tuple[str, str, str, str]
 class Metrics:
     """Counters of calls, and the state of the models read when somebody asks."""
 
-    def __init__(self, models: Callable[[], Iterable[ModelInfo]], ready: Callable[[], bool]) -> None:
+    def __init__(
+        self, models: Callable[[], Iterable[ModelInfo]], ready: Callable[[], bool], device_lost: Callable[[], bool]
+    ) -> None:
         self._registry = CollectorRegistry()
-        self._calls = Counter(
-            "grpc_server_handled",
-            "Calls answered, by method and gRPC code.",
-            ["grpc_method", "grpc_code"],
-            registry=self._registry,
-        )
-        self._seconds = Histogram(
-            "grpc_server_handling_seconds",
-            "Time to answer a call.",
-            ["grpc_method"],
-            buckets=SECONDS_BUCKETS,
-            registry=self._registry,
-        )
-        self._registry.register(_State(models, ready))
+        self._calls: dict[str, CallCounts] = {}
+        self._registry.register(_Calls(self._calls))
+        self._registry.register(_State(models, ready, device_lost))
 
-    def record_call(self, path: str, code: str, seconds: float) -> None:
-        method = path.rpartition("/")[2]
-        self._calls.labels(method, code).inc()
-        self._seconds.labels(method).observe(seconds)
+    def recorder(self, path: str) -> Callable[[str, float], None]:
+        """What counts the calls of one method: called with code and seconds at the end of each."""
+        return self._calls.setdefault(path.rpartition("/")[2], CallCounts()).record
 
     def exposition(self) -> bytes:
         """The Prometheus text format."""
         return generate_latest(self._registry)
 
 
+class CallCounts:
+    """The calls of one method, by code and by duration. Counted in the event loop, so without a lock."""
+
+    def __init__(self) -> None:
+        self.by_code: Counter[str] = Counter()
+        self.by_duration = [0] * (len(SECONDS_BUCKETS) + 1)
+        self.seconds = 0.0
+
+    def record(self, code: str, seconds: float) -> None:
+        self.by_code[code] += 1
+        self.by_duration[bisect_left(SECONDS_BUCKETS, seconds)] += 1
+        self.seconds += seconds
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """Upper bound and how many calls took no longer, as Prometheus writes them."""
+        bounds = [*map(str, SECONDS_BUCKETS), "+Inf"]
+        return list(zip(bounds, accumulate(self.by_duration), strict=True))
+
+
+class _Calls(Collector):
+    def __init__(self, calls: Mapping[str, CallCounts]) -> None:
+        self._calls = calls
+
+    def collect(self) -> Iterator[Metric]:
+        handled = CounterMetricFamily(
+            "grpc_server_handled", "Calls answered, by method and gRPC code.", labels=["grpc_method", "grpc_code"]
+        )
+        handling = HistogramMetricFamily(
+            "grpc_server_handling_seconds", "Time to answer a call.", labels=["grpc_method"]
+        )
+        for method, counts in self._calls.items():
+            for code, count in counts.by_code.items():
+                handled.add_metric([method, code], count)
+            if counts.by_code:
+                handling.add_metric([method], counts.buckets(), counts.seconds)
+        yield from (handled, handling)
+
+
 class _State(Collector):
-    def __init__(self, models: Callable[[], Iterable[ModelInfo]], ready: Callable[[], bool]) -> None:
-        self._models, self._ready = models, ready
+    def __init__(
+        self, models: Callable[[], Iterable[ModelInfo]], ready: Callable[[], bool], device_lost: Callable[[], bool]
+    ) -> None:
+        self._models, self._ready, self._device_lost = models, ready, device_lost
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         yield GaugeMetricFamily("calserve_ready", "1 when every configured model serves.", value=float(self._ready()))
+        yield GaugeMetricFamily(
+            "calserve_device_lost", "1 once the device was lost that models ran on.", value=float(self._device_lost())
+        )
         active = GaugeMetricFamily(
             "calserve_active_revision_info",
             "1 for the revision that computes a model's probabilities now; 'none' is the model's own.",

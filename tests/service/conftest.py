@@ -14,6 +14,7 @@ from service.app import App
 from service.client import Client
 from service.settings import Settings
 from tests.service import models
+from tests.service.gpu import FakeGpu
 
 ECHO_TYPES = {
     "BOOL": TensorProto.BOOL,
@@ -116,3 +117,9 @@ def server(root: Path) -> Iterator[RunningServer]:
 def client(server: RunningServer) -> Iterator[Client]:
     with Client(server.address, show_progress=False) as client:
         yield client
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+    """A GPU for onnxruntime to find."""
+    return FakeGpu(monkeypatch)

@@ -113,7 +113,7 @@ CASES: dict[str, tuple[Callable[[], messages.ModelInferRequest], grpc.StatusCode
     "output twice": (lambda: request(outputs=["label", "label"]), INVALID, r"'label' is asked for twice"),
     "classes of a vector": (lambda: with_output_parameter("classification", "confidence"), INVALID, r"'confidence': classification wants numbers of shape"),
     "no classes": (lambda: with_output_parameter("classification", value=0), INVALID, r"'classification' must be a whole number of 1 or more, got 0"),
-    "shared memory": (lambda: with_output_parameter("shared_memory_region"), INVALID, r"'shared_memory_region' is not supported"),
+    "shared memory": (lambda: with_output_parameter("shared_memory_region"), INVALID, r"'shared_memory_region' must be a string, got 2"),
     "NaN": (lambda: request(raw=[NAN]), INVALID, r"'x' holds nan at index \[0, 2\]"),
     "unknown revision": (lambda: with_parameter("calibrator", "string_param", "platt-3"), NOT_FOUND, r"no revision 'platt-3'"),
     "calibrator not a string": (lambda: with_parameter("calibrator", "int64_param", 3), INVALID, r"must be a string"),

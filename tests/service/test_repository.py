@@ -95,6 +95,35 @@ def test_a_folder_that_cannot_be_served_is_named_with_the_reason(tmp_path: Path,
     assert str(tmp_path) not in repository.failures["mlp"]
 
 
+@pytest.mark.parametrize("text", [b"\xff\n" * 4, b"a\nb\nc\n\xff"])
+def test_labels_that_are_no_text_are_the_failure_of_one_model_and_not_of_the_server(
+    tmp_path: Path, text: bytes
+) -> None:
+    models.write(tmp_path, "mlp", models.classifier(), calserve_toml='labels = "l.txt"')
+    models.write(tmp_path, "other", models.classifier())
+    (tmp_path / "mlp" / "l.txt").write_bytes(text)
+    assert "is not UTF-8 text" in failure(tmp_path)
+    assert load(tmp_path).get("other").is_classifier
+
+
+def test_a_file_that_cannot_be_read_is_the_failure_of_one_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models.write(tmp_path, "mlp", models.classifier())
+    models.write(tmp_path, "other", models.classifier())
+    read_bytes = Path.read_bytes
+
+    def forbidden(path: Path) -> bytes:
+        if "mlp" in path.parts:
+            raise PermissionError(13, "no", str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", forbidden)
+    repository = load(tmp_path)
+    assert repository.failures == {"mlp": "the files of model 'mlp' cannot be read: Permission denied"}
+    assert repository.get("other").is_classifier
+
+
 def test_a_classifier_that_no_calibrator_can_join_is_served_as_it_is(tmp_path: Path) -> None:
     """Its operator set is older than the calibrators' nodes need."""
     proto = models.classifier()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import queue
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,8 @@ def test_statistics_count_rows_requests_runs_and_refusals(client: triton.Inferen
     assert (found.inference_stats.success.count, found.inference_stats.fail.count) == (3, 1)
     assert [(batch.batch_size, batch.compute_infer.count) for batch in found.batch_stats] == [(1, 1), (4, 2)]
     assert found.inference_stats.success.ns > found.inference_stats.compute_infer.ns > 0
+    counts = {getattr(found.inference_stats, f"compute_{part}").count for part in ("input", "infer", "output")}
+    assert len(counts) == 1, "perf_analyzer ends itself where these differ"
     assert found.last_inference > 1_700_000_000_000
     assert len(client.get_inference_statistics().model_stats) == 1
     with pytest.raises(InferenceServerException, match="no model"):
@@ -138,9 +141,95 @@ def test_classes_come_by_value_with_their_names(tmp_path: Path, k: int) -> None:
     assert result.get_output("probabilities").datatype == "BYTES"
 
 
-def test_the_server_advertises_these_extensions_and_no_others(client: triton.InferenceServerClient) -> None:
-    assert set(client.get_server_metadata().extensions) == {
-        "classification",
-        "model_configuration",
-        "statistics",
-    }
+@pytest.mark.parametrize(
+    ("settings", "more"),
+    [
+        ({}, set()),
+        ({"model_control": "explicit"}, {"model_repository"}),
+        ({"model_control": "poll"}, set()),
+        ({"shared_memory_prefix": "calserve_"}, {"system_shared_memory"}),
+    ],
+)
+def test_the_server_advertises_what_works_and_nothing_else(
+    root: Path, settings: dict[str, str], more: set[str]
+) -> None:
+    server = RunningServer(settings_for(root, **settings))
+    client = triton.InferenceServerClient(server.address)
+    found = client.get_server_metadata().extensions
+    client.close()
+    server.stop()
+    assert set(found) == {"classification", "model_configuration", "statistics", "logging"} | more
+
+
+@pytest.fixture
+def level() -> Iterator[None]:
+    """Puts the level of the server's log back: it is the process's."""
+    before = logging.getLogger("service").level
+    yield
+    logging.getLogger("service").setLevel(before)
+
+
+def refusal(call: Callable[[], object]) -> str:
+    with pytest.raises(InferenceServerException) as caught:
+        call()
+    assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
+    return str(caught.value.message())
+
+
+@pytest.mark.parametrize(
+    ("change", "becomes"),
+    [
+        ({"log_verbose_level": 1}, logging.DEBUG),
+        ({"log_info": False}, logging.WARNING),
+        ({"log_info": False, "log_warning": False}, logging.ERROR),
+        ({"log_info": False, "log_warning": False, "log_error": False}, logging.CRITICAL),
+        ({"log_file": "", "log_format": "default"}, logging.INFO),
+    ],
+)
+def test_log_settings_are_the_level_of_the_servers_log(
+    client: triton.InferenceServerClient, level: None, change: dict[str, object], becomes: int
+) -> None:
+    logging.getLogger("service").setLevel(logging.INFO)
+    now = {"log_verbose_level": 0, "log_info": True, "log_warning": True, "log_error": True}
+    now |= {"log_file": "", "log_format": "default"}
+    assert log_settings(client.get_log_settings()) == now
+    assert log_settings(client.update_log_settings(change)) == now | change
+    assert logging.getLogger("service.app").getEffectiveLevel() == becomes
+
+
+def log_settings(response: object) -> dict[str, object]:
+    settings = response.settings  # type: ignore[attr-defined]
+    return {name: getattr(value, value.WhichOneof("parameter_choice")) for name, value in settings.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"log_file": "server.log"}, "log setting 'log_file' is '' and cannot be changed to 'server.log'"),
+        ({"log_format": "ISO8601"}, "log setting 'log_format' is 'default'"),
+        ({"log_error": False}, "a level of the log brings with it those above it"),
+        ({"log_error": None}, "log setting 'log_error' wants a value in bool_param, got None"),
+        ({"log_colour": True}, "unknown log setting 'log_colour'"),
+    ],
+)
+def test_a_log_setting_that_cannot_be_is_refused_and_none_is_changed(
+    client: triton.InferenceServerClient, level: None, change: dict[str, object], text: str
+) -> None:
+    logging.getLogger("service").setLevel(logging.INFO)
+    assert text in refusal(lambda: client.update_log_settings({"log_verbose_level": 1} | change))
+    assert logging.getLogger("service").level == logging.INFO
+
+
+def test_tracing_is_told_to_be_off_and_cannot_be_switched_on(client: triton.InferenceServerClient) -> None:
+    for response in (
+        client.get_trace_settings(),
+        client.get_trace_settings("mlp"),
+        client.update_trace_settings(settings={"trace_level": "OFF", "trace_rate": None}),
+    ):
+        assert {name: list(setting.value) for name, setting in response.settings.items()} == {"trace_level": ["OFF"]}
+    for change in ({"trace_level": ["TIMESTAMPS"]}, {"trace_rate": "1"}):
+        assert f"trace setting '{next(iter(change))}'" in refusal(
+            lambda c=change: client.update_trace_settings(settings=c)
+        )
+    with pytest.raises(InferenceServerException, match="no model 'nobody'"):
+        client.get_trace_settings("nobody")

@@ -1,0 +1,266 @@
+"""The client for asyncio: the methods of `Client`, awaited, and a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Self
+
+import grpc
+import numpy as np
+from calserve.v1 import calibrator_service_pb2 as pb
+from calserve.v1 import resources_pb2 as resources
+from grpc_health.v1 import health_pb2
+from numpy.typing import ArrayLike
+
+import calibrators
+from calibrators import Calibrator
+from calibrators.graph import LOGITS
+from service import errors
+from service.client import requests
+from service.client.connection import Pem, Security
+from service.client.failures import DEFAULT_RETRIES, Retries, translated, translation
+from service.client.following import POLL_SECONDS, Following, progress_bars
+from service.client.requests import Inputs
+from service.client.results import Array, Evaluation, Model, Prediction, Revision, evaluation_of, model_of, revision_of
+from service.client.stream import Stream
+from service.rpc.health import READY
+from service.rpc.wire import CALIBRATOR_SERVICE, HEALTH_SERVICE, INFERENCE_SERVICE, inference
+
+
+class AsyncClient:
+    """A connection to one server, made and used inside one event loop. Every method is as in `Client`.
+
+    Parameters
+    ----------
+    address : host:port of the gRPC front
+    token : bearer token, sent with every call; in plain text to this machine only
+    root_certificates : authorities (PEM, or the path of a file), one of which signed the server's certificate
+    certificate, private_key : the client's own (likewise), where the server asks for one
+    tls : TLS with the authorities that grpc brings along; implied by any of the above but the token
+    show_progress : draw progress bars for fits (default: when standard output is a terminal)
+    timeout_seconds : deadline of each short call, its retries included; fits take as long as they take
+    retries : of calls that change nothing: predictions and everything that reads
+    """
+
+    def __init__(
+        self,
+        address: str = "127.0.0.1:8001",
+        *,
+        token: str | None = None,
+        root_certificates: Pem | None = None,
+        certificate: Pem | None = None,
+        private_key: Pem | None = None,
+        tls: bool = False,
+        show_progress: bool | None = None,
+        timeout_seconds: float = 60.0,
+        retries: Retries = DEFAULT_RETRIES,
+    ) -> None:
+        security = Security(token, root_certificates, certificate, private_key, tls)
+        self._channel = security.channel(grpc.aio, address)
+        self._calibrators, self._inference, self._health = (
+            security.stub(self._channel, service) for service in (CALIBRATOR_SERVICE, INFERENCE_SERVICE, HEALTH_SERVICE)
+        )
+        self._show_progress, self._timeout, self._retries = show_progress, timeout_seconds, retries
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def wait_until_ready(self, timeout_seconds: float = 60.0) -> None:
+        """Return as soon as every model of the server is served; NotReady when the time is over."""
+        request = health_pb2.HealthCheckRequest(service=READY)
+        answers = self._health.Watch(request, timeout=timeout_seconds, wait_for_ready=True)
+        heard = "no server answers"
+        try:
+            async for answer in answers:
+                if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                    answers.cancel()
+                    return
+                heard = "the server runs, but not every model is served"
+        except grpc.RpcError:
+            pass  # the deadline, or a server that went away
+        raise errors.NotReady(f"{heard} after {timeout_seconds:g} seconds")
+
+    async def models(self) -> builtins.list[Model]:
+        """Every served version of every model."""
+        answer = await self._read(self._calibrators.ListModels, pb.ListModelsRequest())
+        return [model_of(message) for message in answer.models]
+
+    async def fit(
+        self,
+        model: str,
+        kind: str,
+        *,
+        labels: ArrayLike,
+        logits: ArrayLike | None = None,
+        inputs: Inputs | None = None,
+        sample_weight: ArrayLike | None = None,
+        held_out_fraction: float = 0.2,
+        seed: int = 0,
+        **params: Any,
+    ) -> Revision:
+        """Fit a calibrator of `kind` on labelled rows; return the revision, which is not yet active.
+
+        Parameters
+        ----------
+        kind : see `calserve kinds`; "auto" compares those that suit the data and takes the best (`calibrators.auto`)
+        labels : (n_samples,) class indices
+        logits : (n_samples, n_classes); or
+        inputs : the model's inputs, rows first, by name (a bare array if there is one): the server computes the logits
+        sample_weight : (n_samples,), not negative
+        held_out_fraction : of the rows, kept from the fit that is scored; the revision itself is fitted on all rows
+        params : constructor parameters of the kind
+
+        Raises
+        ------
+        errors.InvalidRequest, errors.Refused
+            naming what was wrong; `Refused` also when the fit itself failed
+        """
+        spec = requests.fit_spec(model, kind, params, held_out_fraction, seed)
+        rows = await self._rows(model, labels, logits, inputs, sample_weight)
+        operation = await self._send(self._calibrators.FitCalibrator, spec, rows, f"fit {kind}")
+        return revision_of(operation.revision)
+
+    async def evaluate(
+        self,
+        model: str,
+        revision: str = "",
+        *,
+        labels: ArrayLike,
+        logits: ArrayLike | None = None,
+        inputs: Inputs | None = None,
+        seed: int = 0,
+    ) -> Evaluation:
+        """Compare a revision (default: the active one) with the model's own probabilities on labelled rows."""
+        spec = requests.evaluate_spec(model, revision, seed)
+        rows = await self._rows(model, labels, logits, inputs, None)
+        what = f"evaluate {revision or 'the active revision'}"
+        operation = await self._send(self._calibrators.EvaluateRevision, spec, rows, what)
+        return evaluation_of(operation.evaluation)
+
+    async def activate(self, model: str, revision: str) -> str:
+        """Make a revision serve ("none": the model's own probabilities); return what was active before."""
+        request = pb.ActivateRevisionRequest(model=model, revision=revision)
+        answer = await self._call(self._calibrators.ActivateRevision, request)
+        return str(answer.previous_revision)
+
+    async def rollback(self, model: str) -> str:
+        """Activate what was active before the present revision; return what is active now."""
+        answer = await self._call(self._calibrators.RollBack, pb.RollBackRequest(model=model))
+        return str(answer.active_revision)
+
+    async def list(self, model: str) -> builtins.list[Revision]:
+        """The revisions of a model, newest first."""
+        answer = await self._read(self._calibrators.ListRevisions, pb.ListRevisionsRequest(model=model))
+        return [revision_of(message) for message in answer.revisions]
+
+    async def get(self, model: str, revision: str) -> Revision:
+        request = pb.GetRevisionRequest(model=model, revision=revision)
+        return revision_of(await self._read(self._calibrators.GetRevision, request))
+
+    async def delete(self, model: str, revision: str) -> None:
+        """Forget a revision. Refused while it is active, or while a roll-back would activate it."""
+        await self._call(self._calibrators.DeleteRevision, pb.DeleteRevisionRequest(model=model, revision=revision))
+
+    async def calibrator(self, model: str, revision: str) -> Calibrator:
+        """The fitted calibrator itself, for use without the server."""
+        answer = await self._read(self._calibrators.GetArtifact, pb.GetArtifactRequest(model=model, revision=revision))
+        return calibrators.loads(answer.artifact)
+
+    async def export(self, model: str, revision: str = "") -> bytes:
+        """The model with a revision (default: the active one) inside, as one ONNX file that any runtime serves."""
+        request = pb.ExportModelRequest(model=model, revision=revision)
+
+        async def whole(request: Any, **options: Any) -> bytes:
+            answers = self._calibrators.ExportModel(request, **options)
+            return b"".join([answer.piece async for answer in answers])
+
+        return bytes(await self._read(whole, request))
+
+    async def predict(
+        self, model: str, inputs: Inputs, *, outputs: Sequence[str] = (), calibrator: str | None = None
+    ) -> Prediction:
+        """Run the model on one batch.
+
+        `outputs` names what to return (default: everything); `calibrator` a revision, or "none" (default: the active).
+        """
+        request = requests.infer_request(model, await self._named(model, inputs), outputs, calibrator)
+        return requests.prediction_of(await self._read(self._inference.ModelInfer, request))
+
+    @asynccontextmanager
+    async def stream(self, model: str) -> AsyncIterator[Stream]:
+        """One stream for many predictions of a model in flight: less than half the cost of a call each.
+
+        Example
+        -------
+            async with client.stream("magika") as stream:
+                predictions = await asyncio.gather(*map(stream.predict, batches))
+        """
+        stream = Stream(self._inference.ModelStreamInfer, model, await self._metadata(model), self._timeout)
+        try:
+            yield stream
+        finally:
+            await stream.close()
+
+    async def logits(self, model: str, inputs: Inputs, *, batch_size: int = 64) -> Array:
+        """The logits (n_samples, n_classes) that the model's calibrators read, computed by the server batch by batch.
+
+        For fitting and comparing several kinds on the same rows: compute once, then pass `logits`.
+        """
+        batches = requests.in_batches(await self._named(model, inputs), batch_size)
+        with progress_bars(self._show_progress) as progress:
+            shown = progress.track(batches, description=f"logits in batches of {batch_size}")
+            predictions = [await self.predict(model, batch, outputs=[LOGITS]) for batch in shown]
+        return np.concatenate([prediction.outputs[LOGITS] for prediction in predictions])
+
+    async def _rows(
+        self, model: str, labels: ArrayLike, logits: ArrayLike | None, inputs: Inputs | None, weight: ArrayLike | None
+    ) -> dict[str, Array]:
+        requests.check_one_source(logits, inputs)
+        own = None if inputs is None else await self._named(model, inputs)
+        return requests.calibration_set(labels, logits, own, weight)
+
+    async def _named(self, model: str, inputs: Inputs) -> dict[str, Array]:
+        return requests.named(inputs, None if isinstance(inputs, Mapping) else await self._metadata(model))
+
+    async def _metadata(self, model: str) -> Any:
+        return await self._read(self._inference.ModelMetadata, inference.ModelMetadataRequest(name=model))
+
+    async def _send(self, method: Any, spec: Any, columns: dict[str, Array], what: str) -> resources.Operation:
+        """Send the rows in bounded chunks, then follow the operation to its end."""
+        with progress_bars(self._show_progress) as progress:
+            sending = progress.add_task(f"{what}: sending rows", total=len(columns["labels"]))
+            chunks = requests.in_chunks(spec, columns, lambda sent: progress.update(sending, completed=sent))
+            with translated():
+                following = Following(progress, what, await method(chunks))
+            while following.running:
+                wait = following.wait_request()
+                following.saw(await self._read(self._calibrators.WaitOperation, wait, POLL_SECONDS + self._timeout))
+            return following.result()
+
+    async def _read(self, method: Callable[..., Any], request: Any, timeout_seconds: float | None = None) -> Any:
+        """A call that changes nothing, made again where the server says that this helps."""
+        deadline, tried = time.monotonic() + (timeout_seconds or self._timeout), 0
+        while True:
+            try:
+                return await method(request, timeout=deadline - time.monotonic())
+            except grpc.RpcError as error:
+                tried += 1
+                pause = self._retries.pause(error, tried, deadline - time.monotonic())
+                if pause is None:
+                    raise translation(error) from None
+                await asyncio.sleep(pause)
+
+    async def _call(self, method: Callable[..., Any], request: Any) -> Any:
+        """A call that changes something, made once: whether one that failed took effect is not known."""
+        with translated():
+            return await method(request, timeout=self._timeout)

@@ -1,0 +1,118 @@
+"""From arrays to requests and from answers to arrays: what both clients send, without a connection."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from calserve.v1 import calibrator_service_pb2 as pb
+from calserve.v1 import resources_pb2 as resources
+from numpy.typing import ArrayLike
+
+from calibrators.numerics import to_numpy
+from service import errors
+from service.client.results import Array, Prediction
+from service.rpc import tensors
+from service.rpc.wire import inference
+
+CHUNK_BYTES = 1 << 20
+
+Inputs: TypeAlias = ArrayLike | Mapping[str, ArrayLike]
+
+
+def fit_spec(model: str, kind: str, params: Mapping[str, Any], held_out_fraction: float, seed: int) -> Any:
+    spec = pb.FitCalibratorRequest.Spec(
+        model=model, kind=kind, params_json=json.dumps(params), held_out_fraction=held_out_fraction, seed=seed
+    )
+    return pb.FitCalibratorRequest(spec=spec)
+
+
+def evaluate_spec(model: str, revision: str, seed: int) -> Any:
+    spec = pb.EvaluateRevisionRequest.Spec(model=model, revision=revision, seed=seed)
+    return pb.EvaluateRevisionRequest(spec=spec)
+
+
+def infer_request(
+    model: str, columns: Mapping[str, Array], outputs: Sequence[str], calibrator: str | None, request_id: str = ""
+) -> Any:
+    request = inference.ModelInferRequest(model_name=model, id=request_id)
+    for name, values in columns.items():
+        request.inputs.add(name=name, datatype=tensors.datatype_of(name, values), shape=values.shape)
+        request.raw_input_contents.append(tensors.to_raw(values))
+    for name in outputs:
+        request.outputs.add(name=name)
+    if calibrator is not None:
+        request.parameters["calibrator"].string_param = calibrator
+    return request
+
+
+def prediction_of(response: Any) -> Prediction:
+    arrays = {
+        output.name: tensors.from_raw(output.name, output.datatype, output.shape, raw)
+        for output, raw in zip(response.outputs, response.raw_output_contents, strict=True)
+    }
+    return Prediction(arrays, response.parameters["calibrator_revision"].string_param or "none")
+
+
+def named(inputs: Inputs, metadata: Any = None) -> dict[str, Array]:
+    """Arrays by input name. A bare array needs the model's metadata; InvalidRequest unless it has just one input."""
+    if isinstance(inputs, Mapping):
+        return {name: to_numpy(values) for name, values in inputs.items()}
+    names = [tensor.name for tensor in metadata.inputs]
+    if len(names) != 1:
+        raise errors.InvalidRequest(
+            f"model {metadata.name!r} has the inputs {', '.join(names)}; pass a dict of arrays by name"
+        )
+    return {names[0]: to_numpy(inputs)}
+
+
+def check_one_source(logits: ArrayLike | None, inputs: Inputs | None) -> None:
+    if (logits is None) == (inputs is None):
+        raise errors.InvalidRequest("pass either logits or inputs")
+
+
+def calibration_set(
+    labels: ArrayLike, logits: ArrayLike | None, inputs: Mapping[str, Array] | None, weight: ArrayLike | None
+) -> dict[str, Array]:
+    """All columns of a calibration set by name ("/name" for an input), of equal length."""
+    columns = {"labels": to_numpy(labels)}
+    if logits is not None:
+        columns["logits"] = to_numpy(logits)
+    if inputs is not None:
+        columns.update({f"/{name}": values for name, values in inputs.items()})
+    if weight is not None:
+        columns["sample_weight"] = to_numpy(weight)
+    for name, column in columns.items():
+        tensors.datatype_of(name, column)
+    lengths = {name: len(column) for name, column in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise errors.InvalidRequest(f"the columns have different numbers of rows: {lengths}")
+    return columns
+
+
+def in_chunks(spec: Any, columns: Mapping[str, Array], sent: Callable[[int], object]) -> Iterator[Any]:
+    """The request with the spec, then the rows in requests of its kind, of about CHUNK_BYTES."""
+    yield spec
+    total = len(columns["labels"])
+    row_bytes = sum(column.nbytes / max(1, total) for column in columns.values())
+    step = max(1, math.floor(CHUNK_BYTES / max(1.0, row_bytes)))
+    for start in range(0, total, step):
+        rows = resources.Rows()
+        for name, column in columns.items():
+            message = rows.inputs.add(name=name[1:]).array if name.startswith("/") else getattr(rows, name)
+            part = column[start : start + step]
+            message.datatype = tensors.datatype_of(name, part)
+            message.shape.extend(part.shape)
+            message.data = tensors.to_raw(part)
+        yield type(spec)(rows=rows)
+        sent(min(start + step, total))
+
+
+def in_batches(columns: Mapping[str, Array], batch_size: int) -> Sequence[dict[str, Array]]:
+    count = len(next(iter(columns.values())))
+    return [
+        {name: values[start : start + batch_size] for name, values in columns.items()}
+        for start in range(0, count, batch_size)
+    ]

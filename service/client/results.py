@@ -1,0 +1,130 @@
+"""What the clients return, and how it is read from the messages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, TypeAlias
+
+from calserve.v1 import resources_pb2 as resources
+from numpy.typing import NDArray
+
+from calibrators.auto import Candidate
+from calibrators.metrics import Estimate
+
+Array: TypeAlias = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the model said and what the calibrator made of it, on the same labelled rows; intervals at `level`."""
+
+    row_count: int
+    level: float
+    before: dict[str, Estimate]
+    after: dict[str, Estimate]
+
+
+@dataclass(frozen=True)
+class Revision:
+    """One immutable fit.
+
+    `held_out` are its scores on rows that the scored fit had not seen, None if none were kept; `ranking` is what kind
+    "auto" compared, best first.
+    """
+
+    model: str
+    revision: str
+    kind: str
+    params: dict[str, Any]
+    model_digest: str
+    row_count: int
+    class_count: int
+    held_out: Evaluation | None
+    create_time: datetime
+    active: bool
+    notes: tuple[str, ...]
+    ranking: tuple[Candidate, ...] = ()
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is served, and where signals are read. `logits_tensor` is empty for a model that is no classifier."""
+
+    model: str
+    version: str
+    digest: str
+    class_count: int
+    logits_tensor: str
+    logits_reason: str
+    features_tensor: str
+    features_reason: str
+    active_revision: str
+    provider: str
+    class_names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Outputs by name, and which revision computed the probabilities."""
+
+    outputs: dict[str, Array]
+    calibrator_revision: str
+
+    @property
+    def probabilities(self) -> Array:
+        return self.outputs["probabilities"]
+
+
+def revision_of(message: resources.Revision) -> Revision:
+    return Revision(
+        model=message.model,
+        revision=message.revision,
+        kind=message.kind,
+        params=json.loads(message.params_json or "{}"),
+        model_digest=message.model_digest,
+        row_count=message.row_count,
+        class_count=message.class_count,
+        held_out=evaluation_of(message.held_out) if message.HasField("held_out") else None,
+        create_time=message.create_time.ToDatetime(tzinfo=UTC),
+        active=message.active,
+        notes=tuple(message.notes),
+        ranking=tuple(map(_candidate, message.ranking)),
+    )
+
+
+def evaluation_of(message: resources.Evaluation) -> Evaluation:
+    return Evaluation(message.row_count, message.level, _scores(message.before), _scores(message.after))
+
+
+def model_of(message: resources.Model) -> Model:
+    return Model(
+        model=message.model,
+        version=message.version,
+        digest=message.digest,
+        class_count=message.class_count,
+        logits_tensor=message.logits_tensor,
+        logits_reason=message.logits_reason,
+        features_tensor=message.features_tensor,
+        features_reason=message.features_reason,
+        active_revision=message.active_revision,
+        provider=message.provider,
+        class_names=tuple(message.class_names),
+    )
+
+
+def _scores(messages: Iterable[resources.Score]) -> dict[str, Estimate]:
+    return {score.name: _estimate(score) for score in messages}
+
+
+def _candidate(message: resources.Candidate) -> Candidate:
+    gain = (message.gain, message.gain_error)
+    return Candidate(message.kind, _scores(message.scores), gain, message.seconds, message.skipped)
+
+
+def _estimate(score: resources.Score) -> Estimate:
+    if not score.HasField("low"):
+        return Estimate(score.value)
+    return Estimate(score.value, score.low, score.high)

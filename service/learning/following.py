@@ -1,0 +1,46 @@
+"""How a worker that is not the learner comes to serve what the learner made active."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from service.learning.revisions import Revisions
+from service.store.catalogue import Catalogue
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 0.2
+"""How often the catalogue is asked whether anything changed: what is active everywhere is so within a second."""
+
+
+class Following:
+    """Looks at the catalogue, which another process writes."""
+
+    def __init__(self, catalogue: Catalogue, revisions: Revisions) -> None:
+        self._catalogue, self._revisions = catalogue, revisions
+        self._seen: int | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run())
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    async def look(self) -> None:
+        """Serve what the catalogue has as active, if it changed since the last look."""
+        changed = await asyncio.to_thread(self._catalogue.changes)
+        if changed != self._seen:
+            await self._revisions.follow()
+            self._seen = changed
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                await self.look()
+            except Exception:
+                log.exception("the catalogue could not be followed; what is served stays")
+            await asyncio.sleep(LOOK_SECONDS)

@@ -1,0 +1,54 @@
+"""The process around a server: its signals, and what systemd is told of it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
+
+log = logging.getLogger(__name__)
+
+
+class Signals:
+    """The first SIGTERM or SIGINT sets `stopping`, the second ends the process at once. SIGHUP calls `reload`."""
+
+    def __init__(self, reload: Callable[[], None]) -> None:
+        self.stopping = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._stop)
+        self._loop.add_signal_handler(signal.SIGHUP, reload)
+
+    def _stop(self) -> None:
+        self.stopping.set()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.remove_signal_handler(number)
+            # Not the default effect: process 1 of a container is spared that. Not the loop: it may hang.
+            signal.signal(number, _exit)
+
+
+def notify(state: str) -> None:
+    """Tell systemd, if it started this process as Type=notify (sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.sendto(state.encode(), f"\0{address[1:]}" if address.startswith("@") else address)
+    except OSError as error:
+        log.warning("systemd could not be told %s: %s", state, error.strerror)
+
+
+def end_process() -> NoReturn:
+    """Exit with 0 and without the interpreter's end: that waits for threads that run or load a model, or aborts."""
+    logging.shutdown()
+    os._exit(0)
+
+
+def _exit(number: int, _frame: FrameType | None) -> None:
+    os._exit(128 + number)
