@@ -10,7 +10,12 @@ Four rules keep the choice from doing harm:
 2. Only kinds whose log loss is bounded whatever the rows (no exact zeros) are.
 3. The lowest of many noisy estimates is too good to be true, so `INCUMBENT`, which mixes its members where others are
    chosen, is taken unless another kind leads it by `LEAST_LEAD_IN_ERRORS` standard errors of the paired difference.
-4. Likewise a kind replaces temperature scaling only if it gains at least `LEAST_GAIN_IN_ERRORS` standard errors.
+4. Likewise a kind replaces temperature scaling only if it gains at least `LEAST_GAIN_IN_ERRORS` standard errors;
+   `INCUMBENT`, which holds temperature scaling in its mixture, if it gains at all.
+
+Rows that drift are not exchangeable, and folds drawn from all of them let a candidate see the future of the rows that
+it is judged on. With `time_ordered`, which the caller must say, each fold is predicted from the rows before it alone
+(forward chaining), as the calibrator will be used.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -58,6 +64,7 @@ LEAST_LEAD_IN_ERRORS = 1.0
 LEAST_GAIN_IN_ERRORS = 0.5
 MOST_FOLDS = 50
 
+Splits = list[tuple[NDArray[np.int64], NDArray[np.int64]]]
 Progress = Callable[[float, str], None]
 """Called with the share of the work done, 0 to 1, and what is done now."""
 
@@ -104,6 +111,7 @@ def select(
     candidates: Sequence[str] | None = None,
     prefer: str = "best",
     n_folds: int = 5,
+    time_ordered: bool = False,
     budget_seconds: float = 120.0,
     seed: int = 0,
     progress: Progress | None = None,
@@ -118,6 +126,8 @@ def select(
     candidates : kinds to compare; by default those that suit the shape of the data. identity and temperature join them
     prefer : "best", the lowest log loss; "simple", the simplest within one standard error of it
     n_folds : each candidate is fitted so many times, and once more if it is chosen
+    time_ordered : whether the rows are in order of time; each fold is then judged by a fit on the rows before it, and
+        the first of n_folds + 1 stretches is only learned from
     budget_seconds : a candidate whose folds would not end in time, judged by its first, is skipped and says so
     seed : of the folds and of the intervals
 
@@ -142,7 +152,8 @@ def select(
     if len(z) < 2 * n_folds:
         raise ValueError(f"{n_folds} folds need at least {2 * n_folds} rows, got {len(z)}")
     chosen_kinds = sensible(*z.shape) if candidates is None else list(dict.fromkeys([*ALWAYS, *candidates]))
-    comparison = _Comparison(z, labels, weight, folds(labels, n_folds, seed), seed, time.monotonic() + budget_seconds)
+    splits = forward_splits(labels, n_folds) if time_ordered else splits_of(folds(labels, n_folds, seed))
+    comparison = _Comparison(z, labels, weight, splits, seed, time.monotonic() + budget_seconds)
     for index, kind in enumerate(chosen_kinds):
         if progress is not None:
             progress(index / (len(chosen_kinds) + 1), f"cross-validating {kind}")
@@ -194,6 +205,24 @@ def folds(y: NDArray[np.int64], n_folds: int, seed: int) -> NDArray[np.int64]:
     return fold
 
 
+def splits_of(fold: NDArray[np.int64]) -> Splits:
+    """(learned, judged) row numbers for each fold."""
+    return [(np.flatnonzero(fold != number), np.flatnonzero(fold == number)) for number in np.unique(fold)]
+
+
+def forward_splits(y: NDArray[np.int64], n_folds: int) -> Splits:
+    """(learned, judged) row numbers: n_folds + 1 stretches of rows, all but the first judged by the rows before them.
+
+    ValueError where the first stretch holds a single class.
+    """
+    stretches = np.array_split(np.arange(len(y)), n_folds + 1)
+    if len(np.unique(y[stretches[0]])) < 2:
+        raise ValueError(
+            f"time_ordered learns first from {len(stretches[0])} rows, which are all of one class; take fewer folds"
+        )
+    return [(np.arange(judged[0]), judged) for judged in stretches[1:]]
+
+
 def _freedom(kind: str) -> int:
     return SIMPLEST_FIRST.index(kind) if kind in SIMPLEST_FIRST else len(SIMPLEST_FIRST)
 
@@ -205,7 +234,7 @@ class _Comparison:
     logits: Array
     labels: NDArray[np.int64]
     weight: NDArray[np.float64]
-    fold: NDArray[np.int64]
+    splits: Splits
     seed: int
     deadline: float
     found: dict[str, Candidate] = field(default_factory=dict)
@@ -218,18 +247,19 @@ class _Comparison:
         except _SkippedError as reason:
             self.found[kind] = Candidate(kind, skipped=str(reason))
             return
-        self.losses[kind] = log_losses(probabilities, self.labels)
-        found = scores(probabilities, self.labels, seed=self.seed)
+        labels = self.labels[self._judged]
+        self.losses[kind] = log_losses(probabilities, labels)
+        found = scores(probabilities, labels, seed=self.seed)
         self.found[kind] = Candidate(kind, found, seconds=time.monotonic() - begun)
 
     def winner(self, prefer: str) -> str:
-        ranked = sorted(self.losses, key=lambda kind: float(np.average(self.losses[kind], weights=self.weight)))
+        ranked = sorted(self.losses, key=lambda kind: float(self._share @ self.losses[kind]))
         best = ranked[0]
         if INCUMBENT in self.losses:
             lead, error = self._difference(INCUMBENT, best)
             best = best if lead > LEAST_LEAD_IN_ERRORS * error else INCUMBENT
         gain, error = self._difference("temperature", best)
-        if best not in ALWAYS and gain < LEAST_GAIN_IN_ERRORS * error:
+        if best not in ALWAYS and gain < (0.0 if best == INCUMBENT else LEAST_GAIN_IN_ERRORS) * error:
             best = next(kind for kind in ranked if kind in ALWAYS)
         if prefer == "simple":
             simple = sorted(self.losses, key=_freedom)
@@ -252,29 +282,39 @@ class _Comparison:
 
     def _difference(self, first: str, second: str) -> tuple[float, float]:
         """Weighted mean of first minus second, and its standard error."""
-        share = self.weight / self.weight.sum()
+        share = self._share
         difference = self.losses[first] - self.losses[second]
         mean = float(share @ difference)
         return mean, float(np.sqrt(np.square(share) @ np.square(difference - mean)))
 
+    @cached_property
+    def _judged(self) -> NDArray[np.int64]:
+        """Numbers of the rows that are predicted."""
+        return np.concatenate([judged for _, judged in self.splits])
+
+    @cached_property
+    def _share(self) -> NDArray[np.float64]:
+        weight = self.weight[self._judged]
+        return np.asarray(weight / weight.sum())
+
     def _out_of_fold(self, kind: str) -> Array:
-        probabilities = np.empty(self.logits.shape)
-        for number in np.unique(self.fold):
+        """Probabilities of the rows `_judged`, in its order."""
+        probabilities = []
+        for number, (learned, judged) in enumerate(self.splits, start=1):
             begun = time.monotonic()
-            unseen = self.fold == number
             try:
                 fitted = create(kind).fit(
-                    self.logits[~unseen], self.labels[~unseen], sample_weight=self.weight[~unseen]
+                    self.logits[learned], self.labels[learned], sample_weight=self.weight[learned]
                 )
             except (ImportError, ValueError) as error:
                 if kind in ALWAYS:
                     raise
                 raise _SkippedError(str(error)) from error
-            probabilities[unseen] = fitted.predict_proba(self.logits[unseen])
-            remaining = (self.fold.max() - number) * (time.monotonic() - begun)
+            probabilities.append(fitted.predict_proba(self.logits[judged]))
+            remaining = (len(self.splits) - number) * (time.monotonic() - begun)
             if kind not in ALWAYS and time.monotonic() + remaining > self.deadline:
                 raise _SkippedError("its fits would pass the time budget")
-        return probabilities
+        return np.concatenate(probabilities)
 
 
 class _SkippedError(Exception):

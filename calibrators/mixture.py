@@ -15,6 +15,7 @@ by expectation-maximisation (Dempster, Laird, Rubin, JRSS B 39, 1977): R_ij ~ w_
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,12 +57,14 @@ class DistinctRows:
         """All rows, or a stratified subset of about `most`."""
         return self if len(self) <= most else self.take(stratified(self.labels, most))
 
-    def folds(self, number: int) -> list[tuple[DistinctRows, DistinctRows]]:
+    def folds(self, number: int) -> Iterator[tuple[DistinctRows, DistinctRows]]:
         """(kept, held out) for each fold that holds a row."""
         everywhere = np.floor(self.weight / number)
         place = np.arange(len(self)) % number
-        out = [np.where(place == fold, self.weight - (number - 1) * everywhere, everywhere) for fold in range(number)]
-        return [(self.weighted(self.weight - held_out), self.weighted(held_out)) for held_out in out if held_out.any()]
+        for fold in range(number):
+            held_out = np.where(place == fold, self.weight - (number - 1) * everywhere, everywhere)
+            if held_out.any():
+                yield self.weighted(self.weight - held_out), self.weighted(held_out)
 
     def weighted(self, weight: Array) -> DistinctRows:
         """The rows of positive weight, so weighted."""
@@ -95,14 +98,14 @@ def stratified(labels: Array, most: int) -> Array:
     return np.union1d(even, np.unique(labels, return_index=True)[1])
 
 
-def mixture_weights(held_out: Array, weight: Array, pseudo_count: float) -> Array:
+def mixture_weights(held_out: Array, weight: Array, pseudo_count: float | Sequence[float]) -> Array:
     """Weights (n_members,) that sum to one, none of them zero.
 
     Parameters
     ----------
     held_out : (n_members, n_rows) probability of each row's label under fits that did not see the row
     weight : (n_rows,) positive
-    pseudo_count : rows' worth of evidence given to each member beforehand
+    pseudo_count : rows' worth of evidence given to each member beforehand, or a number for each
 
     Examples
     --------
@@ -116,6 +119,35 @@ def mixture_weights(held_out: Array, weight: Array, pseudo_count: float) -> Arra
     for _ in range(EM_STEPS):
         responsibility = share[:, None] * held_out
         responsibility /= np.maximum(responsibility.sum(axis=0), tiny)
-        share = responsibility @ weight + pseudo_count
+        share = responsibility @ weight + np.asarray(pseudo_count)
         share /= share.sum()
     return share
+
+
+def cautious_weights(held_out: Array, weight: Array, mixture: Array, plain: Array, doubt: float) -> Array:
+    """Weights (n_members,) between those of a plain mixture and of a richer one, by how sure the richer one's gain is.
+
+    With t the held-out gain of `mixture` over `plain`, divided by its standard error, plain + (1 - doubt / t^2)
+    (mixture - plain); `plain` where that factor is negative or the gain is. (The form of James, Stein, "Estimation with
+    quadratic loss", 1961, its positive part.)
+
+    Parameters
+    ----------
+    held_out, weight : as for `mixture_weights`
+    mixture, plain : (n_members,) weights that sum to one
+    doubt : t^2 up to which a gain counts as chance; 0 for `mixture` wherever it gains
+
+    Examples
+    --------
+    Half the rows speak for the second member and half against: its gain is not sure.
+
+    >>> held_out = np.array([[0.5] * 8, [0.9, 0.3] * 4])
+    >>> cautious_weights(held_out, np.ones(8), np.array([0.5, 0.5]), np.array([1.0, 0.0]), doubt=0.5).tolist()
+    [1.0, 0.0]
+    """
+    tiny = float(np.finfo(np.float64).tiny)
+    gains = np.log(np.maximum(mixture @ held_out, tiny) / np.maximum(plain @ held_out, tiny))
+    total = float(weight @ gains)
+    variance = float(weight @ np.square(gains - total / weight.sum()))
+    factor = 1 - doubt * variance / max(total**2, tiny)
+    return plain + max(factor, 0.0) * (mixture - plain) if total > 0 else plain

@@ -21,14 +21,14 @@ coefficients of Psi, then d_k where the problem has slopes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import scipy.linalg
 import scipy.optimize
 
-from calibrators.numerics import Array
+from calibrators.numerics import Array, blocks
 
 MOST_NEWTON_PARAMETERS = 400
 """Up to here the whole Hessian is cheaper than the steps it saves."""
@@ -44,11 +44,11 @@ SUFFICIENT_DECREASE = 0.1
 LBFGS_MEMORY = 20
 LBFGS_STEPS = 200, 40
 LBFGS_TOLERANCE = {"ftol": 1e-10, "gtol": 1e-6}, {"ftol": 1e-7, "gtol": 5e-5}
-"""Of the mean loss: for few parameters, and for many."""
+"""Of the mean loss: in float64, and in float32."""
 
 FEWEST_LOOSE_PARAMETERS = 1500
-MOST_DOUBLE = 20_000
-"""Scores of a problem that is computed in float64 however many its parameters."""
+MOST_DOUBLE_OF_FEW, MOST_DOUBLE = 1_000_000, 20_000
+"""Scores of a problem that is computed in float64, of few and of many parameters."""
 
 
 @dataclass(frozen=True)
@@ -76,18 +76,48 @@ class RidgeSoftmax:
         n_soft = len(self.soft)
         return parameters[:n_soft], parameters[n_soft:].reshape(self.shape)
 
-    def scores(self, parameters: Array) -> Array:
-        theta, own = self.split(parameters.astype(self.soft.dtype))
-        n_common = self.common.shape[1]
-        z = (theta @ self.soft.reshape(len(theta), -1)).reshape(self.soft.shape[1:])
-        z += self.common @ own[:, :n_common].T
-        if self.slopes:
-            z += own[:, n_common] * self.soft[0]
-        return z
+    def loss_and_gradient(self, parameters: Array) -> tuple[float, Array]:
+        loss, gradient = 0.0, np.zeros(self.n_parameters)
+        for rows in self._blocks():
+            p, own_loss = rows._probabilities(parameters)
+            loss += own_loss
+            gradient += rows._gradient(p)
+        return loss, gradient
 
-    def probabilities(self, parameters: Array) -> tuple[Array, float]:
+    def loss(self, parameters: Array) -> float:
+        return sum(rows._probabilities(parameters)[1] for rows in self._blocks())
+
+    def fisher_diagonal(self, parameters: Array) -> Array:
+        """Diagonal of the Hessian of the loss, as a vector of parameters."""
+        diagonal = np.zeros(self.n_parameters)
+        for rows in self._blocks():
+            diagonal += rows._fisher_diagonal(rows._probabilities(parameters)[0])
+        return diagonal
+
+    def hessian(self, parameters: Array) -> Array:
+        """Hessian of the loss, (n_parameters, n_parameters)."""
+        hessian = np.zeros((self.n_parameters, self.n_parameters))
+        for rows in self._blocks():
+            hessian += rows._hessian(rows._probabilities(parameters)[0])
+        return hessian
+
+    def _blocks(self) -> list[RidgeSoftmax]:
+        """The problem in pieces whose arrays stay in a processor's cache from one operation to the next."""
+        return [
+            replace(
+                self,
+                soft=self.soft[:, block],
+                common=self.common[block],
+                labels=self.labels[block],
+                weight=self.weight[block],
+                on_last=self.on_last[block],
+            )
+            for block in blocks(*self.soft.shape[1:])
+        ]
+
+    def _probabilities(self, parameters: Array) -> tuple[Array, float]:
         """p (n_samples, n_classes) and the loss."""
-        z = self.scores(parameters)
+        z = self._scores(parameters)
         z -= z.max(axis=1, keepdims=True)
         own, last = z[np.arange(len(z)), self.labels].astype(float), z[:, -1].astype(float)
         np.exp(z, out=z)
@@ -96,36 +126,38 @@ class RidgeSoftmax:
         loss = (self.weight + self.on_last) @ np.log(total.astype(float)) - self.weight @ own - self.on_last @ last
         return z, float(loss)
 
-    def loss_and_gradient(self, parameters: Array) -> tuple[float, Array]:
-        p, loss = self.probabilities(parameters)
-        return loss, self.gradient(p)
-
-    def gradient(self, p: Array) -> Array:
-        """Gradient of the loss where the probabilities are `p`."""
-        residual = p * (self.weight + self.on_last).astype(p.dtype)[:, None]
-        residual[np.arange(len(residual)), self.labels] -= self.weight
-        residual[:, -1] -= self.on_last
-        shared = self.soft.reshape(len(self.soft), -1) @ residual.ravel()
-        own = residual.T @ self.common
+    def _scores(self, parameters: Array) -> Array:
+        theta, own = self.split(parameters.astype(self.soft.dtype))
+        n_common = self.common.shape[1]
+        z = self.common @ own[:, :n_common].T
+        z += np.tensordot(theta, self.soft, 1)
         if self.slopes:
-            slope = np.einsum("ik,ik->k", residual, self.soft[0])
-            own = np.concatenate([own, slope[:, None]], axis=1)
+            z += own[:, n_common] * self.soft[0]
+        return z
+
+    def _gradient(self, p: Array) -> Array:
+        """Gradient of the loss where the probabilities are `p`, which become the residual."""
+        p *= (self.weight + self.on_last).astype(p.dtype)[:, None]
+        p[np.arange(len(p)), self.labels] -= self.weight
+        p[:, -1] -= self.on_last
+        shared = np.tensordot(self.soft, p, 2)
+        own = p.T @ self.common
+        if self.slopes:
+            own = np.concatenate([own, np.einsum("ik,ik->k", p, self.soft[0])[:, None]], axis=1)
         return np.concatenate([shared, own.ravel()]).astype(float)
 
-    def fisher_diagonal(self, p: Array) -> Array:
-        """Diagonal of the Hessian of the loss, as a vector of parameters."""
+    def _fisher_diagonal(self, p: Array) -> Array:
         p_weighted = p * (self.weight + self.on_last).astype(p.dtype)[:, None]
         mean = np.einsum("ik,mik->mi", p, self.soft)
-        shared = np.einsum("ik,mik,mik->m", p_weighted, self.soft, self.soft, optimize=True)
+        shared = np.einsum("ik,mik->m", p_weighted, np.square(self.soft))
         shared -= np.square(mean) @ (self.weight + self.on_last)
         q = p_weighted * (1 - p)
         own = q.T @ np.square(self.common)
         if self.slopes:
-            own = np.concatenate([own, np.einsum("ik,ik,ik->k", q, self.soft[0], self.soft[0])[:, None]], axis=1)
+            own = np.concatenate([own, np.einsum("ik,ik->k", q, np.square(self.soft[0]))[:, None]], axis=1)
         return np.concatenate([shared, own.ravel()]).astype(float)
 
-    def hessian(self, p: Array) -> Array:
-        """Hessian of the loss, (n_parameters, n_parameters)."""
+    def _hessian(self, p: Array) -> Array:
         n_soft, (n_classes, width) = len(self.soft), self.shape
         weight = self.weight + self.on_last
         mean = np.empty((len(p), self.n_parameters))
@@ -147,8 +179,10 @@ class RidgeSoftmax:
 
 def solver_dtype(n_samples: int, n_classes: int, width: int) -> type[np.floating[Any]]:
     """float32 where the sums are long and their rounding is far below what stops the solver, else float64."""
-    small = n_classes * width < FEWEST_LOOSE_PARAMETERS or n_samples * n_classes <= MOST_DOUBLE
-    return np.float64 if small else np.float32
+    n_parameters, n_scores = n_classes * width, n_samples * n_classes
+    newton = n_parameters <= MOST_NEWTON_PARAMETERS
+    short = n_scores <= (MOST_DOUBLE_OF_FEW if n_parameters < FEWEST_LOOSE_PARAMETERS else MOST_DOUBLE)
+    return np.float64 if newton or short else np.float32
 
 
 @dataclass(frozen=True)
@@ -168,20 +202,19 @@ def minimise(problem: RidgeSoftmax, precision: Array, centre: Array, start: Arra
 def _newton(problem: RidgeSoftmax, precision: Array, centre: Array, start: Array) -> Solution:
     """Newton's method with halved steps; the effective shares from the inverse Hessian itself."""
     x = start
-    p, loss = problem.probabilities(x)
-    value = loss + _ridge(x, precision, centre)
     for _ in range(NEWTON_STEPS):
-        gradient = problem.gradient(p) + precision * (x - centre)
-        factor = scipy.linalg.cho_factor(problem.hessian(p) + np.diag(precision))
+        loss, gradient = problem.loss_and_gradient(x)
+        value = loss + _ridge(x, precision, centre)
+        gradient += precision * (x - centre)
+        factor = scipy.linalg.cho_factor(problem.hessian(x) + np.diag(precision))
         step = scipy.linalg.cho_solve(factor, gradient)
         decrement = float(gradient @ step)
         for length in STEP_LENGTHS:
             trial = x - length * step
-            p, loss = problem.probabilities(trial)
-            trial_value = loss + _ridge(trial, precision, centre)
+            trial_value = problem.loss(trial) + _ridge(trial, precision, centre)
             if trial_value <= value - SUFFICIENT_DECREASE * length * decrement:
                 break
-        x, value = trial, trial_value
+        x = trial
         if decrement <= NEWTON_TOLERANCE * problem.weight.sum():
             break
     inverse = scipy.linalg.cho_solve(factor, np.eye(len(x)))
@@ -190,10 +223,10 @@ def _newton(problem: RidgeSoftmax, precision: Array, centre: Array, start: Array
 
 def _lbfgs(problem: RidgeSoftmax, precision: Array, centre: Array, start: Array) -> Solution:
     """L-BFGS on parameters scaled by the inverse root of the Hessian's diagonal."""
-    fisher = problem.fisher_diagonal(problem.probabilities(start)[0])
+    fisher = problem.fisher_diagonal(start)
     scale = 1 / np.sqrt(fisher + precision)
     total = float(problem.weight.sum())
-    many = problem.n_parameters >= FEWEST_LOOSE_PARAMETERS
+    loose = problem.soft.dtype == np.float32
 
     def objective(u: Array) -> tuple[float, Array]:
         x = scale * u
@@ -206,10 +239,10 @@ def _lbfgs(problem: RidgeSoftmax, precision: Array, centre: Array, start: Array)
         start / scale,
         jac=True,
         method="L-BFGS-B",
-        options={"maxcor": LBFGS_MEMORY, "maxiter": LBFGS_STEPS[many], **LBFGS_TOLERANCE[many]},
+        options={"maxcor": LBFGS_MEMORY, "maxiter": LBFGS_STEPS[loose], **LBFGS_TOLERANCE[loose]},
     )
     x = scale * found.x
-    fisher = problem.fisher_diagonal(problem.probabilities(x)[0])
+    fisher = problem.fisher_diagonal(x)
     return Solution(x, fisher / (fisher + precision))
 
 

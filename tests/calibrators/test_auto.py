@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
+import scipy.special
 
 import calibrators
 from calibrators import auto
@@ -100,6 +103,45 @@ def test_folds_spread_every_class_evenly() -> None:
     assert np.ptp(np.bincount(fold)) <= 1
 
 
+def test_rows_in_order_of_time_are_predicted_from_earlier_rows_alone() -> None:
+    """The oracle refits by hand: six stretches of 50 rows, the first only learned from."""
+    logits, y = rows(300, 3)
+    selection = auto.select(logits, y, candidates=[], time_ordered=True)
+    expected = np.concatenate(
+        [
+            calibrators.create("temperature").fit(logits[:start], y[:start]).predict_proba(logits[start : start + 50])
+            for start in range(50, 300, 50)
+        ]
+    )
+    found = {candidate.kind: candidate.scores["log_loss"].value for candidate in selection.candidates}
+    assert found["temperature"] == pytest.approx(log_loss(expected, y[50:]))
+    assert found["identity"] == pytest.approx(log_loss(scipy.special.softmax(logits[50:], axis=1), y[50:]))
+    whole = calibrators.create("temperature").fit(logits, y)
+    assert calibrators.dumps(selection.calibrator) in {
+        calibrators.dumps(whole),
+        calibrators.dumps(calibrators.create("identity").fit(logits, y)),
+    }
+
+
+def test_what_drifted_within_the_rows_is_not_learned_from_their_future() -> None:
+    """The bias changes its sign every 200 rows: folds of all rows see a bias of nought, and with it no harm; rows in
+    order show that a bias learned from the past is wrong in what comes next."""
+    parts = [rows(200, seed, bias=2.0 * (-1) ** seed) for seed in range(2)]
+    logits, y = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    gains = {}
+    for ordered in (False, True):
+        selection = auto.select(logits, y, candidates=["vector"], n_folds=3, time_ordered=ordered)
+        gains[ordered] = {candidate.kind: candidate.gain[0] for candidate in selection.candidates}["vector"]
+    assert gains[True] < -0.02
+    assert gains[True] < gains[False] - 0.02
+
+
+def test_a_first_stretch_of_one_class_is_refused() -> None:
+    logits, _ = rows(60, 0)
+    with pytest.raises(ValueError, match="time_ordered learns first from 10 rows, which are all of one class"):
+        auto.select(logits, np.repeat([0, 1], 30), candidates=[], time_ordered=True)
+
+
 def test_a_candidate_that_would_pass_the_budget_is_skipped_and_says_so() -> None:
     selection = auto.select(*rows(300, 0), candidates=FEW, budget_seconds=0.0)
     skipped = {candidate.kind: candidate.skipped for candidate in selection.candidates if candidate.skipped}
@@ -141,6 +183,6 @@ def test_what_is_sensible_is_known_bounded_and_always_holds_the_two_that_do_no_h
         ({"candidates": ["tarot"]}, "tarot"),
     ],
 )
-def test_what_cannot_be_is_refused(arguments: dict[str, object], text: str) -> None:
+def test_what_cannot_be_is_refused(arguments: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         auto.select(*rows(90, 0), **arguments)
