@@ -45,7 +45,7 @@ from service.store.blobs import Blobs
 from service.store.catalogue import Catalogue
 from service.supervisor import Member
 from service.web.http import HttpServer, Page, text
-from service.web.metrics import Metrics, ModelInfo
+from service.web.metrics import Metrics, ModelState
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class App:
         self._poll = Poll(self.repository, self._loading, settings.poll_seconds)
         self._regions = Regions(settings.shared_memory_prefix, settings.shared_memory_bytes)
         self._operations = Operations(self._catalogue, blobs, settings.store / "jobs", _limits(settings))
-        self._metrics = Metrics(self._model_infos, lambda: self._health.serving(READY), lambda: self._device.loss.lost)
+        self._metrics = Metrics(self._model_states, lambda: self._health.serving(READY), lambda: self._device.loss.lost)
         self._streams = Streams(_stream_limits(settings))
         limits = replace(_connection_limits(settings), shared_port=member is not None)
         self._front = GrpcFront(self._guarded_methods(), limits, certificates)
@@ -212,9 +212,18 @@ class App:
         }
         return [*EXTENSIONS, *(name for name, works in optional.items() if works)]
 
-    def _model_infos(self) -> list[ModelInfo]:
+    def _model_states(self) -> list[ModelState]:
         return [
-            (model.name, model.version, model.active.revision, model.active.session.provider)
+            ModelState(
+                model.name,
+                model.version,
+                model.active.revision,
+                model.active.session.provider,
+                model.batcher.queued,
+                model.statistics.rows,
+                model.statistics.executions,
+                model.statistics.dropped,
+            )
             for model in list(self.repository.models())
         ]
 

@@ -26,6 +26,8 @@ from service.inference.statistics import Statistics
 
 SHORT_RUN_NS = 150_000
 """Runs expected to take less are made in the event loop."""
+MOST_FORMS = 64
+"""Forms of inputs whose costs are kept."""
 
 
 class Lane(NamedTuple):
@@ -150,10 +152,11 @@ class Batcher:
         limits: Limits,
         statistics: Statistics,
         clock: Callable[[], int] = time.thread_time_ns,
+        in_loop: bool = True,
     ) -> None:
         self.limits = limits
-        self._clock = clock
-        self.costs = RunCosts()
+        self._clock, self._in_loop = clock, in_loop
+        self.costs = Costs()
         self._name, self._execute, self._statistics = name, execute, statistics
         self._lanes: OrderedDict[Lane, FairQueue] = OrderedDict()
         self._queued, self._bytes = 0, 0
@@ -225,6 +228,7 @@ class Batcher:
         """Make room for one more request; the caller who holds most gives way to one who holds less."""
         if self._queued < self.limits.requests and (self._bytes + size <= self.limits.bytes or not self._queued):
             return
+        self._statistics.dropped["full"] += 1
         greediest, most = self._held.most_common(1)[0]
         full = Overloaded(f"model {self._name}: {self._queued} requests are waiting already")
         if self._held[caller] + 1 >= most:
@@ -267,7 +271,7 @@ class Batcher:
         batch = self._gather()
         if batch is None:
             self._tell_idle()
-        elif self.costs.expected_ns(batch.rows) < SHORT_RUN_NS:
+        elif self._in_loop and self.costs.of(batch.lane.inputs).expected_ns(batch.rows) < SHORT_RUN_NS:
             self._settle(batch, self._make(batch))
         else:
             self._hand_over(batch)
@@ -284,8 +288,10 @@ class Batcher:
                 pending = queue.pop()
                 self._left(pending)
                 if pending.future.done():
+                    self._statistics.dropped["cancelled"] += 1
                     continue
                 if pending.deadline <= now:
+                    self._statistics.dropped["deadline"] += 1
                     _fail(pending, DeadlinePassed("the deadline passed while the request waited for the model"))
                     continue
                 waiting.append(pending)
@@ -330,7 +336,7 @@ class Batcher:
                 pending.future.set_result(answer)
             else:
                 pending.future.set_exception(answer)
-        self.costs.learn(batch.rows, outcome.cost_ns)
+        self.costs.of(batch.lane.inputs).learn(batch.rows, outcome.cost_ns)
         queue_ns = sum(outcome.begun_ns - pending.asked_ns for pending in batch.waiting)
         self._statistics.ran(batch.rows, len(batch.waiting), queue_ns, outcome.took_ns)
         if self._queued and self._loop is not None:
@@ -413,6 +419,22 @@ class FairQueue:
         if not own:
             del self._callers[caller]
         return newest
+
+
+class Costs:
+    """What runs take, by the form of their inputs: an image of twice the side is another run."""
+
+    def __init__(self) -> None:
+        self._by_form: dict[Any, RunCosts] = {}
+
+    def of(self, inputs: Any) -> RunCosts:
+        """Of a lane's inputs. Forms are callers' choices, so they are bounded and then forgotten."""
+        costs = self._by_form.get(inputs)
+        if costs is None:
+            if len(self._by_form) >= MOST_FORMS:
+                self._by_form.clear()
+            costs = self._by_form[inputs] = RunCosts()
+        return costs
 
 
 class RunCosts:

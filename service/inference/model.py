@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -105,6 +105,7 @@ class ServedModel:
             self.statistics,
             # Waiting for a core is no cost of a run, so it is the thread's time; a GPU's is the wall clock's.
             time.thread_time_ns if device.on_cpu else time.perf_counter_ns,
+            in_loop=not loops(proto),
         )
 
     @property
@@ -261,8 +262,9 @@ class ServedModel:
         cheaper."""
         outputs, most = list(self.datatypes), self.batcher.limits.rows if self.joins_requests else 1
         costs = row_costs(lambda rows: self._execute(None, outputs, made_up(self.inputs, rows)), most)
+        lane = self.lane(outputs, made_up(self.inputs, 1), None)
         for rows, seconds in costs.seconds.items():
-            self.batcher.costs.learn(rows, int(1e9 * seconds))
+            self.batcher.costs.of(lane.inputs).learn(rows, int(1e9 * seconds))
         if self.joins_requests and not self.max_batch_size:
             self.batcher.limits = replace(self.batcher.limits, rows=costs.knee)
 
@@ -299,3 +301,16 @@ def _agree(one: NDArray[Any], other: NDArray[Any]) -> bool:
     if one.dtype.kind == "f":
         return bool(np.allclose(one, other, rtol=1e-3, atol=1e-5, equal_nan=True))
     return bool((one == other).all())
+
+
+def loops(proto: onnx.ModelProto) -> bool:
+    """Whether a node of the model, at any depth, may turn as often as an input says: no cost measured before holds."""
+
+    def in_nodes(nodes: Iterable[onnx.NodeProto]) -> bool:
+        return any(node.op_type in {"Loop", "Scan"} or any(map(in_attribute, node.attribute)) for node in nodes)
+
+    def in_attribute(attribute: onnx.AttributeProto) -> bool:
+        graphs = [attribute.g, *attribute.graphs] if attribute.HasField("g") else list(attribute.graphs)
+        return any(in_nodes(graph.node) for graph in graphs)
+
+    return in_nodes(proto.graph.node) or any(in_nodes(function.node) for function in proto.functions)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 
@@ -29,6 +29,7 @@ class Statistics:
     queue, infer : requests waiting for the model, and runs of it
     rows, executions : rows served, runs made
     batches : runs by their number of rows
+    dropped : requests that were not run, by why: cancelled, deadline, full
     last_ms : time of the last success, milliseconds since the epoch
     """
 
@@ -39,6 +40,7 @@ class Statistics:
     rows: int = 0
     executions: int = 0
     batches: dict[int, Duration] = field(default_factory=lambda: defaultdict(Duration))
+    dropped: Counter[str] = field(default_factory=Counter)
     last_ms: int = 0
 
     def ran(self, rows: int, requests: int, queue_ns: int, infer_ns: int) -> None:

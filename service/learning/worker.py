@@ -57,7 +57,8 @@ def fit(folder: Path, spec: JobSpec, rows: Rows, report: Report) -> dict[str, An
     """Score a fit on the rows it has not seen, then fit on all rows: that fit is the revision."""
     held_out = None
     if spec.held_out_fraction > 0:
-        fitted_on, unseen = split(rows, spec.held_out_fraction, spec.seed)
+        in_order = bool(json.loads(spec.params_json).get("time_ordered"))
+        fitted_on, unseen = (split_in_time if in_order else split)(rows, spec.held_out_fraction, spec.seed)
         scored, _ = fit_kind(spec, fitted_on, lambda share, text: report(0.1 + 0.3 * share, text))
         report(0.4, f"scoring on {len(unseen)} rows")
         held_out = compare(scored, unseen, spec.seed)
@@ -117,6 +118,13 @@ def split(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
     except ValueError:
         raise JobError(f"{len(rows)} rows are too few to hold out {fraction:.0%} of them for the scores") from None
     return rows.take(np.sort(fitted_on)), rows.take(np.sort(unseen))
+
+
+def split_in_time(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
+    """Rows to fit on and, of rows in order of time, the last ones held out."""
+    del seed
+    n_fitted_on = len(rows) - max(1, round(fraction * len(rows)))
+    return rows.take(np.arange(n_fitted_on)), rows.take(np.arange(n_fitted_on, len(rows)))
 
 
 def compare(calibrator: calibrators.Calibrator, rows: Rows, seed: int) -> dict[str, Any]:

@@ -61,8 +61,12 @@ class Inference:
         waiting: asyncio.Queue[tuple[bytes, _Begun | Exception] | None] = asyncio.Queue(MOST_IN_FLIGHT)
 
         async def read() -> None:
-            async for data in requests:
-                await waiting.put((data, self._begin_ahead(data, call)))
+            try:
+                async for data in requests:
+                    await waiting.put((data, self._begin_ahead(data, call)))
+            except Exception:
+                await waiting.put(None)
+                raise
             await waiting.put(None)
 
         reader = asyncio.create_task(read())

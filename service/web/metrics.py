@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -12,15 +13,34 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 SECONDS_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
-ModelInfo = tuple[str, str, str, str]
-"""(model, version, active revision, provider)"""
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """One loaded version of a model.
+
+    Attributes
+    ----------
+    queued : requests that wait for a run
+    rows, runs : served and made since it was loaded
+    dropped : why requests were not run -> how many
+    """
+
+    model: str
+    version: str
+    revision: str
+    provider: str
+    queued: int
+    rows: int
+    runs: int
+    dropped: Mapping[str, int]
 
 
 class Metrics:
     """Counters of calls, and the state of the models read when somebody asks."""
 
     def __init__(
-        self, models: Callable[[], Iterable[ModelInfo]], ready: Callable[[], bool], device_lost: Callable[[], bool]
+        self, models: Callable[[], Iterable[ModelState]], ready: Callable[[], bool], device_lost: Callable[[], bool]
     ) -> None:
         self._registry = CollectorRegistry()
         self._calls: dict[str, CallCounts] = {}
@@ -67,7 +87,7 @@ class _Calls(Collector):
             "grpc_server_handling_seconds", "Time to answer a call.", labels=["grpc_method"]
         )
         for method, counts in self._calls.items():
-            for code, count in counts.by_code.items():
+            for code, count in list(counts.by_code.items()):  # the loop counts on meanwhile
                 handled.add_metric([method, code], count)
             if counts.by_code:
                 handling.add_metric([method], counts.buckets(), counts.seconds)
@@ -76,11 +96,11 @@ class _Calls(Collector):
 
 class _State(Collector):
     def __init__(
-        self, models: Callable[[], Iterable[ModelInfo]], ready: Callable[[], bool], device_lost: Callable[[], bool]
+        self, models: Callable[[], Iterable[ModelState]], ready: Callable[[], bool], device_lost: Callable[[], bool]
     ) -> None:
         self._models, self._ready, self._device_lost = models, ready, device_lost
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         yield GaugeMetricFamily("calserve_ready", "1 when every configured model serves.", value=float(self._ready()))
         yield GaugeMetricFamily(
             "calserve_device_lost", "1 once the device was lost that models ran on.", value=float(self._device_lost())
@@ -90,6 +110,21 @@ class _State(Collector):
             "1 for the revision that computes a model's probabilities now; 'none' is the model's own.",
             labels=["model", "version", "revision", "provider"],
         )
-        for labels in self._models():
-            active.add_metric(list(labels), 1.0)
-        yield active
+        of_model = ["model", "version"]
+        queued = GaugeMetricFamily("calserve_queued_requests", "Requests that wait for a run.", labels=of_model)
+        rows = CounterMetricFamily("calserve_rows", "Rows answered.", labels=of_model)
+        runs = CounterMetricFamily("calserve_runs", "Runs of the model: rows over runs is the batch.", labels=of_model)
+        dropped = CounterMetricFamily(
+            "calserve_dropped",
+            "Requests not run: cancelled, too late, or the queue was full.",
+            labels=[*of_model, "why"],
+        )
+        for state in self._models():
+            name = [state.model, state.version]
+            active.add_metric([*name, state.revision, state.provider], 1.0)
+            queued.add_metric(name, state.queued)
+            rows.add_metric(name, state.rows)
+            runs.add_metric(name, state.runs)
+            for why, count in list(state.dropped.items()):
+                dropped.add_metric([*name, why], count)
+        yield from (active, queued, rows, runs, dropped)

@@ -15,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 from service.errors import DeadlinePassed, InvalidRequest, NotReady, Overloaded
-from service.inference.batcher import SHORT_RUN_NS, Answer, Batcher, Lane, Limits, RunCosts
+from service.inference.batcher import MOST_FORMS, SHORT_RUN_NS, Answer, Batcher, Costs, Lane, Limits, RunCosts
 from service.inference.statistics import Statistics
 
 LANE = Lane(("y",), None, (("x", np.dtype("<f4"), (2,)),), joins=True)
@@ -74,7 +74,7 @@ def batcher_of(model: Model, *, short: bool = True, clock: Callable[[], int] = l
     """`short` runs are made in the loop, others in the thread."""
     batcher = Batcher("m/1", model, Limits(**limits), Statistics(), clock)
     for size in range(12):
-        batcher.costs.learn(2**size, 0 if short else 10 * SHORT_RUN_NS)
+        batcher.costs.of(LANE.inputs).learn(2**size, 0 if short else 10 * SHORT_RUN_NS)
     return batcher
 
 
@@ -175,6 +175,7 @@ async def test_what_was_cancelled_or_came_too_late_is_not_run(model: Model) -> N
     assert model.batches == [1]
     with pytest.raises(DeadlinePassed):
         await late
+    assert batcher._statistics.dropped == {"cancelled": 1, "deadline": 1}
 
 
 @running
@@ -197,6 +198,7 @@ async def test_a_full_queue_refuses_and_empties_again(model: Model) -> None:
         submit(batcher, 3)
     await asyncio.gather(*waiting)
     assert doubled(await submit(batcher, 4)) == [8]
+    assert batcher._statistics.dropped == {"full": 1}
 
 
 @running
@@ -285,3 +287,20 @@ def test_the_cost_of_a_run_is_unknown_until_one_was_made_and_falls_faster_than_i
     assert costs.expected_ns(4) == 500
     costs.learn(5, 1500)
     assert costs.expected_ns(4) == 550
+
+
+def test_costs_are_kept_by_the_form_of_the_inputs_and_forms_are_bounded() -> None:
+    costs = Costs()
+    costs.of("small").learn(1, 5)
+    assert (costs.of("small").expected_ns(1), costs.of("large").expected_ns(1)) == (5, math.inf)
+    for form in range(3 * MOST_FORMS):
+        costs.of(form)
+    assert len(costs._by_form) <= MOST_FORMS
+
+
+@running
+async def test_a_model_whose_inputs_say_how_long_it_runs_never_runs_in_the_loop(model: Model) -> None:
+    batcher = batcher_of(model)
+    batcher._in_loop = False
+    await submit(batcher, 1)
+    assert model.threads == {"model m/1"}

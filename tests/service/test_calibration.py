@@ -106,6 +106,18 @@ def test_auto_compares_fits_the_best_and_tells_the_ranking(client: Client) -> No
         client.fit("mlp", "auto", logits=LOGITS, labels=LABELS, prefer="cheap")
 
 
+def test_rows_in_order_of_time_are_scored_on_the_last_ones(client: Client) -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((500, 4)).astype(np.float32)
+    labels = rng.integers(0, 4, 500)
+    labels[400:] = logits[400:].argmax(axis=1)
+    found = client.fit("mlp", "auto", logits=logits, labels=labels, time_ordered=True, candidates=["temperature"])
+    assert found.held_out is not None
+    assert found.held_out.before["accuracy"].value == 1.0
+    with pytest.raises(errors.InvalidRequest, match="time_ordered must be true or false, got 'yes'"):
+        client.fit("mlp", "auto", logits=logits, labels=labels, time_ordered="yes")
+
+
 def test_activating_another_fit_of_the_same_kind_builds_no_session(server: RunningServer, client: Client) -> None:
     first = client.fit("mlp", "temperature", logits=LOGITS, labels=LABELS)
     second = client.fit("mlp", "temperature", logits=LOGITS[:500], labels=LABELS[:500])
