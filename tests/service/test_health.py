@@ -144,6 +144,14 @@ def test_metrics_count_calls_by_code_and_name_the_active_revision(shared_server:
     assert "nobody" not in text
 
 
+def test_metrics_tell_rows_runs_and_what_was_not_run(server: RunningServer, client: Client) -> None:
+    client.predict("mlp", {"x": models.labelled_rows(3, 0)[0]})
+    text = page(server, "/metrics")[1]
+    assert 'calserve_rows_total{model="mlp",version="1"} 3.0' in text
+    assert 'calserve_runs_total{model="mlp",version="1"} 1.0' in text
+    assert 'calserve_queued_requests{model="mlp",version="1"} 0.0' in text
+
+
 def test_http_answers_liveness_readiness_and_nothing_else(shared_server: RunningServer) -> None:
     assert page(shared_server, "/health/live") == (200, "live\n")
     assert page(shared_server, "/health/ready") == (200, "ready\n")
