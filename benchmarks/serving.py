@@ -1,0 +1,365 @@
+"""calserve beside a plain gRPC server and the peers that are installed: what a request costs, and the goals.
+
+    python -m benchmarks.serving [--models mlp,head,resnet18] [--rounds 7] [--quick] [--json FILE]
+                                 [--peers triton=/path/to/python,mlserver=...,kserve=...]
+
+Each server runs on core 0 with one thread to a run, the load on core 1. They take turns, round by round; a figure is
+the median over rounds of the ratio within the round. The cost is the processor time, user and system, of the server's
+processes; wall time is shown too, but on a shared machine it is weather. calserve serves a fitted temperature.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import grpc
+import numpy as np
+from rich.console import Console
+
+from benchmarks import serving_trials as trials
+from benchmarks.load import H2LOAD, Command, Load, Result, h2load
+from benchmarks.serving_models import MODELS, BenchmarkModel, write_payloads
+from benchmarks.serving_peers import SERVERS, Absent, Running
+from benchmarks.serving_trials import Row
+from benchmarks.stages import kinds_table
+from service.client import Client
+from service.errors import CalserveError
+
+PEERS = {"triton": ("triton", "triton-batching"), "mlserver": ("mlserver",), "kserve": ("kserve",)}
+FIT_ROWS, REVISION = 500, "temperature-1"
+CPU_GOALS = {
+    ("mlp", "unary c=1"): 0.70,
+    ("mlp", "unary c=16"): 0.70,
+    ("mlp", "unary c=64"): 0.65,
+    ("mlp", "stream c=16"): 0.60,
+    ("head", "unary c=16"): 0.55,
+    ("head", "unary c=64"): 0.40,
+}
+P50_GOALS = {("mlp", "unary c=1"): 0.75}
+ADDED_GOAL = 1.03
+FIGURES: dict[str, tuple[str, dict[tuple[str, str], float]]] = {
+    "cpu_us": ("CPU us a request", CPU_GOALS),
+    "p50_ms": ("p50 ms", P50_GOALS),
+    "per_second": ("requests/s", {}),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kind of load. `stock`: by grpc.aio even where h2load is there, to see a client that people have."""
+
+    mode: str
+    concurrency: int
+    stock: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.mode} c={self.concurrency}" + (", stock client" if self.stock else "")
+
+
+CASES = (Case("unary", 1), Case("unary", 16), Case("unary", 64), Case("stream", 16), Case("unary", 16, stock=True))
+
+
+@dataclass(frozen=True)
+class Window:
+    """One server under one load for about a second."""
+
+    model: str
+    case: str
+    server: str
+    round: int
+    cpu_us: float
+    p50_ms: float
+    per_second: float
+    rows_a_run: float | None
+
+
+@dataclass
+class Bench:
+    """What all measurements share. `python` says which Python a server runs in."""
+
+    load: Load
+    seconds: float
+    rounds: int
+    client_cores: set[int]
+    server_cores: set[int]
+    python: Mapping[str, str]
+    extra: Sequence[str]
+    folder: Path
+    output: str
+    windows: list[Window] = field(default_factory=list)
+    rates: dict[tuple[str, str, Case], float] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+
+    def start(self, name: str, model: BenchmarkModel) -> Running:
+        """A server on a model, calibrated if it is calserve. Absent if it does not start."""
+        if name == "calserve":
+            with ExitStack() as stack:
+                running = stack.enter_context(self.start_bare(model))
+                calibrate(running)
+                stack.pop_all()  # it runs on, and whoever asked for it stops it
+            return running
+        return Running(SERVERS[name], model, cores=self.server_cores, python=self.python.get(name, sys.executable))
+
+    def start_bare(
+        self, model: BenchmarkModel, *, cores: set[int] | None = None, extra: Sequence[str] | None = None
+    ) -> Running:
+        """calserve with nothing fitted."""
+        more = self.extra if extra is None else extra
+        return Running(SERVERS["calserve"], model, cores=cores or self.server_cores, extra=more)
+
+    def command(self, running: Running, case: Case, revision: str = "") -> Command:
+        return Command(
+            running.address,
+            str(self.payloads(running.model, "" if running.server.name != "calserve" else self.output)),
+            case.mode,
+            case.concurrency,
+            self.seconds,
+            revision=revision,
+        )
+
+    def payloads(self, model: BenchmarkModel, output: str = "", rows_each: int = 1) -> Path:
+        path = self.folder / f"{model.name}-{output}-{rows_each}.npz"
+        if not path.exists():
+            write_payloads(model, path, rows_each, output)
+        return path
+
+    def measure(self, running: Running, case: Case, revision: str = "") -> tuple[float, Result]:
+        """Microseconds of the server's processor time a request, and what the client saw."""
+        command = self.command(running, case, revision)
+        fast = H2LOAD and case.mode == "unary" and not case.stock
+        checked = self.clean(running, self.load.run(replace(command, seconds=0.1))) if fast else Result()
+        known = running.server.name, running.model.name, case
+        requests = int(self.rates.get(known, checked.right / (checked.seconds or 1)) * self.seconds)
+        before = running.cpu_seconds()
+        if fast:
+            result = h2load(command, checked, max(2 * case.concurrency, requests), self.client_cores)
+        else:
+            result = self.load.run(command)
+        used = running.cpu_seconds() - before
+        self.rates[known] = self.clean(running, result).right / result.seconds
+        return 1e6 * used / result.right, result
+
+    def clean(self, running: Running, result: Result) -> Result:
+        if not result.clean:
+            failures = result.statuses or f"{result.wrong} wrong answers"
+            raise Absent(f"{running.server.name} on {running.model.name}: {failures}: {result.problem[:120]}")
+        return result
+
+
+def calibrate(running: Running) -> None:
+    """Fit a temperature through the client on random rows, and make it serve."""
+    rng = np.random.default_rng(3)
+    name = running.model.name
+    with Client(running.address, show_progress=False, timeout_seconds=120) as client:
+        logits = client.logits(name, running.model.rows(FIT_ROWS, seed=2))
+        labels = (logits / 2 + rng.gumbel(size=logits.shape)).argmax(axis=1)
+        client.fit(name, "temperature", logits=logits, labels=labels, held_out_fraction=0)
+        client.activate(name, REVISION)
+
+
+def compare(bench: Bench, model: BenchmarkModel, servers: Sequence[str]) -> None:
+    """All servers on one model, taking turns."""
+    with ExitStack() as stack:
+        running = {}
+        for name in servers:
+            with noted(bench, f"{name} on {model.name}"):
+                running[name] = stack.enter_context(bench.start(name, model))
+        for turn in range(bench.rounds):
+            say(f"{model.name}: round {turn + 1} of {bench.rounds} with {', '.join(running)}")
+            for case in CASES:
+                for name in in_turn(list(running), turn):
+                    if case.mode != "stream" or running[name].server.streams:
+                        with noted(bench, f"{name} on {model.name}, {case.name}"):
+                            bench.windows.append(window(bench, running[name], case, turn))
+
+
+def window(bench: Bench, running: Running, case: Case, turn: int) -> Window:
+    name = running.server.name
+    before = running.batches()
+    cpu, seen = bench.measure(running, case, REVISION if name == "calserve" else "")
+    rows, runs = (after - earlier for after, earlier in zip(running.batches(), before, strict=True))
+    batch = rows / runs if runs else None
+    return Window(running.model.name, case.name, name, turn, cpu, seen.p50, seen.right / seen.seconds, batch)
+
+
+def batch_table(bench: Bench, model: str) -> list[list[str]]:
+    """A row a case: how many rows a run had, of the servers that tell."""
+    told = [w for w in bench.windows if w.model == model and w.rows_a_run is not None]
+    servers = list(dict.fromkeys(w.server for w in told))
+    table = [["load", *servers]]
+    for case in CASES:
+        of = [[w.rows_a_run or 0 for w in told if (w.case, w.server) == (case.name, server)] for server in servers]
+        table.append([case.name, *(f"{statistics.median(found):.1f}" if found else "-" for found in of)])
+    return table
+
+
+def added_by_calibration(bench: Bench, model: BenchmarkModel) -> Iterator[Row]:
+    """One calserve, its revision switched on and off between windows."""
+    ratios: dict[str, list[float]] = {}
+    with bench.start("calserve", model) as running, Client(running.address, show_progress=False) as client:
+        for turn in range(2 * bench.rounds):
+            say(f"{model.name}: what calibration adds, round {turn + 1} of {2 * bench.rounds}")
+            for case in (Case("unary", 16), Case("unary", 64)):
+                cpu = {}
+                for revision in in_turn([REVISION, "none"], turn):
+                    client.activate(model.name, revision)
+                    cpu[revision], _ = bench.measure(running, case, revision)
+                ratios.setdefault(case.name, []).append(cpu[REVISION] / cpu["none"])
+    for case_name, found in ratios.items():
+        middle, spread = statistics.median(found), np.subtract(*np.percentile(found, [75, 25]))
+        shown = f"{100 * (middle - 1):+.1f} % (quartiles {100 * spread:.1f} apart)"
+        yield Row(f"calibration adds, {model.name}, {case_name}", shown, "<= 3 %", middle <= ADDED_GOAL)
+
+
+def ratio(windows: Sequence[Window], model: str, case: str, server: str, figure: str) -> float | None:
+    """The median over rounds of a figure's ratio to the reference's in the same round."""
+    of = {(w.server, w.round): getattr(w, figure) for w in windows if (w.model, w.case) == (model, case)}
+    rounds = [turn for name, turn in of if name == server and ("reference", turn) in of]
+    return statistics.median(of[server, turn] / of["reference", turn] for turn in rounds) if rounds else None
+
+
+def comparison_table(bench: Bench, model: str, figure: str, goals: Mapping[tuple[str, str], float]) -> list[list[str]]:
+    """A row a case: the reference's own figure, then every server's ratio to it, with the goal for calserve."""
+    windows = [window for window in bench.windows if window.model == model]
+    servers = [name for name in SERVERS if name != "reference" and any(w.server == name for w in windows)]
+    table = [["load", "reference", "goal", *servers]]
+    for case in CASES:
+        own = [getattr(w, figure) for w in windows if w.case == case.name and w.server == "reference"]
+        if own:
+            ratios = [ratio(windows, model, case.name, server, figure) for server in servers]
+            goal = goals.get((model, case.name))
+            shown = ["-" if value is None else f"{value:.2f}" for value in ratios]
+            table.append([case.name, f"{statistics.median(own):.4g}", f"<= {goal:.2f}" if goal else "", *shown])
+    return table
+
+
+def goal_rows(bench: Bench) -> Iterator[Row]:
+    for figure, (unit, goals) in FIGURES.items():
+        for (model, case), goal in goals.items():
+            value = ratio(bench.windows, model, case, "calserve", figure)
+            if value is not None:
+                yield Row(f"{model} {case}: {unit}, to the reference", f"{value:.2f}", f"<= {goal:.2f}", value <= goal)
+
+
+def trial_rows(bench: Bench, models: Sequence[BenchmarkModel]) -> list[Row]:
+    """Every trial; one that fails is noted, and the others go on."""
+    rows: list[Row] = []
+    for model in models:
+        with noted(bench, f"what calibration adds to {model.name}"):
+            rows += added_by_calibration(bench, model)
+    for trial in (trials.cold_start, trials.workers, trials.overload, trials.cancelled):
+        say(trial.__doc__ or "")
+        with noted(bench, trial.__name__):
+            rows += trial(bench)
+    return rows
+
+
+def in_turn(names: list[str], turn: int) -> list[str]:
+    """Forwards and backwards by turns, so that a machine that slows down favours nobody."""
+    return names if turn % 2 == 0 else names[::-1]
+
+
+@contextmanager
+def noted(bench: Bench, what: str) -> Iterator[None]:
+    """Notes what could not be measured, and goes on."""
+    try:
+        yield
+    except (Absent, CalserveError, grpc.RpcError, subprocess.SubprocessError) as problem:
+        bench.absent[what] = str(problem)
+        say(f"  {what}: {problem}")
+
+
+def say(text: str) -> None:
+    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def show(title: str, table: Sequence[Sequence[str]]) -> None:
+    """A table in markdown, at once: a run takes long, and what it found is kept when it is cut short."""
+    heading, *rows = table
+    lines = ["| " + " | ".join(line) + " |" for line in (heading, ["---"] * len(heading), *rows)]
+    print(f"\n### {title}\n", *lines, sep="\n", flush=True)
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--models", default=",".join(MODELS), help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--peers", default="", help=f"name=python, comma-separated; of {', '.join(PEERS)}")
+    parser.add_argument("--quick", action="store_true", help="short windows, two rounds: to see that all of it runs")
+    parser.add_argument("--only", default="compare,trials,kinds", help="of compare, trials, kinds")
+    parser.add_argument(
+        "--named", action="store_true", help="ask calserve for `probabilities` alone, not for all outputs"
+    )
+    parser.add_argument("--calserve-arguments", default="", help="more flags for `calserve serve`")
+    parser.add_argument("--json", type=Path, help="also write every window and row there")
+    return parser.parse_args()
+
+
+def bench_for(arguments: argparse.Namespace, load: Load, folder: Path, server: set[int], client: set[int]) -> Bench:
+    python: dict[str, str] = {}
+    for part in filter(None, arguments.peers.split(",")):
+        name, _, path = part.partition("=")
+        python |= dict.fromkeys(PEERS[name], path or sys.executable)
+    return Bench(
+        load,
+        seconds=0.4 if arguments.quick else 1.5,
+        rounds=2 if arguments.quick else arguments.rounds,
+        client_cores=client,
+        server_cores=server,
+        python=python,
+        extra=arguments.calserve_arguments.split(),
+        folder=folder,
+        output="probabilities" if arguments.named else "",
+    )
+
+
+def main() -> None:
+    arguments = options()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped
+    models = [MODELS[name] for name in arguments.models.split(",")]
+    cores = sorted(os.sched_getaffinity(0))
+    server, client = {cores[0]}, {cores[-1]}
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder, Load(client) as load:
+        bench = bench_for(arguments, load, Path(folder), server, client)
+        if "compare" in arguments.only:
+            for model in models:
+                compare(bench, model, ["reference", "calserve", *bench.python])
+                for figure, (unit, goals) in FIGURES.items():
+                    title = f"{model.name}: {unit}; the servers as ratios to the reference"
+                    show(title, comparison_table(bench, model.name, figure, goals))
+                show(f"{model.name}: rows a run, as the servers' statistics have it", batch_table(bench, model.name))
+        rows += goal_rows(bench)
+        if "trials" in arguments.only:
+            rows += trial_rows(bench, models)
+    if rows:
+        show("Goals", [["what", "measured", "goal", "met"], *(row.cells() for row in rows)])
+    if "kinds" in arguments.only:
+        for name in ("mlp", "head"):
+            table = kinds_table(MODELS[name], rounds=bench.rounds)
+            show(f"What each kind adds to a run of {name}, us (session alone)", table)
+    for what, reason in {**absent_peers(bench), **bench.absent}.items():
+        print(f"\nNot measured: {what}: {reason}")
+    if arguments.json:
+        found = {"windows": list(map(asdict, bench.windows)), "rows": list(map(asdict, rows)), "absent": bench.absent}
+        arguments.json.write_text(json.dumps(found, indent=1))
+
+
+def absent_peers(bench: Bench) -> dict[str, str]:
+    return {peer: "not named by --peers" for peer, names in PEERS.items() if not set(names) & set(bench.python)}
+
+
+if __name__ == "__main__":
+    main()
