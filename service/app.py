@@ -325,6 +325,7 @@ def _queue_limits(settings: Settings) -> QueueLimits:
     return QueueLimits(
         requests=settings.max_queued_requests,
         bytes=settings.max_queued_bytes,
+        wait_seconds=settings.max_queue_seconds,
         rows=settings.max_batch_rows,
         delay_us=settings.max_queue_delay_us,
     )

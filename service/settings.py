@@ -49,6 +49,7 @@ class Settings:
     max_message_bytes: int = 64 << 20
     max_queued_requests: int = 256
     max_queued_bytes: int = 512 << 20
+    max_queue_seconds: float = 1.0
     max_batch_rows: int = 64
     max_queue_delay_us: int = 0
     default_deadline_seconds: float = 30.0
@@ -84,6 +85,7 @@ class Settings:
             "max_message_bytes",
             "max_queued_requests",
             "max_queued_bytes",
+            "max_queue_seconds",
             "max_batch_rows",
             "default_deadline_seconds",
             "poll_seconds",
@@ -173,8 +175,11 @@ HELP = {
     "max_message_bytes": "largest gRPC message, both ways",
     "max_queued_requests": "requests that may wait for one model; more are refused with RESOURCE_EXHAUSTED",
     "max_queued_bytes": "bytes of inputs that may wait for one model",
-    "max_batch_rows": "most rows in one run of a model whose config.pbtxt sets no max_batch_size",
-    "max_queue_delay_us": "how long an incomplete batch waits for company; 0: only while the model is busy",
+    "max_queue_seconds": "a request that would wait longer for its run is refused, by what runs took lately",
+    "max_batch_rows": "most rows in one run of a model whose config.pbtxt sets no max_batch_size; fewer are joined where "
+    "more make no row cheaper",
+    "max_queue_delay_us": "how long every incomplete batch waits for company, in whole milliseconds; 0: two of them at most, "
+    "and only where callers come together and the process is busy",
     "default_deadline_seconds": "deadline of an inference whose caller set none",
     "drain_seconds": "how long calls in flight may take after SIGTERM",
     "drain_delay_seconds": "time between NOT_SERVING and the refusal of new calls, for a balancer to notice",

@@ -1,9 +1,9 @@
 """One model's queue: requests gathered into runs.
 
-There is no timer by default: what arrived while the last run was made, or in the same turns of the event loop, is the
-next run, so a lone caller never waits for company. A run that is expected to be short is made in the event loop, where
-the hop to a thread would cost more than the run; a longer one in the model's own thread, which takes a batch and wakes
-the loop once when it is done.
+A request that finds the model idle is run at once, unless `Company` expects others to come within a moment; what comes
+while the model is busy is the next run. A run that is expected to be short is made in the event loop, where the hop to
+a thread would cost more than the run; a longer one in the model's own thread, which takes a batch and wakes the loop
+once when it is done.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import asyncio
 import math
 import threading
 import time
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -22,12 +22,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.errors import DeadlinePassed, NotReady, Overloaded
+from service.inference.company import Company
+from service.inference.fair_queue import FairQueue
+from service.inference.run_costs import Costs
 from service.inference.statistics import Statistics
 
 SHORT_RUN_NS = 150_000
 """Runs expected to take less are made in the event loop."""
-MOST_FORMS = 64
-"""Forms of inputs whose costs are kept."""
+HELD_RUN_NS = 1_000_000
+"""Runs expected to take less are worth a moment's wait for company; during longer ones company gathers by itself."""
 
 
 class Lane(NamedTuple):
@@ -51,11 +54,17 @@ class Lane(NamedTuple):
 class Limits:
     """What a model's queue and its runs may hold.
 
-    `rows` is the most in one run, `delay_us` how long an incomplete batch waits for company.
+    Attributes
+    ----------
+    requests, bytes : the most that may wait
+    wait_seconds : a request that would wait longer than this, by what runs take, is refused
+    rows : the most in one run
+    delay_us : how long every incomplete batch waits for company; 0 leaves it to `Company`
     """
 
     requests: int = 256
     bytes: int = 512 << 20
+    wait_seconds: float = 1.0
     rows: int = 64
     delay_us: int = 0
 
@@ -158,9 +167,11 @@ class Batcher:
         self._clock, self._in_loop = clock, in_loop
         self.costs = Costs()
         self._name, self._execute, self._statistics = name, execute, statistics
-        self._lanes: OrderedDict[Lane, FairQueue] = OrderedDict()
-        self._queued, self._bytes = 0, 0
+        self._lanes: OrderedDict[Lane, FairQueue[_Pending]] = OrderedDict()
+        self._queued, self._rows, self._bytes = 0, 0, 0
         self._held: Counter[str] = Counter()
+        self._row_seconds = 0.0  # what a row took in the runs made lately
+        self._company = Company()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.Handle | None = None
         self._in_thread = False
@@ -176,8 +187,8 @@ class Batcher:
 
     def submit(
         self, lane: Lane, feeds: Sequence[Any], rows: int, deadline: float, caller: str = ""
-    ) -> asyncio.Future[Answer]:
-        """Queue one request; the future of its answer.
+    ) -> Answer | asyncio.Future[Answer]:
+        """Run one request or queue it: its answer, or the future of it.
 
         `deadline` is on time.monotonic(). A request whose deadline passes, or whose future is cancelled, before its run
         is made is not run.
@@ -188,23 +199,67 @@ class Batcher:
             if the queue is full and this caller holds no less of it than the others
         NotReady
             if the model was unloaded
+        InvalidRequest
+            if it is run at once and the graph cannot compute its inputs
         """
         if self._closed:
             raise NotReady(f"model {self._name} is being unloaded")
-        loop = self._loop = self._loop or asyncio.get_running_loop()
+        idle = self._timer is None and not self._in_thread and not self._queued
+        hold = self._hold_seconds(lane, rows) if idle else 0.0
+        if idle and not hold and self._is_short(lane, rows):
+            return self._run_now(lane, feeds, rows)
+        pending = self._queue(lane, feeds, rows, deadline, caller)
+        if idle:
+            self._wait(hold)
+        elif self._timer is not None and self._is_complete():
+            self._timer.cancel()
+            self._wait(0.0)
+        return pending.future
+
+    def _hold_seconds(self, lane: Lane, rows: int) -> float:
+        """How long a request that finds the model idle waits for company."""
+        if self.limits.delay_us:
+            return self.limits.delay_us / 1e6
+        may_gain = lane.joins and rows < self.limits.rows
+        if may_gain and self.costs.of(lane.inputs).expected_ns(rows) < HELD_RUN_NS:
+            return self._company.hold_seconds()
+        return 0.0
+
+    def _is_complete(self) -> bool:
+        """Whether nobody else is waited for."""
+        return self._rows >= self.limits.rows or (not self.limits.delay_us and self._company.is_complete(self._queued))
+
+    def _is_short(self, lane: Lane, rows: int) -> bool:
+        return self._in_loop and self.costs.of(lane.inputs).expected_ns(rows) < SHORT_RUN_NS
+
+    def _run_now(self, lane: Lane, feeds: Sequence[Any], rows: int) -> Answer:
+        """Run one request in the event loop, past the queue."""
+        begun = time.perf_counter_ns()
+        answer = self._run(lane, [feeds], [rows])[0]
+        took = time.perf_counter_ns() - begun
+        self.costs.of(lane.inputs).learn(rows, took)
+        self._statistics.ran(rows, 1, 0, took)
+        return answer
+
+    def _queue(self, lane: Lane, feeds: Sequence[Any], rows: int, deadline: float, caller: str) -> _Pending:
         size = sum(feed.nbytes if hasattr(feed, "nbytes") else len(feed) for feed in feeds)
         self._admit(caller, size)
+        loop = self._loop = self._loop or asyncio.get_running_loop()
         pending = _Pending(feeds, rows, size, deadline, caller, loop.create_future())
         queue = self._lanes.get(lane)
         if queue is None:
             queue = self._lanes[lane] = FairQueue()
         queue.push(caller, pending)
         self._queued += 1
+        self._rows += rows
         self._bytes += size
         self._held[caller] += 1
-        if not self._in_thread:
-            self._wake(loop)
-        return pending.future
+        return pending
+
+    def _wait(self, seconds: float) -> None:
+        """Make the next run after this time, or at the end of this turn of the loop with all that it brings."""
+        loop = self._loop or asyncio.get_running_loop()
+        self._timer = loop.call_later(seconds, self._next) if seconds else loop.call_soon(self._next)
 
     async def drain(self) -> None:
         """Return when nothing is queued and nothing runs."""
@@ -220,13 +275,17 @@ class Batcher:
             while queue:
                 _fail(queue.pop(), NotReady(f"model {self._name} is being unloaded"))
         self._lanes.clear()
-        self._queued, self._bytes = 0, 0
+        self._queued, self._rows, self._bytes = 0, 0, 0
         self._held.clear()
         self._batches.put(None)
 
     def _admit(self, caller: str, size: int) -> None:
         """Make room for one more request; the caller who holds most gives way to one who holds less."""
-        if self._queued < self.limits.requests and (self._bytes + size <= self.limits.bytes or not self._queued):
+        if not self._queued or (
+            self._queued < self.limits.requests
+            and self._bytes + size <= self.limits.bytes
+            and self._rows * self._row_seconds <= self.limits.wait_seconds
+        ):
             return
         self._statistics.dropped["full"] += 1
         greediest, most = self._held.most_common(1)[0]
@@ -241,37 +300,21 @@ class Batcher:
 
     def _left(self, pending: _Pending) -> None:
         self._queued -= 1
+        self._rows -= pending.rows
         self._bytes -= pending.size
         self._held[pending.caller] -= 1
         if not self._held[pending.caller]:
             del self._held[pending.caller]
 
-    def _wake(self, loop: asyncio.AbstractEventLoop) -> None:
-        """See to it that the next run is made: once the loop falls quiet, or after the delay where one is set."""
-        if self._timer is not None:
-            if self.limits.delay_us and self._queued >= self.limits.rows:
-                self._timer.cancel()
-                self._timer = loop.call_soon(self._next)
-        elif self.limits.delay_us:
-            self._timer = loop.call_later(self.limits.delay_us / 1e6, self._next)
-        else:
-            self._timer = loop.call_soon(self._when_quiet, loop, 0)
-
-    def _when_quiet(self, loop: asyncio.AbstractEventLoop, seen: int) -> None:
-        """Make the next run unless the loop's last turn brought more requests: then its next turn may bring more."""
-        if seen < self._queued < self.limits.rows:
-            self._timer = loop.call_soon(self._when_quiet, loop, self._queued)
-        else:
-            self._next()
-
     def _next(self) -> None:
         self._timer = None
         if self._in_thread:
             return
+        self._company.came(self._queued)
         batch = self._gather()
         if batch is None:
             self._tell_idle()
-        elif self._in_loop and self.costs.of(batch.lane.inputs).expected_ns(batch.rows) < SHORT_RUN_NS:
+        elif self._is_short(batch.lane, batch.rows):
             self._settle(batch, self._make(batch))
         else:
             self._hand_over(batch)
@@ -339,10 +382,11 @@ class Batcher:
         self.costs.of(batch.lane.inputs).learn(batch.rows, outcome.cost_ns)
         queue_ns = sum(outcome.begun_ns - pending.asked_ns for pending in batch.waiting)
         self._statistics.ran(batch.rows, len(batch.waiting), queue_ns, outcome.took_ns)
-        if self._queued and self._loop is not None:
-            self._timer = self._timer or self._loop.call_soon(self._next)
-        else:
+        self._row_seconds += (1e-9 * outcome.took_ns / max(1, batch.rows) - self._row_seconds) / 8
+        if not self._queued:
             self._tell_idle()
+        elif self._timer is None:
+            self._wait(0.0)
 
     def _tell_idle(self) -> None:
         if self._idle is not None and not self._queued and not self._in_thread:
@@ -354,107 +398,34 @@ class Batcher:
         begun, cost = time.perf_counter_ns(), self._clock()
         waiting = batch.waiting
         try:
-            answers: list[Answer | Exception] = list(self._run(batch.lane, waiting))
+            answers: list[Answer | Exception] = list(
+                self._run(batch.lane, [pending.feeds for pending in waiting], [pending.rows for pending in waiting])
+            )
         except Exception as error:
             answers = [error] if len(waiting) == 1 else [self._run_alone(batch.lane, pending) for pending in waiting]
         return _Outcome(answers, begun, time.perf_counter_ns() - begun, self._clock() - cost)
 
     def _run_alone(self, lane: Lane, pending: _Pending) -> Answer | Exception:
         try:
-            return self._run(lane, [pending])[0]
+            return self._run(lane, [pending.feeds], [pending.rows])[0]
         except Exception as error:
             return error
 
-    def _run(self, lane: Lane, waiting: Sequence[_Pending]) -> list[Answer]:
-        rows = sum(pending.rows for pending in waiting)
-        feeds = {
-            name: _joined([pending.feeds[index] for pending in waiting], dtype, (rows, *shape) if lane.joins else shape)
+    def _run(self, lane: Lane, feeds: Sequence[Sequence[Any]], rows: Sequence[int]) -> list[Answer]:
+        """One run for several requests: the inputs of each, and its rows."""
+        total = sum(rows)
+        joined = {
+            name: _joined([own[index] for own in feeds], dtype, (total, *shape) if lane.joins else shape)
             for index, (name, dtype, shape) in enumerate(lane.inputs)
         }
-        snapshot, arrays = self._execute(lane.snapshot, lane.outputs, feeds)
+        snapshot, arrays = self._execute(lane.snapshot, lane.outputs, joined)
         if not lane.joins:
-            return [Answer(Run(lane.outputs, arrays, snapshot, None), 0, rows)]
-        run, answers, start = Run(lane.outputs, arrays, snapshot, rows), [], 0
-        for pending in waiting:
-            answers.append(Answer(run, start, start + pending.rows))
-            start += pending.rows
+            return [Answer(Run(lane.outputs, arrays, snapshot, None), 0, total)]
+        run, answers, start = Run(lane.outputs, arrays, snapshot, total), [], 0
+        for own_rows in rows:
+            answers.append(Answer(run, start, start + own_rows))
+            start += own_rows
         return answers
-
-
-class FairQueue:
-    """First come, first served for each caller; the callers take turns."""
-
-    __slots__ = ("_callers",)
-
-    def __init__(self) -> None:
-        self._callers: OrderedDict[str, deque[_Pending]] = OrderedDict()
-
-    def __bool__(self) -> bool:
-        return bool(self._callers)
-
-    def push(self, caller: str, pending: _Pending) -> None:
-        own = self._callers.get(caller)
-        if own is None:
-            own = self._callers[caller] = deque()
-        own.append(pending)
-
-    def peek(self) -> _Pending:
-        return next(iter(self._callers.values()))[0]
-
-    def pop(self) -> _Pending:
-        caller, own = next(iter(self._callers.items()))
-        pending = own.popleft()
-        if own:
-            self._callers.move_to_end(caller)
-        else:
-            del self._callers[caller]
-        return pending
-
-    def give_way(self, caller: str) -> _Pending | None:
-        """Take back the caller's newest request, None if it has none here."""
-        own = self._callers.get(caller)
-        if own is None:
-            return None
-        newest = own.pop()
-        if not own:
-            del self._callers[caller]
-        return newest
-
-
-class Costs:
-    """What runs take, by the form of their inputs: an image of twice the side is another run."""
-
-    def __init__(self) -> None:
-        self._by_form: dict[Any, RunCosts] = {}
-
-    def of(self, inputs: Any) -> RunCosts:
-        """Of a lane's inputs. Forms are callers' choices, so they are bounded and then forgotten."""
-        costs = self._by_form.get(inputs)
-        if costs is None:
-            if len(self._by_form) >= MOST_FORMS:
-                self._by_form.clear()
-            costs = self._by_form[inputs] = RunCosts()
-        return costs
-
-
-class RunCosts:
-    """What a run takes, nanoseconds, by the power of two of its rows, learned from the runs that were made."""
-
-    def __init__(self) -> None:
-        self._ns: dict[int, float] = {}
-
-    def expected_ns(self, rows: int) -> float:
-        """What a run of about this size took, or the next larger one; infinite if no such run was made."""
-        size = rows.bit_length()
-        if size in self._ns:
-            return self._ns[size]
-        return min((ns for larger, ns in self._ns.items() if larger > size), default=math.inf)
-
-    def learn(self, rows: int, ns: int) -> None:
-        """A moving mean that follows faster runs quickly and slower ones slowly: the machine's pauses are no cost."""
-        size = rows.bit_length()
-        known = self._ns.get(size)
-        self._ns[size] = ns if known is None else known + (ns - known) * (0.5 if ns < known else 0.05)
 
 
 def _closed(*_: Any) -> NoReturn:

@@ -31,10 +31,10 @@ MOST_IN_FLIGHT = 128
 
 
 class _Begun(NamedTuple):
-    """A request whose run is awaited."""
+    """A request that was run, or whose run is awaited."""
 
     reading: Reading
-    answer: Awaitable[Answer]
+    answer: Answer | Awaitable[Answer]
     begun_ns: int
 
 
@@ -95,13 +95,15 @@ class Inference:
             begun = self._begin(data, call)
         except Exception as error:
             return error
-        return begun._replace(answer=asyncio.ensure_future(begun.answer))
+        if asyncio.iscoroutine(begun.answer):
+            return begun._replace(answer=asyncio.ensure_future(begun.answer))
+        return begun
 
     async def _finish(self, begun: _Begun, *, in_stream: bool = False) -> bytes:
         """The bytes of the answer, or the request's error; either is counted."""
         plan = begun.reading.plan
         try:
-            answer = await begun.answer
+            answer = begun.answer if isinstance(begun.answer, Answer) else await begun.answer
             if plan.model.is_classifier and not answer.run.finite("confidence"):
                 _check_confidence(answer, begun.reading)
             reply = encode(plan, answer, begun.reading.id_field, final=in_stream and plan.final)
@@ -141,7 +143,7 @@ class Inference:
         self._templates.keep(request, data, reading.plan)
         return reading
 
-    def _submit(self, reading: Reading, call: Call) -> Awaitable[Answer]:
+    def _submit(self, reading: Reading, call: Call) -> Answer | Awaitable[Answer]:
         plan = reading.plan
         deadline = call.deadline or time.monotonic() + self._default_deadline_seconds
         if plan.revision is not None or plan.divided:
@@ -190,5 +192,6 @@ def _error_in_band(error: Exception, data: bytes, call: Call) -> bytes:
 
 def _abandon(item: tuple[bytes, _Begun | Exception] | None) -> None:
     """Give up a request whose stream has ended."""
-    if item is not None and isinstance(item[1], _Begun):
-        asyncio.ensure_future(item[1].answer).cancel()
+    begun = item[1] if item else None
+    if isinstance(begun, _Begun) and not isinstance(begun.answer, Answer):
+        asyncio.ensure_future(begun.answer).cancel()

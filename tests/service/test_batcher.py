@@ -15,7 +15,9 @@ import pytest
 from numpy.typing import NDArray
 
 from service.errors import DeadlinePassed, InvalidRequest, NotReady, Overloaded
-from service.inference.batcher import MOST_FORMS, SHORT_RUN_NS, Answer, Batcher, Costs, Lane, Limits, RunCosts
+from service.inference.batcher import SHORT_RUN_NS, Answer, Batcher, Lane, Limits
+from service.inference.company import Company
+from service.inference.run_costs import MOST_FORMS, Costs, RunCosts
 from service.inference.statistics import Statistics
 
 LANE = Lane(("y",), None, (("x", np.dtype("<f4"), (2,)),), joins=True)
@@ -29,6 +31,16 @@ class FakeSnapshot:
 
 
 SNAPSHOT = FakeSnapshot("r1")
+
+
+class CompanyOfThree(Company):
+    """Holds every request for an hour, unless three wait."""
+
+    def hold_seconds(self) -> float:
+        return 3600
+
+    def is_complete(self, waiting: int) -> bool:
+        return waiting == 3
 
 
 class Model:
@@ -63,16 +75,21 @@ def rows(*firsts: float) -> NDArray[np.float32]:
 def submit(
     batcher: Batcher, *firsts: float, caller: str = "a", deadline: float = math.inf, lane: Lane = LANE
 ) -> asyncio.Future[Answer]:
-    return batcher.submit(lane, [rows(*firsts)], len(firsts), deadline, caller)
+    answer = batcher.submit(lane, [rows(*firsts)], len(firsts), deadline, caller)
+    if not isinstance(answer, Answer):
+        return answer
+    done = asyncio.get_running_loop().create_future()
+    done.set_result(answer)
+    return done
 
 
 def doubled(answer: Answer) -> list[float]:
     return [float(value) for value in answer.part("y")[:, 0]]
 
 
-def batcher_of(model: Model, *, short: bool = True, clock: Callable[[], int] = lambda: 0, **limits: int) -> Batcher:
-    """`short` runs are made in the loop, others in the thread."""
-    batcher = Batcher("m/1", model, Limits(**limits), Statistics(), clock)
+def batcher_of(model: Model, *, short: bool = True, **limits: int) -> Batcher:
+    """`short` runs are made in the loop, others in the thread. A first request waits a moment for company."""
+    batcher = Batcher("m/1", model, Limits(**{"delay_us": 1000, **limits}), Statistics(), lambda: 0)
     for size in range(12):
         batcher.costs.of(LANE.inputs).learn(2**size, 0 if short else 10 * SHORT_RUN_NS)
     return batcher
@@ -126,6 +143,35 @@ async def test_what_comes_during_a_run_makes_the_next_run(model: Model) -> None:
 async def test_a_short_run_is_made_in_the_loops_own_thread(model: Model) -> None:
     await submit(batcher_of(model), 1)
     assert model.threads == {threading.current_thread().name}
+
+
+@running
+async def test_a_request_that_finds_the_model_idle_is_answered_at_once(model: Model) -> None:
+    batcher = batcher_of(model, delay_us=0)
+    answer = batcher.submit(LANE, [rows(3)], 1, math.inf)
+    assert isinstance(answer, Answer)
+    assert doubled(answer) == [6]
+    with pytest.raises(InvalidRequest):
+        batcher.submit(LANE, [rows(666)], 1, math.inf)
+
+
+@running
+async def test_as_many_as_are_expected_are_waited_for_and_no_longer(model: Model) -> None:
+    batcher = batcher_of(model, delay_us=0)
+    batcher._company = CompanyOfThree()
+    for _ in range(2):
+        await asyncio.gather(*[submit(batcher, n) for n in range(3)])
+    assert model.batches == [3, 3]
+
+
+@running
+async def test_who_would_wait_too_long_is_refused(model: Model) -> None:
+    batcher = batcher_of(model)
+    batcher._row_seconds = 0.6
+    waiting = [submit(batcher, 1), submit(batcher, 2)]
+    with pytest.raises(Overloaded):
+        submit(batcher, 3)
+    await asyncio.gather(*waiting)
 
 
 @running
