@@ -24,12 +24,12 @@ from numpy.typing import NDArray
 from service.errors import DeadlinePassed, NotReady, Overloaded
 from service.inference.company import Company
 from service.inference.fair_queue import FairQueue
-from service.inference.run_costs import Costs
+from service.inference.run_costs import Costs, RunCosts
 from service.inference.statistics import Statistics
 
 SHORT_RUN_NS, SHORT_BATCH = 150_000, 4
-"""Runs expected to take less are made in the event loop; those for several requests may take so many times as long: they
-hold up the loop less often than those requests would one by one."""
+"""Runs expected to take less are made in the event loop; those for several requests may take that many times as long:
+they hold up the loop less than those requests would one by one."""
 HELD_RUN_NS = 1_000_000
 """Runs expected to take less are worth a moment's wait for company; during longer ones company gathers by itself."""
 
@@ -187,12 +187,12 @@ class Batcher:
         return self._queued
 
     def submit(
-        self, lane: Lane, feeds: Sequence[Any], rows: int, deadline: float, caller: str = ""
+        self, lane: Lane, feeds: Sequence[Any], rows: int, deadline: float, caller: Callable[[], str] = str
     ) -> Answer | asyncio.Future[Answer]:
         """Run one request or queue it: its answer, or the future of it.
 
-        `deadline` is on time.monotonic(). A request whose deadline passes, or whose future is cancelled, before its run
-        is made is not run.
+        `deadline` is on time.monotonic(); `caller` gives the name under which it takes its turn. A request whose
+        deadline passes, or whose future is cancelled, before its run is made is not run.
 
         Raises
         ------
@@ -205,41 +205,42 @@ class Batcher:
         """
         if self._closed:
             raise NotReady(f"model {self._name} is being unloaded")
-        idle = self._timer is None and not self._in_thread and not self._queued
-        hold = self._hold_seconds(lane, rows) if idle else 0.0
-        if idle and not hold and self._is_short(lane, rows):
-            return self._run_now(lane, feeds, rows)
-        pending = self._queue(lane, feeds, rows, deadline, caller)
-        if idle:
-            self._wait(hold)
-        elif self._timer is not None and self._is_complete():
-            self._timer.cancel()
-            self._wait(0.0)
+        if self._timer is not None or self._in_thread or self._queued:
+            pending = self._queue(lane, feeds, rows, deadline, caller())
+            if self._timer is not None and self._is_complete():
+                self._timer.cancel()
+                self._wait(0.0)
+            return pending.future
+        costs = self.costs.of(lane.inputs)
+        expected_ns = costs.expected_ns(rows)
+        hold = self._hold_seconds(lane, rows, expected_ns)
+        if not hold and self._in_loop and expected_ns < SHORT_RUN_NS:
+            return self._run_now(lane, feeds, rows, costs)
+        pending = self._queue(lane, feeds, rows, deadline, caller())
+        self._wait(hold)
         return pending.future
 
-    def _hold_seconds(self, lane: Lane, rows: int) -> float:
+    def _hold_seconds(self, lane: Lane, rows: int, expected_ns: float) -> float:
         """How long a request that finds the model idle waits for company."""
         if self.limits.delay_us:
             return self.limits.delay_us / 1e6
-        may_gain = lane.joins and rows < self.limits.rows
-        if may_gain and self.costs.of(lane.inputs).expected_ns(rows) < HELD_RUN_NS:
-            return self._company.hold_seconds()
-        return 0.0
+        may_gain = expected_ns < HELD_RUN_NS and lane.joins and rows < self.limits.rows
+        return self._company.hold_seconds() if may_gain else 0.0
 
     def _is_complete(self) -> bool:
         """Whether nobody else is waited for."""
         return self._rows >= self.limits.rows or (not self.limits.delay_us and self._company.is_complete(self._queued))
 
-    def _is_short(self, lane: Lane, rows: int, requests: int = 1) -> bool:
-        longest = SHORT_RUN_NS * min(requests, SHORT_BATCH)
-        return self._in_loop and self.costs.of(lane.inputs).expected_ns(rows) < longest
+    def _is_short(self, batch: _Batch) -> bool:
+        longest = SHORT_RUN_NS * min(len(batch.waiting), SHORT_BATCH)
+        return self._in_loop and self.costs.of(batch.lane.inputs).expected_ns(batch.rows) < longest
 
-    def _run_now(self, lane: Lane, feeds: Sequence[Any], rows: int) -> Answer:
+    def _run_now(self, lane: Lane, feeds: Sequence[Any], rows: int, costs: RunCosts) -> Answer:
         """Run one request in the event loop, past the queue."""
         begun = time.perf_counter_ns()
         answer = self._run(lane, [feeds], [rows])[0]
         took = time.perf_counter_ns() - begun
-        self.costs.of(lane.inputs).learn(rows, took)
+        costs.learn(rows, took)
         self._statistics.ran(rows, 1, 0, took)
         return answer
 
@@ -316,7 +317,7 @@ class Batcher:
         batch = self._gather()
         if batch is None:
             self._tell_idle()
-        elif self._is_short(batch.lane, batch.rows, len(batch.waiting)):
+        elif self._is_short(batch):
             self._settle(batch, self._make(batch))
         else:
             self._hand_over(batch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -147,10 +147,10 @@ class Inference:
         plan = reading.plan
         deadline = call.deadline or time.monotonic() + self._default_deadline_seconds
         if plan.revision is not None or plan.divided:
-            return self._run(reading, deadline, call.peer())
-        return plan.model.batcher.submit(plan.lane, reading.feeds, plan.rows, deadline, call.peer())
+            return self._run(reading, deadline, call.peer)
+        return plan.model.batcher.submit(plan.lane, reading.feeds, plan.rows, deadline, call.peer)
 
-    async def _run(self, reading: Reading, deadline: float, caller: str) -> Answer:
+    async def _run(self, reading: Reading, deadline: float, caller: Callable[[], str]) -> Answer:
         """A request that names a revision, or has more rows than a run takes."""
         plan = reading.plan
         snapshot = await self._revisions.snapshot(plan.model, plan.revision) if plan.revision is not None else None

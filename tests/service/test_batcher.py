@@ -75,7 +75,7 @@ def rows(*firsts: float) -> NDArray[np.float32]:
 def submit(
     batcher: Batcher, *firsts: float, caller: str = "a", deadline: float = math.inf, lane: Lane = LANE
 ) -> asyncio.Future[Answer]:
-    answer = batcher.submit(lane, [rows(*firsts)], len(firsts), deadline, caller)
+    answer = batcher.submit(lane, [rows(*firsts)], len(firsts), deadline, lambda: caller)
     if not isinstance(answer, Answer):
         return answer
     done = asyncio.get_running_loop().create_future()
