@@ -148,10 +148,17 @@ def select(
     z = check_logits(logits)
     labels = check_labels(y, n_samples=len(z), n_classes=z.shape[1])
     weight = check_sample_weight(sample_weight, n_samples=len(z))
-    check_options(candidates=candidates, prefer=prefer, n_folds=n_folds, budget_seconds=budget_seconds)
+    check_options(
+        candidates=candidates,
+        prefer=prefer,
+        n_folds=n_folds,
+        time_ordered=time_ordered,
+        budget_seconds=budget_seconds,
+    )
     if len(z) < 2 * n_folds:
         raise ValueError(f"{n_folds} folds need at least {2 * n_folds} rows, got {len(z)}")
     chosen_kinds = sensible(*z.shape) if candidates is None else list(dict.fromkeys([*ALWAYS, *candidates]))
+    chosen_kinds.sort(key=_turn)
     splits = forward_splits(labels, n_folds) if time_ordered else splits_of(folds(labels, n_folds, seed))
     comparison = _Comparison(z, labels, weight, splits, seed, time.monotonic() + budget_seconds)
     for index, kind in enumerate(chosen_kinds):
@@ -170,9 +177,12 @@ def check_options(
     candidates: Sequence[str] | None = None,
     prefer: str = "best",
     n_folds: int = 5,
+    time_ordered: bool = False,
     budget_seconds: float = 120.0,
 ) -> None:
     """Options of `select` as they may be: ValueError or TypeError otherwise."""
+    if not isinstance(time_ordered, bool):
+        raise TypeError(f"time_ordered must be true or false, got {time_ordered!r}")
     for kind in candidates or ():
         create(kind)
     if prefer not in {"best", "simple"}:
@@ -221,6 +231,11 @@ def forward_splits(y: NDArray[np.int64], n_folds: int) -> Splits:
             f"time_ordered learns first from {len(stretches[0])} rows, which are all of one class; take fewer folds"
         )
     return [(np.arange(judged[0]), judged) for judged in stretches[1:]]
+
+
+def _turn(kind: str) -> int:
+    """What is chosen from in any case comes before what the time budget may leave out."""
+    return [*ALWAYS, INCUMBENT].index(kind) if kind in {*ALWAYS, INCUMBENT} else len(ALWAYS) + 1
 
 
 def _freedom(kind: str) -> int:

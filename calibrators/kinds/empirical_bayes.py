@@ -473,7 +473,8 @@ def _temperature(rows: DistinctRows) -> float:
         slope, curvature = (1 + pseudo) * float(share @ mean) - observed, np.exp(u) * float(share @ variance)
         low, high = (u, high) if slope < 0 else (low, u)
         step = u - slope / curvature if curvature > 0 else np.inf
-        following = step if low < step < high else (low + high) / 2
+        arrived = abs(step - u) <= 1e-12  # it may then be u itself, the bracket's end
+        following = step if arrived or low < step < high else (low + high) / 2
         if abs(following - u) <= 1e-12:
             break
         u = following
