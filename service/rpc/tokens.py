@@ -121,7 +121,10 @@ def read(path: Path) -> list[Token]:
     try:
         if path.stat().st_mode & stat.S_IWOTH:
             raise Refused(f"token file {path}: everybody may write it, and so give themselves any role; chmod it")
-        entries = tomllib.loads(path.read_text())
+        text = path.read_text()
+        if not text:
+            raise Refused(f"token file {path} is empty, as a file is while it is being written")
+        entries = tomllib.loads(text)
     except OSError as error:
         raise Refused(f"token file {path} cannot be read: {error.strerror}") from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError):
@@ -140,7 +143,7 @@ def read(path: Path) -> list[Token]:
 
 def add(path: Path, name: str, roles: Iterable[str], models: Iterable[str], days: float | None) -> str:
     """Make a token, write its hash into the file, return the token: it is shown now or never."""
-    tokens = read(path) if path.exists() else []
+    tokens = read(path) if path.exists() and path.stat().st_size else []
     secret = PREFIX + secrets.token_urlsafe(SECRET_BYTES)
     now = datetime.now(UTC).replace(microsecond=0)
     entry: dict[str, Any] = {

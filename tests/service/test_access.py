@@ -251,7 +251,11 @@ def test_a_new_token_is_known_in_a_moment(own: Guarded) -> None:
     assert answers_to(lambda: own.code(INFER, bearer(token), infer()), OK)
 
 
-@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_text("[[token]]\nname = 3\n")])
+@pytest.mark.parametrize(
+    "spoil",
+    [Path.unlink, lambda path: path.write_text(""), lambda path: path.write_text("[[token]]\nname = 3\n")],
+    ids=["gone", "empty", "wrong"],
+)
 def test_a_file_that_is_spoilt_leaves_the_tokens_of_before_and_is_logged(
     own: Guarded, spoil: Callable[[Path], object], caplog: pytest.LogCaptureFixture
 ) -> None:
