@@ -19,8 +19,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from service.client import Client
-from service.inference.batcher import RunCosts
 from service.inference.repository import ModelFolder
+from service.inference.run_costs import Costs
 from tests.service import models
 from tests.service.conftest import RunningServer, settings_for
 
@@ -297,7 +297,7 @@ def test_requests_in_flight_are_answered_when_their_model_leaves(
         return execute(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(batcher, "_execute", held_up)
-    monkeypatch.setattr(batcher, "costs", RunCosts())  # a run of unknown cost is made in the model's thread
+    monkeypatch.setattr(batcher, "costs", Costs())  # a run of unknown cost is made in the model's thread
     with ThreadPoolExecutor() as pool:
         asked = [pool.submit(client.infer, "mlp", [tensor(X[:5])]) for _ in range(3)]
         assert running.wait(60)
