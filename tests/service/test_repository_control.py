@@ -299,8 +299,9 @@ def test_requests_in_flight_are_answered_when_their_model_leaves(
     monkeypatch.setattr(batcher, "_execute", held_up)
     monkeypatch.setattr(batcher, "costs", Costs())  # a run of unknown cost is made in the model's thread
     with ThreadPoolExecutor() as pool:
-        asked = [pool.submit(client.infer, "mlp", [tensor(X[:5])]) for _ in range(3)]
+        asked = [pool.submit(client.infer, "mlp", [tensor(X[:5])])]
         assert running.wait(60)
+        asked += [pool.submit(client.infer, "mlp", [tensor(X[:5])]) for _ in range(2)]  # they wait for the first
         with triton.InferenceServerClient(server.address) as other:
             while batcher.queued < 2:
                 other.is_server_live()
