@@ -17,10 +17,10 @@ PROBE_SECONDS = 0.002
 LONGEST_SECONDS = 0.002
 FIRST_SPACING, LONGEST_SPACING = 16, 1024
 """Requests from one probe to the next; doubled by every probe that nobody joined."""
-COUNT_EVERY = 16
+COUNT_EVERY = 8
 """Every so many waits nobody is counted off: then more callers than before show themselves."""
-BUSY = 0.5
-"""The share of a core from which on the process has no time to spare."""
+BUSY = 0.3
+"""The share of a core from which on the process has no time to spare; it may have to share that core with others."""
 LOOK_SECONDS = 0.05
 
 
@@ -58,7 +58,7 @@ class Company:
         if not self._waiting:
             return
         self._waiting = False
-        self.expected = max(1, waiting)
+        self.expected = max(1, waiting, 3 * self.expected // 4)  # one that is late has not left
         self._spacing = FIRST_SPACING if waiting > 1 else min(2 * self._spacing, LONGEST_SPACING)
         self._until_probe = self._spacing
 

@@ -79,13 +79,20 @@ def test_now_and_then_more_than_before_show_themselves(busy: Machine) -> None:
 def test_when_the_others_stay_away_requests_are_run_as_they_come(busy: Machine) -> None:
     company = busy.company()
     held(busy, company, FIRST_SPACING, joined_by=3)
-    assert held(busy, company, 2) == [LONGEST_SECONDS, 0.0]
+    assert held(busy, company, 4) == [LONGEST_SECONDS, LONGEST_SECONDS, LONGEST_SECONDS, 0.0]
 
 
 def test_nobody_waits_while_the_process_has_time_to_spare() -> None:
     idle = Machine(share=0.2)
     company = idle.company()
     assert set(held(idle, company, 1000, joined_by=15)) == {0.0}
+
+
+def test_one_that_is_late_is_expected_again(busy: Machine) -> None:
+    company = busy.company()
+    held(busy, company, FIRST_SPACING, joined_by=15)
+    held(busy, company, 1, joined_by=1)
+    assert company.expected == 12
 
 
 def test_a_run_that_nobody_waited_for_teaches_nothing(busy: Machine) -> None:
