@@ -18,7 +18,15 @@ from rich.console import Console
 
 import calibrators
 from calibrators.metrics import Estimate
-from calibrators.plots import html_report, reliability_diagram, telling_example
+from calibrators.plots import (
+    classwise_chart,
+    comparison_chart,
+    html_report,
+    reliability_chart,
+    reliability_diagram,
+    risk_coverage_chart,
+    telling_example,
+)
 from examples import step1_prepare, step2_fit, step3_predict
 from examples.step1_prepare import Prepared
 from examples.step2_fit import ITSELF, MODEL
@@ -121,8 +129,8 @@ def write_report(
 ) -> None:
     """The reliability diagram before and after, as a picture and inside a report that needs no explanation."""
     labels = data.labels[data.is_test]
-    before, after = {"Before": served.own}, {"After": served.probabilities}
-    reliability_diagram({**before, **after}, labels).savefig(OUT / "reliability.png", dpi=160)
+    both = {"Before": served.own, "After": served.probabilities}
+    reliability_diagram(both, labels).savefig(OUT / "reliability.png", dpi=160)
     page = html_report(
         "magika on fragments of files",
         scores,
@@ -131,7 +139,12 @@ def write_report(
         example=telling_example(served.own, served.probabilities, labels),
         n_calibration_rows=int((~data.is_test).sum()),
         n_test_rows=len(labels),
-        figures=[reliability_diagram(panel, labels) for panel in (before, after)],
+        charts=[
+            reliability_chart(both, labels),
+            comparison_chart(scores),
+            classwise_chart(served.probabilities, labels, class_names=data.class_names.tolist()),
+            risk_coverage_chart(both, labels),
+        ],
     )
     (OUT / "report.html").write_text(page)
     say(f"reliability diagram: [bold]{OUT / 'reliability.png'}[/]   report: [bold]{OUT / 'report.html'}[/]")

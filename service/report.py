@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 from numpy.typing import ArrayLike
 
 from calibrators import Calibrator
 from calibrators.kinds.identity import Identity
 from calibrators.metrics import scores
-from calibrators.numerics import check_labels, check_logits
-from calibrators.plots import html_report, reliability_diagram, telling_example
-from service.client import Client, Inputs
+from calibrators.numerics import Array, check_labels, check_logits, to_numpy
+from calibrators.plots import (
+    Chart,
+    classwise_chart,
+    comparison_chart,
+    html_report,
+    reliability_chart,
+    risk_coverage_chart,
+    telling_example,
+    temperature_chart,
+)
+from service.client import Client, Inputs, Revision
 from service.errors import InvalidRequest, NotFound
 
 ITSELF = "the model itself"
@@ -37,16 +49,60 @@ def html(
         raise NotFound(f"model {model!r} has no revisions to report on; fit one first")
     fitted: dict[str, Calibrator] = {ITSELF: Identity.of(z.shape[1])}
     fitted |= {revision.revision: client.calibrator(model, revision.revision) for revision in reversed(revisions)}
-    probabilities = {name: calibrator.predict_proba(z) for name, calibrator in fitted.items()}
+    probabilities = {
+        name: calibrator.predict_proba(z, **_beside(client, model, name, calibrator, inputs))
+        for name, calibrator in fitted.items()
+    }
     served = next((revision.revision for revision in revisions if revision.active), ITSELF)
-    panels = dict.fromkeys((ITSELF, served))
+    compared = {name: probabilities[name] for name in dict.fromkeys((ITSELF, served))}
+    judged = {name: scores(p, y) for name, p in probabilities.items()}
     return html_report(
         model,
-        {name: scores(p, y) for name, p in probabilities.items()},
+        judged,
         baseline=ITSELF,
         served=served,
         example=telling_example(probabilities[ITSELF], probabilities[served], y),
         n_calibration_rows=revisions[0].row_count,
         n_test_rows=len(y),
-        figures=[reliability_diagram({name: probabilities[name]}, y) for name in panels],
+        charts=[
+            reliability_chart(compared, y),
+            comparison_chart(judged),
+            classwise_chart(probabilities[served], y, class_names=_class_names(client, model)),
+            risk_coverage_chart(compared, y),
+            # Rows of one class have no best temperature.
+            *([temperature_chart(z, y)] if len(np.unique(y)) > 1 else []),
+            *_ranking_chart(revisions, served),
+        ],
     )
+
+
+def _class_names(client: Client, model: str) -> Sequence[str] | None:
+    """What the model's folder calls its classes, if it does."""
+    return next((one.class_names for one in client.models() if one.model == model), ()) or None
+
+
+def _beside(
+    client: Client, model: str, revision: str, calibrator: Calibrator, inputs: Inputs | None
+) -> dict[str, Array]:
+    """What a calibrator reads beside the logits."""
+    if "views" not in calibrator.needs:
+        return {}
+    if inputs is None:
+        raise InvalidRequest(f"revision {revision} reads views, which are made from the model's inputs: pass inputs")
+    (images,) = inputs.values() if isinstance(inputs, Mapping) else (inputs,)
+    return {"views": np.stack([client.logits(model, copy) for copy in calibrator.copies(to_numpy(images))], axis=1)}
+
+
+def _ranking_chart(revisions: Sequence[Revision], served: str) -> list[Chart]:
+    """What "auto" compared when it made the revision that serves, or else the newest that it made."""
+    ranked = sorted((one for one in revisions if one.ranking), key=lambda one: one.revision != served)
+    if not ranked:
+        return []
+    candidates = ranked[0].ranking
+    chart = comparison_chart(
+        {one.kind: one.scores for one in candidates if not one.skipped},
+        heading=f"What auto compared for {ranked[0].revision}",
+        judged_on="The scores are of the rows of that fit, each predicted by a fit that had not seen it.",
+        skipped={one.kind: one.skipped for one in candidates if one.skipped},
+    )
+    return [chart]

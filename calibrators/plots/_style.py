@@ -18,6 +18,9 @@ OVERCONFIDENT, UNDERCONFIDENT, SHARE = "#d9480f", "#1c6dd0", "#98a2b3"
 SERIES = ("#667085", "#6941c6", "#0e9384", "#c11574", "#b58105", "#1f2430")
 """Colours of named lines, the first, usually the uncalibrated model, in grey. None says over- or underconfident."""
 
+DASHES = ("dashed", "solid", "dotted", "dashdot")
+"""Their strokes, in turn, so that lines differ without colour too."""
+
 
 def percent(share: float) -> str:
     """0.6204 as "62 %", with one digit more near 0 and 1, where a percent is a lot."""

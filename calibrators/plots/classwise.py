@@ -9,20 +9,65 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from calibrators.metrics import ReliabilityCurve
 from calibrators.metrics.calibration import binned_curve, equal_width_edges, weighted_gaps
 from calibrators.metrics.checks import check_labelled
 from calibrators.plots._style import INK, QUIET, new_figure, percent, place_axes
-from calibrators.plots.reliability import draw_legend, draw_reliability
+from calibrators.plots.reliability import Bins, draw_legend, draw_reliability
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class ClassReliability:
+    """What is drawn of one class: `error` is its binned calibration error, `share` how often it came true in all."""
+
+    name: str
+    bins: Bins
+    error: float
+    share: float
+
+
+@dataclass(frozen=True)
+class WorstClasses:
+    """The classes shown, the largest error first, of so many in all."""
+
+    shown: list[ClassReliability]
+    n_classes: int
+
+    def __str__(self) -> str:
+        n_shown = len(self.shown)
+        return "each class" if n_shown == self.n_classes else f"the worst {n_shown} of {self.n_classes} classes"
+
+
+def worst_classes(
+    probabilities: ArrayLike, y: ArrayLike, class_names: Sequence[str] | None, n_panels: int, n_bins: int, level: float
+) -> WorstClasses:
+    """The panels of `classwise_reliability` and of `classwise_chart`; errors as there."""
+    p, labels = check_labelled(probabilities, y)
+    n_classes = p.shape[1]
+    names = [f"class {k}" for k in range(n_classes)] if class_names is None else list(class_names)
+    if len(names) != n_classes:
+        raise ValueError(f"class_names must hold {n_classes} names, one for each class, got {len(names)}")
+    if n_panels < 1:
+        raise ValueError(f"n_panels must be at least 1, got {n_panels}")
+    edges = equal_width_edges(n_bins, p.dtype)
+    curves = [binned_curve(p[:, k], (labels == k).astype(np.float64), edges) for k in range(n_classes)]
+    errors = np.array([weighted_gaps(curve, len(p)).sum() for curve in curves])
+    worst = np.argsort(-errors, kind="stable")[:n_panels]
+    shown = [
+        ClassReliability(names[k], Bins.of(curves[k], level), float(errors[k]), float(np.mean(labels == k)))
+        for k in worst
+    ]
+    return WorstClasses(shown, n_classes)
+
 
 _COLUMNS = 4
 _PANEL, _GAP, _HEADING = 1.85, 0.5, 0.55
@@ -61,22 +106,12 @@ def classwise_reliability(
     ImportError
         if matplotlib is not installed
     """
-    p, labels = check_labelled(probabilities, y)
-    n_classes = p.shape[1]
-    names = [f"class {k}" for k in range(n_classes)] if class_names is None else list(class_names)
-    if len(names) != n_classes:
-        raise ValueError(f"class_names must hold {n_classes} names, one for each class, got {len(names)}")
-    if n_panels < 1:
-        raise ValueError(f"n_panels must be at least 1, got {n_panels}")
-    edges = equal_width_edges(n_bins, p.dtype)
-    curves = [binned_curve(p[:, k], (labels == k).astype(np.float64), edges) for k in range(n_classes)]
-    errors = np.array([weighted_gaps(curve, len(p)).sum() for curve in curves])
-    worst = np.argsort(-errors, kind="stable")[:n_panels]
-    figure, panels = _grid(len(worst))
-    for axes, k in zip(panels, worst, strict=True):
-        draw_reliability(axes, curves[k], level, scale=0.7)
-        _describe(axes, names[k], curves[k], errors[k])
-    _draw_words(figure, "each class" if len(worst) == n_classes else f"the worst {len(worst)} of {n_classes} classes")
+    worst = worst_classes(probabilities, y, class_names, n_panels, n_bins, level)
+    figure, panels = _grid(len(worst.shown))
+    for axes, one in zip(panels, worst.shown, strict=True):
+        draw_reliability(axes, one.bins, scale=0.7)
+        _describe(axes, one)
+    _draw_words(figure, str(worst))
     draw_legend(figure, level)
     return figure
 
@@ -99,12 +134,10 @@ def _grid(n_panels: int) -> tuple[Figure, list[Axes]]:
     return figure, panels
 
 
-def _describe(axes: Axes, name: str, curve: ReliabilityCurve, error: float) -> None:
-    filled = curve.counts > 0
-    share = np.average(curve.accuracy[filled], weights=curve.counts[filled])
-    lines = f"error {error:.4f}  ·  {percent(float(share))} of rows"
+def _describe(axes: Axes, one: ClassReliability) -> None:
+    lines = f"error {one.error:.4f}  ·  {percent(one.share)} of rows"
     place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
-    axes.annotate(name, (0, 1), (0, 22), color=INK, size=11, weight="bold", parse_math=False, **place)
+    axes.annotate(one.name, (0, 1), (0, 22), color=INK, size=11, weight="bold", parse_math=False, **place)
     axes.annotate(lines, (0, 1), (0, 8), color=QUIET, size=8.5, **place)
 
 

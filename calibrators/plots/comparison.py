@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from calibrators.metrics import Estimate
@@ -14,6 +15,26 @@ if TYPE_CHECKING:
 
 COLUMNS = {"log_loss": "Log loss", "expected_calibration_error": "Calibration error (ECE)"}
 """The scores shown, the one that orders the rows first; lower is better in both."""
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """What is drawn: the names in ascending order of log loss, and for each of `COLUMNS` their scores in that order."""
+
+    names: list[str]
+    columns: dict[str, list[Estimate]]
+
+
+def ranked(scores: Mapping[str, Mapping[str, Estimate]]) -> Ranked:
+    """The rows of `calibrator_comparison` and of `comparison_chart`; errors as there."""
+    if not scores:
+        raise ValueError("scores must hold at least one calibrator, got none")
+    for name, estimates in scores.items():
+        if missing := [column for column in COLUMNS if column not in estimates]:
+            raise ValueError(f"scores of {name!r} lack {', '.join(missing)}")
+    names = sorted(scores, key=lambda name: scores[name]["log_loss"].value)
+    return Ranked(names, {column: [scores[name][column] for name in names] for column in COLUMNS})
+
 
 _ROW, _PANEL, _NUMBERS, _GAP = 0.36, 2.5, 0.75, 0.35
 _RIGHT, _TOP, _BOTTOM = 0.2, 1.2, 0.6
@@ -40,19 +61,15 @@ def calibrator_comparison(scores: Mapping[str, Mapping[str, Estimate]], *, level
     ImportError
         if matplotlib is not installed
     """
-    if not scores:
-        raise ValueError("scores must hold at least one calibrator, got none")
-    for name, estimates in scores.items():
-        if missing := [column for column in COLUMNS if column not in estimates]:
-            raise ValueError(f"scores of {name!r} lack {', '.join(missing)}")
-    names = sorted(scores, key=lambda name: scores[name]["log_loss"].value)
+    rows = ranked(scores)
+    names = rows.names
     left = max(1.2, 0.35 + _LETTER * max(map(len, names)))
     panel_height = _ROW * len(names)
     figure = new_figure(left + 2 * (_PANEL + _NUMBERS) + _GAP + _RIGHT, _TOP + panel_height + _BOTTOM)
     for index, (column, heading) in enumerate(COLUMNS.items()):
         place = left + index * (_PANEL + _NUMBERS + _GAP)
         axes = place_axes(figure, place, _BOTTOM, _PANEL, panel_height)
-        _draw_column(axes, heading, [scores[name][column] for name in names])
+        _draw_column(axes, heading, rows.columns[column])
         axes.set_yticks(range(len(names)), names if index == 0 else [""] * len(names), parse_math=False)
         axes.get_yticklabels()[0].set(color=INK, weight="bold")
     _draw_heading(figure, level)

@@ -13,10 +13,11 @@ shows where the rows are.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from calibrators.metrics import ReliabilityCurve, expected_calibration_error, log_loss, reliability_curve
 from calibrators.plots._matplotlib import import_matplotlib
@@ -37,6 +38,101 @@ from calibrators.plots._style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Bins:
+    """The bins that hold rows, the lowest confidence first, (n_filled,) each.
+
+    Attributes
+    ----------
+    left, width : where the bin begins and how far it reaches
+    counts : rows
+    said, right : their mean confidence, and the share of them that was right
+    low, high : the consistency band: where `right` would lie if the model were calibrated
+    """
+
+    left: NDArray[np.float64]
+    width: NDArray[np.float64]
+    counts: NDArray[np.int64]
+    said: NDArray[np.float64]
+    right: NDArray[np.float64]
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, curve: ReliabilityCurve, level: float) -> Bins:
+        """The filled bins of a curve, with the band of that level."""
+        filled = curve.counts > 0
+        low, high = curve.consistency_band(level)
+        return cls(
+            left=curve.edges[:-1][filled],
+            width=np.diff(curve.edges)[filled],
+            counts=curve.counts[filled],
+            said=curve.confidence[filled],
+            right=curve.accuracy[filled],
+            low=low[filled],
+            high=high[filled],
+        )
+
+    @property
+    def overconfident(self) -> NDArray[np.bool_]:
+        return self.right < self.said
+
+    @property
+    def within_chance(self) -> NDArray[np.bool_]:
+        return (self.low <= self.right) & (self.right <= self.high)
+
+    @property
+    def shares(self) -> NDArray[np.float64]:
+        shares: NDArray[np.float64] = self.counts / self.counts.sum()
+        return shares
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """What is drawn of one set of probabilities, in a file or in the report.
+
+    Attributes
+    ----------
+    name : title of the panel
+    bins : its dots, bars, band and histogram
+    n_bins : bins in all, empty ones included
+    error, log_loss : its ECE over these bins, and its log loss
+    """
+
+    name: str
+    bins: Bins
+    n_bins: int
+    error: float
+    log_loss: float
+
+    @property
+    def said(self) -> float:
+        """Mean confidence of all rows."""
+        return float(np.average(self.bins.said, weights=self.bins.counts))
+
+    @property
+    def right(self) -> float:
+        """Accuracy over all rows."""
+        return float(np.average(self.bins.right, weights=self.bins.counts))
+
+
+def reliabilities(named: Mapping[str, ArrayLike], y: ArrayLike, n_bins: int, level: float) -> list[Reliability]:
+    """The panels of `reliability_diagram` and of `reliability_chart`; ValueError without any."""
+    if not named:
+        raise ValueError("named must hold at least one set of probabilities, got none")
+    return [
+        Reliability(
+            name,
+            Bins.of(reliability_curve(probabilities, y, n_bins), level),
+            n_bins,
+            expected_calibration_error(probabilities, y, n_bins),
+            log_loss(probabilities, y),
+        )
+        for name, probabilities in named.items()
+    ]
+
 
 _PANEL, _HISTOGRAM, _GAP = 3.7, 0.75, 0.6
 _LEFT, _RIGHT, _TOP, _BOTTOM = 0.85, 0.3, 1.05, 1.0
@@ -66,19 +162,15 @@ def reliability_diagram(
     ImportError
         if matplotlib is not installed
     """
-    if not named:
-        raise ValueError("named must hold at least one set of probabilities, got none")
-    curves = {name: reliability_curve(probabilities, y, n_bins) for name, probabilities in named.items()}
-    highest_share = max(float((curve.counts / curve.counts.sum()).max()) for curve in curves.values())
-    figure, axes = _panels(len(named))
-    for (name, curve), above, below in zip(curves.items(), axes[0], axes[1], strict=True):
-        scores = (
-            f"calibration error (ECE) {expected_calibration_error(named[name], y, n_bins):.3f}"
-            f"  ·  log loss {log_loss(named[name], y):.3f}"
-        )
-        draw_title(above, name, f"{_said_and_right(curve)}\n{scores}")
-        draw_reliability(above, curve, level)
-        _draw_shares(below, curve, highest_share)
+    panels = reliabilities(named, y, n_bins, level)
+    highest_share = max(float(panel.bins.shares.max()) for panel in panels)
+    figure, axes = _panels(len(panels))
+    for panel, above, below in zip(panels, axes[0], axes[1], strict=True):
+        scores = f"calibration error (ECE) {panel.error:.3f}  ·  log loss {panel.log_loss:.3f}"
+        said_and_right = f"says {percent(panel.said)} on average, is right {percent(panel.right)} of the time"
+        draw_title(above, panel.name, f"{said_and_right}\n{scores}")
+        draw_reliability(above, panel.bins)
+        _draw_shares(below, panel.bins, highest_share)
     axes[0, 0].set_ylabel("How often it is right", color=INK, size=10.5)
     axes[1, 0].set_ylabel("Rows", color=INK, size=10.5)
     draw_legend(figure, level)
@@ -109,38 +201,26 @@ def _panels(n_panels: int) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def _said_and_right(curve: ReliabilityCurve) -> str:
-    filled = curve.counts > 0
-    said, right = (
-        np.average(means[filled], weights=curve.counts[filled]) for means in (curve.confidence, curve.accuracy)
-    )
-    return f"says {percent(said)} on average, is right {percent(right)} of the time"
-
-
-def draw_reliability(axes: Axes, curve: ReliabilityCurve, level: float, scale: float = 1.0) -> None:
+def draw_reliability(axes: Axes, bins: Bins, scale: float = 1.0) -> None:
     """Band, diagonal, bars and dots of one panel, bars and dots `scale` times their size in the large diagram."""
-    filled = curve.counts > 0
-    said, right = curve.confidence[filled], curve.accuracy[filled]
-    low, high = (end[filled] for end in curve.consistency_band(level))
-    left, width = curve.edges[:-1][filled], np.diff(curve.edges)[filled]
-    axes.bar(left, high - low, width, low, align="edge", color=BAND, zorder=1)
+    axes.bar(bins.left, bins.high - bins.low, bins.width, bins.low, align="edge", color=BAND, zorder=1)
     axes.plot([0, 1], [0, 1], color=QUIET, linewidth=1, linestyle=(0, (4, 3)), zorder=2)
-    colour = np.where(right < said, OVERCONFIDENT, UNDERCONFIDENT).tolist()
-    chance = (low <= right) & (right <= high)
-    axes.vlines(said, said, right, colors=colour, linewidth=5 * scale, alpha=np.where(chance, 0.2, 0.5), zorder=3)
-    sizes = scale**2 * (26 + 44 * curve.counts[filled] / curve.counts.max())
-    faces = np.where(chance, PAPER, colour)
-    axes.scatter(said, right, s=sizes, c=faces, edgecolors=colour, linewidths=1.4 * scale, zorder=4, clip_on=False)
+    colour = np.where(bins.overconfident, OVERCONFIDENT, UNDERCONFIDENT).tolist()
+    alpha = np.where(bins.within_chance, 0.2, 0.5)
+    axes.vlines(bins.said, bins.said, bins.right, colors=colour, linewidth=5 * scale, alpha=alpha, zorder=3)
+    sizes = scale**2 * (26 + 44 * bins.counts / bins.counts.max())
+    faces = np.where(bins.within_chance, PAPER, colour)
+    axes.scatter(
+        bins.said, bins.right, s=sizes, c=faces, edgecolors=colour, linewidths=1.4 * scale, zorder=4, clip_on=False
+    )
     axes.set(xlim=(0, 1), ylim=(0, 1))
     style_axes(axes)
     percent_axis(axes.xaxis)
     percent_axis(axes.yaxis)
 
 
-def _draw_shares(axes: Axes, curve: ReliabilityCurve, highest_share: float) -> None:
-    shares = curve.counts / curve.counts.sum()
-    centres = (curve.edges[:-1] + curve.edges[1:]) / 2
-    axes.bar(centres, shares, np.diff(curve.edges) * 0.86, color=SHARE, zorder=3)
+def _draw_shares(axes: Axes, bins: Bins, highest_share: float) -> None:
+    axes.bar(bins.left + bins.width / 2, bins.shares, bins.width * 0.86, color=SHARE, zorder=3)
     axes.set(xlim=(0, 1), ylim=(0, 1.05 * highest_share), yticks=[0, highest_share])
     axes.set_xlabel("What the model says (confidence)", color=INK, size=10.5, labelpad=7)
     style_axes(axes)

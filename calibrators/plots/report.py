@@ -1,30 +1,27 @@
 """The HTML report: what calibration did to a model, for a reader who has never heard of a calibration error.
 
-One file with nothing to load: styles and diagrams are inline, fonts are the reader's own, and light or dark follows the
-reader's system.
+One file with nothing to load: styles, charts and the script that draws them (plotly.js, once) are inline, fonts are the
+reader's own, and light or dark follows the reader's system. Where scripts are off, the words and the numbers stay.
 """
 
 from __future__ import annotations
 
-import io
+import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import binomtest
 
 from calibrators.metrics import Estimate
-from calibrators.metrics.calibration import bin_index, equal_width_edges, top_label
+from calibrators.metrics.calibration import top_label
 from calibrators.metrics.checks import check_labelled
-from calibrators.plots._matplotlib import import_matplotlib
-from calibrators.plots._style import BAND, FAINT, INK, OVERCONFIDENT, PAPER, QUIET, SHARE, UNDERCONFIDENT, percent
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from calibrators.plots._page import DRAW, NO_SCRIPT, page
+from calibrators.plots._plotly import plotly_script
+from calibrators.plots.charts import Chart, Panel
 
 COLUMNS = {
     "expected_calibration_error": ("Calibration error", "lower is better"),
@@ -34,49 +31,91 @@ COLUMNS = {
 }
 """The scores in the table: heading, and which way is up."""
 
+_NEARBY = 0.05
+"""A confidence of 88 % is "about 90 %", one of 84 % is not."""
+
+_ENOUGH = 50
+"""Predictions that a share in the first sentence should be counted over."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many of so many predictions were right; `right` with its Wilson interval, all NaN where there are none."""
+
+    n_rows: int
+    right: Estimate
+
 
 @dataclass(frozen=True)
 class Example:
-    """One group of answers that shows what calibration did: `telling_example` picks it.
+    """What one confidence is worth before and after calibration: `telling_example` finds it.
 
     Attributes
     ----------
-    n_rows : answers in the group
-    said_before, said_after : their mean confidence, uncalibrated and calibrated
-    right_before, right_after : the share of them that was right
+    confidence : the one spoken of, such as 0.9
+    before, after : the predictions made with about that confidence, uncalibrated and calibrated; not the same rows
+    overconfident : whether the uncalibrated model, over all rows, claims more than it holds
+    level : confidence level of the intervals
     """
 
-    n_rows: int
-    said_before: float
-    right_before: float
-    said_after: float
-    right_after: float
+    confidence: float
+    before: Share
+    after: Share
+    overconfident: bool
+    level: float = 0.95
 
 
-def telling_example(before: ArrayLike, after: ArrayLike, y: ArrayLike, n_bins: int = 15) -> Example:
-    """The rows of the bin that adds most to the calibration error of `before`, as both see them.
+def telling_example(
+    before: ArrayLike, after: ArrayLike, y: ArrayLike, *, confidence: float = 0.9, level: float = 0.95
+) -> Example:
+    """How often predictions made with about that confidence were right, before and after calibration.
+
+    Where either makes too few such predictions, the nearest multiple of 10 % with enough of them is spoken of instead;
+    where none has enough, the one with the most.
 
     Parameters
     ----------
     before, after : (n_samples, n_classes) probabilities of the same rows, uncalibrated and calibrated
     y : (n_samples,) class indices 0 .. n_classes-1
-    n_bins : bins of equal width over the confidence of `before`
+    confidence : the one to speak of
+    level : confidence level of the intervals of both shares
 
     Examples
     --------
-    >>> y = np.repeat([0, 1], [38, 62])
-    >>> example = telling_example(np.tile([[0.1, 0.9]], (100, 1)), np.tile([[0.4, 0.6]], (100, 1)), y)
-    >>> print(f"said {example.said_before:.2f}, right {example.right_before:.2f}, now says {example.said_after:.2f}")
-    said 0.90, right 0.62, now says 0.60
+    >>> y = np.repeat([0, 1], [60, 40])
+    >>> z = np.tile([[0.9, 0.1], [0.6, 0.4]], (50, 1))
+    >>> example = telling_example(z, z, y)
+    >>> example.confidence, example.before.n_rows, example.before.right.value
+    (0.9, 50, 0.6)
     """
-    p, labels = check_labelled(before, y)
-    q, _ = check_labelled(after, y)
-    said_before, right_before = top_label(p, labels)
-    said_after, right_after = top_label(q, labels)
-    bins = bin_index(said_before, equal_width_edges(n_bins, said_before.dtype))
-    rows = bins == np.abs(np.bincount(bins, weights=said_before - right_before)).argmax()
-    means = (values[rows].mean(dtype=np.float64) for values in (said_before, right_before, said_after, right_after))
-    return Example(int(rows.sum()), *map(float, means))
+    labels = check_labelled(before, y)[1]
+    said, right = top_label(*check_labelled(before, y))
+    said_after, right_after = top_label(check_labelled(after, y)[0], labels)
+    levels = [confidence, *(tenth / 10 for tenth in range(11))]
+
+    def worth(candidate: float) -> tuple[int, int, float]:
+        n_before, n_after = (min(_ENOUGH, int(_near(values, candidate).sum())) for values in (said, said_after))
+        return min(n_before, n_after), n_before, -abs(candidate - confidence)
+
+    chosen = max(levels, key=worth)
+    return Example(
+        chosen,
+        _share(right[_near(said, chosen)], level),
+        _share(right_after[_near(said_after, chosen)], level),
+        overconfident=bool(said.mean(dtype=np.float64) > right.mean()),
+        level=level,
+    )
+
+
+def _near(said: NDArray[np.floating], confidence: float) -> NDArray[np.bool_]:
+    return (confidence - _NEARBY < said) & (said <= confidence + _NEARBY)
+
+
+def _share(right: NDArray[np.float64], level: float) -> Share:
+    if not len(right):
+        return Share(0, Estimate(math.nan))
+    ends = binomtest(int(right.sum()), len(right)).proportion_ci(level, method="wilson")
+    return Share(len(right), Estimate(float(right.mean()), float(ends.low), float(ends.high)))
 
 
 def html_report(
@@ -88,10 +127,10 @@ def html_report(
     example: Example,
     n_calibration_rows: int,
     n_test_rows: int,
-    figures: Sequence[Figure] = (),
+    charts: Sequence[Chart] = (),
     level: float = 0.95,
 ) -> str:
-    """One self-contained HTML page: the verdict in words, the diagrams, the calibrators compared, a glossary.
+    """One self-contained HTML page: the verdict in words, the charts, the scores, what is not shown, a glossary.
 
     Parameters
     ----------
@@ -101,7 +140,7 @@ def html_report(
     served : the name in `scores` of the calibrator that serves; `baseline` if none does
     example : what to say in the first sentence
     n_calibration_rows, n_test_rows : rows the calibrators were fitted on, and rows they are judged on
-    figures : diagrams, side by side where there is room and one under the other on a phone; one panel each reads best
+    charts : what `reliability_chart` and its relatives made of the same rows, in the order of the page
     level : confidence level of the intervals in `scores`
 
     Raises
@@ -109,7 +148,7 @@ def html_report(
     ValueError
         if `baseline` or `served` is not in `scores`, or a score of `COLUMNS` is missing
     ImportError
-        if there are figures and matplotlib is not installed
+        if there are charts and plotly is not installed
     """
     for name in (baseline, served):
         if name not in scores:
@@ -119,25 +158,27 @@ def html_report(
             raise ValueError(f"scores of {name!r} lack {missing}")
     before, after = (scores[name]["expected_calibration_error"] for name in (baseline, served))
     calibrated = served != baseline
-    diagrams = "".join(f"<figure>{_inline_svg(figure, number)}</figure>" for number, figure in enumerate(figures))
-    return _PAGE.format(
-        style=_STYLE,
+    body = _BODY.format(
         title=escape(title),
         headline=_headline(example, before, after if calibrated else None),
         example=_example_in_words(example, calibrated),
+        counted=_counted_in_words(example, calibrated),
         errors=_errors_in_words(before, after if calibrated else None, n_test_rows),
-        diagrams=diagrams and _DIAGRAMS.format(diagrams=diagrams),
+        no_script=NO_SCRIPT if charts else "",
+        charts="".join(map(_section, charts)),
         table=_table(scores, served),
         rows=f"Fitted on {n_calibration_rows:,} labelled rows, judged on {n_test_rows:,} others. "
         f"In brackets: the {100 * level:g}\N{NO-BREAK SPACE}% interval.",
+        left_out="".join(f"<li>{escape(chart.left_out)}</li>" for chart in charts if chart.left_out),
         glossary="".join(f"<dt>{term}</dt><dd>{meaning}</dd>" for term, meaning in _GLOSSARY.items()),
     )
+    return page(escape(title), body, scripts=(plotly_script(), DRAW) if charts else ())
 
 
 def _headline(example: Example, before: Estimate, after: Estimate | None) -> str:
     """The verdict in a sentence or two. An interval that reaches 0 means: chance alone could explain the error."""
     honest = before.low <= 0
-    direction = "overconfident" if example.said_before > example.right_before else "underconfident"
+    direction = "overconfident" if example.overconfident else "underconfident"
     finding = "as honest as these rows can tell" if honest else direction
     if after is None:
         return f"The model is {finding}."
@@ -157,16 +198,45 @@ def _effect(before: Estimate, after: Estimate) -> str:
 
 
 def _example_in_words(example: Example, calibrated: bool) -> str:
-    said = (
-        f"When the model said <b>{percent(example.said_before)}</b>, "
-        f"it was right <b>{percent(example.right_before)}</b> of the time."
-    )
+    """What a confidence is worth, "Of 100 predictions made with about 90 % confidence, 71 were right"."""
+    made = f"Of 100 predictions made with {_about(example.confidence)} confidence"
+    before = f"<b>{100 * example.before.right.value:.0f}</b>"
     if not calibrated:
-        return f"{said} No calibrator is serving."
-    now = f"After calibration it says <b>{percent(example.said_after)}</b> for the same answers"
-    if percent(example.right_after) == percent(example.right_before):
-        return f"{said} {now}."
-    return f"{said} {now}, and is right <b>{percent(example.right_after)}</b> of the time."
+        return f"{made}, {before} are right. No calibrator is serving."
+    if not example.after.n_rows:
+        return f"{made}, {before} were right; after calibration no prediction claims that confidence."
+    return f"{made}, {before} were right; after calibration <b>{100 * example.after.right.value:.0f}</b>."
+
+
+def _about(confidence: float) -> str:
+    low, high = _range(confidence)
+    if high == 1:
+        return f"more than {_in_percent(low)}"
+    return f"less than {_in_percent(high)}" if low == 0 else f"about {_in_percent(confidence)}"
+
+
+def _range(confidence: float) -> tuple[float, float]:
+    return max(0.0, round(confidence - _NEARBY, 4)), min(1.0, round(confidence + _NEARBY, 4))
+
+
+def _in_percent(share: float) -> str:
+    """As short as it can be said exactly: the limits are chosen, not measured."""
+    return f"{100 * share:g}\N{NO-BREAK SPACE}%"
+
+
+def _counted_in_words(example: Example, calibrated: bool) -> str:
+    """What the sentence rests on: rows and intervals."""
+    low, high = map(_in_percent, _range(example.confidence))
+    counts = f"{_rests_on(example.before)} before calibration and {_rests_on(example.after)} after it"
+    counted = counts if calibrated else _rests_on(example.before)
+    ranges = f"the ranges are {_in_percent(example.level)} intervals"
+    return f"That counts the predictions with a confidence from {low} to {high}: {counted}; {ranges}."
+
+
+def _rests_on(share: Share) -> str:
+    if not share.n_rows:
+        return "none"
+    return f"{share.n_rows:,} ({100 * share.right.low:.0f} to {100 * share.right.high:.0f} right of 100)"
 
 
 def _errors_in_words(before: Estimate, after: Estimate | None, n_rows: int) -> str:
@@ -184,7 +254,9 @@ def _points(error: Estimate) -> str:
 def _table(scores: Mapping[str, Mapping[str, Estimate]], served: str) -> str:
     heads = "".join(f"<th scope=col>{heading}<small>{better}</small></th>" for heading, better in COLUMNS.values())
     rows = "".join(_table_row(name, own, name == served) for name, own in scores.items())
-    return f"<table><thead><tr><th scope=col>Calibrator</th>{heads}</tr></thead><tbody>{rows}</tbody></table>"
+    return (
+        f"<table class=scores><thead><tr><th scope=col>Calibrator</th>{heads}</tr></thead><tbody>{rows}</tbody></table>"
+    )
 
 
 def _table_row(name: str, scores: Mapping[str, Estimate], is_served: bool) -> str:
@@ -199,34 +271,36 @@ def _cell(estimate: Estimate) -> str:
     return f"<span>{value}{ends}</span>"
 
 
-def _inline_svg(figure: Figure, number: int) -> str:
-    """The figure as an <svg> element whose text is text and whose colours follow the page's."""
-    buffer = io.StringIO()
-    no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    # A salt of its own keeps the ids of several figures on a page apart, and the bytes the same from run to run.
-    with import_matplotlib().rc_context({"svg.fonttype": "none", "svg.hashsalt": f"calserve-{number}"}):
-        figure.savefig(buffer, format="svg", metadata=no_metadata)
-    # matplotlib names groups axes_1, patch_2, ..: the same in every figure, and referred to by nothing.
-    svg = re.sub(r' id="[a-zA-Z0-9.]+_[0-9]+"', "", buffer.getvalue())
-    # Wide enough to read, and no wider than its measures deserve: 7 rem for an inch.
-    start = f'<svg role="img" aria-label="Reliability diagram" style="max-width:{7 * figure.get_figwidth():.0f}rem"'
-    svg = svg[svg.index("<svg") :].replace("<svg", start, 1)
-    for name, (light, _) in _COLOURS.items():
-        svg = svg.replace(light, f"var(--{name})")
-    return svg
+def _section(chart: Chart) -> str:
+    panels = "".join(_panel(panel) for panel in chart.panels)
+    key = "".join(f'<li><i class="{style}"></i>{escape(meaning)}</li>' for style, meaning in chart.key)
+    return (
+        f"<h2>{escape(chart.heading)}</h2>\n<p class=quiet>{escape(chart.words)}</p>\n"
+        f'<div class=panels style="--least:{chart.panel_width}rem">{panels}</div>\n<ul class=key>{key}</ul>\n'
+        f"<details><summary>The numbers</summary>{_numbers(chart.numbers)}</details>\n"
+    )
 
 
-_COLOURS = {
-    "ink": (INK, "#e8ebf2"),
-    "quiet": (QUIET, "#9aa5b8"),
-    "faint": (FAINT, "#2b3342"),
-    "band": (BAND, "#252d3c"),
-    "paper": (PAPER, "#141923"),
-    "over": (OVERCONFIDENT, "#ff8b4d"),
-    "under": (UNDERCONFIDENT, "#6fb1ff"),
-    "share": (SHARE, "#5d6880"),
-}
-"""Colours of the page and of its diagrams: in light, in dark."""
+def _panel(panel: Panel) -> str:
+    said = escape(f"{panel.title}: {panel.caption}")
+    # In a script element nothing ends the text but "</script", so no "<" may stand in it.
+    figure = json.dumps(panel.figure, allow_nan=False).replace("<", "\\u003c")
+    return (
+        f"<figure><figcaption><h3>{escape(panel.title)}</h3><small>{escape(panel.caption)}</small></figcaption>"
+        f'<div class=plot role=img aria-label="{said}" style="{panel.size}"></div>'
+        f'<script type="application/json">{figure}</script></figure>\n'
+    )
+
+
+def _numbers(rows: Sequence[Sequence[str]]) -> str:
+    heads, *body = rows
+    head = "".join(f"<th scope=col>{escape(one)}</th>" for one in heads)
+    lines = "".join(
+        f"<tr><th scope=row>{escape(first)}</th>{''.join(f'<td>{escape(one)}</td>' for one in rest)}</tr>"
+        for first, *rest in body
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
+
 
 _GLOSSARY = {
     "Confidence": "The probability that the model gives to its answer.",
@@ -242,83 +316,23 @@ _GLOSSARY = {
     "Accuracy": "The share of right answers. Calibration is about honesty and leaves it nearly as it was.",
     "Interval": "Where the score would probably lie with unlimited rows. Two calibrators whose intervals overlap may "
     "well be equally good.",
-    "Diagram": "Each dot is a group of answers of like confidence: to the right what the model said, upwards how often "
-    "it was right. Honest dots lie on the dashed line; the coloured bar is the error; a hollow dot in the grey range "
-    "is off by no more than chance. The columns beneath show how many answers are in each group.",
 }
 
-_STYLE = (
-    "".join(
-        f"{start}{''.join(f'--{name}:{pair[which]};' for name, pair in _COLOURS.items())}{end}"
-        for which, start, end in (
-            (0, ":root{color-scheme:light dark;", "}"),
-            (1, "@media(prefers-color-scheme:dark){:root{", "}}"),
-        )
-    )
-    + """
-*{box-sizing:border-box}
-body{margin:0 auto;max-width:62rem;padding:clamp(1.25rem,5vw,4rem);background:var(--paper);color:var(--ink);
- font:1rem/1.6 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
-.eyebrow{margin:0;color:var(--quiet);overflow-wrap:anywhere}
-h1{margin:.4rem 0 1.2rem;font-size:clamp(1.6rem,5vw,2.5rem);line-height:1.2;letter-spacing:-.015em;text-wrap:balance}
-h2{margin:3.5rem 0 .75rem;font-size:1.25rem}
-.example{max-width:46rem;font-size:clamp(1.1rem,2.6vw,1.35rem);line-height:1.5}
-.example b{white-space:nowrap}
-.quiet,small{color:var(--quiet)}
-.diagrams{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(19rem,100%),1fr));gap:1rem 2rem}
-figure{margin:0}
-svg{display:block;width:100%;height:auto}
-svg text{font-family:inherit!important}
-table{width:100%;border-collapse:collapse;font-variant-numeric:tabular-nums}
-th,td{padding:.7rem .75rem;border-bottom:1px solid var(--faint);text-align:right;vertical-align:top}
-th:first-child{padding-left:0;text-align:left;overflow-wrap:anywhere}
-thead th{font-weight:600;vertical-align:bottom}
-small{display:block;font-size:.8rem;font-weight:400}
-tbody th{font-weight:500}
-.served th,.served td{font-weight:700}
-mark{margin-left:.4rem;padding:.1rem .5rem;border-radius:1rem;background:var(--under);color:var(--paper);
- font-size:.75rem;font-weight:600;white-space:nowrap}
-dl{display:grid;grid-template-columns:minmax(8rem,max-content) 1fr;gap:.7rem 2rem;margin:0}
-dt{font-weight:600}
-dd{margin:0;max-width:44rem;color:var(--quiet)}
-@media(max-width:40rem){
- thead{display:none}
- tr{display:block;padding:.9rem 0;border-bottom:1px solid var(--faint)}
- th,td{display:flex;justify-content:space-between;gap:1rem;padding:.2rem 0;border:0}
- tbody th{justify-content:flex-start;font-weight:700}
- td::before{content:attr(data-head);color:var(--quiet);font-weight:400}
- dl{display:block}
- dd{margin:0 0 1rem}
-}
-"""
-)
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}: calibration report</title>
-<style>{style}</style>
-</head>
-<body>
-<header>
+_BODY = """<header>
 <p class="eyebrow">{title} · calibration report</p>
 <h1>{headline}</h1>
 <p class="example">{example}</p>
-<p class="quiet">{errors}</p>
+<p class="quiet">{counted} {errors}</p>
+{no_script}
 </header>
 <main>
-{diagrams}
-<h2>Calibrators compared</h2>
+{charts}
+<h2>All scores</h2>
 <p class="quiet">{rows}</p>
 {table}
+<h2>What is not shown</h2>
+<ul class="quiet">{left_out}<li>Other rows than these. If what the model meets changes, its confidence can be off \
+again: only new labels tell.</li></ul>
 <h2>What the words mean</h2>
 <dl>{glossary}</dl>
-</main>
-</body>
-</html>
-"""
-
-_DIAGRAMS = """<h2>What it says, and how often it is right</h2>
-<div class="diagrams">{diagrams}</div>"""
+</main>"""

@@ -7,10 +7,11 @@ temperature scaling gains.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from calibrators.kinds.temperature import TemperatureScaling
 from calibrators.numerics import Array, blocks, check_labels, check_logits, log_softmax
@@ -41,6 +42,54 @@ _APART = 0.2
 """Nearer to T = 1 than this, in log T, the best temperature alone is named: there is no room for two."""
 
 
+@dataclass(frozen=True)
+class TemperatureLoss:
+    """What is drawn, in a file or in the report.
+
+    Attributes
+    ----------
+    temperatures, losses : (n_temperatures,) the curve, the best temperature among its points if it is drawn
+    best : the temperature with the least loss
+    is_drawn : False where the loss falls towards `best` all the way
+    before, after : log loss at T = 1 and at the best T
+    """
+
+    temperatures: NDArray[np.float64]
+    losses: NDArray[np.float64]
+    best: float
+    is_drawn: bool
+    before: float
+    after: float
+
+    def __str__(self) -> str:
+        if self.is_drawn:
+            return f"best at T = {self.best:.3g}: log loss {self.after:.4f}"
+        return f"no best temperature: the loss falls towards T = {'0' if self.best < 1 else 'infinity'}"
+
+    @property
+    def ticks(self) -> list[float]:
+        nice = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
+        return [t for t in nice if self.temperatures[0] <= t <= self.temperatures[-1]]
+
+    @property
+    def names_both(self) -> bool:
+        """Whether T = 1 lies far enough from the best temperature to be named beside it."""
+        return bool(abs(np.log(self.best)) > _APART)
+
+
+def temperature_loss(logits: ArrayLike, y: ArrayLike) -> TemperatureLoss:
+    """The curve of `temperature_curve` and of `temperature_chart`; errors as there."""
+    z = check_logits(logits)
+    labels = check_labels(y, n_samples=len(z), n_classes=z.shape[1])
+    best = float(TemperatureScaling().fit(z, labels).temperature_)
+    drawn = 1 / _WIDEST <= best <= _WIDEST
+    ends = (1, best) if drawn else (1, float(np.clip(best, 1 / _WIDEST, _WIDEST)))
+    # The best temperature is a point of the curve, where its two colours meet.
+    temperatures = np.union1d(np.geomspace(min(ends) / _SPREAD, max(ends) * _SPREAD, _POINTS), [best] if drawn else [])
+    before, after = map(float, _losses(z, labels, np.array([1.0, best])))
+    return TemperatureLoss(temperatures, _losses(z, labels, temperatures), best, drawn, before, after)
+
+
 def temperature_curve(logits: ArrayLike, y: ArrayLike) -> Figure:
     """Mean log loss of softmax(logits / T) over T, with T = 1 and the best T marked.
 
@@ -60,28 +109,17 @@ def temperature_curve(logits: ArrayLike, y: ArrayLike) -> Figure:
     ImportError
         if matplotlib is not installed
     """
-    z = check_logits(logits)
-    labels = check_labels(y, n_samples=len(z), n_classes=z.shape[1])
-    best = float(TemperatureScaling().fit(z, labels).temperature_)
-    drawn = 1 / _WIDEST <= best <= _WIDEST
-    ends = (1, best) if drawn else (1, float(np.clip(best, 1 / _WIDEST, _WIDEST)))
-    # The best temperature is a point of the curve, where its two colours meet.
-    temperatures = np.union1d(np.geomspace(min(ends) / _SPREAD, max(ends) * _SPREAD, _POINTS), [best] if drawn else [])
-    losses = _losses(z, labels, temperatures)
+    curve = temperature_loss(logits, y)
     figure = new_figure(6.4, 5.2)
     axes = place_axes(figure, 0.85, 0.75, 5.2, 3.3)
-    _draw_curve(axes, temperatures, losses, best)
-    before, after = _losses(z, labels, np.array([1.0, best]))
-    _mark(axes, 1.0, before, PAPER)
-    if abs(np.log(best)) > _APART:
-        _name(axes, 1.0, before, side=1 if best > 1 else -1)
-    if drawn:
-        _mark(axes, best, after, INK)
-        _name(axes, best, after, side=0)
-        finding = f"best at T = {best:.3g}: log loss {after:.4f}"
-    else:
-        finding = f"no best temperature: the loss falls towards T = {'0' if best < 1 else 'infinity'}"
-    draw_title(axes, "Log loss over temperature", f"{finding}\nas the model is, T = 1: log loss {before:.4f}")
+    _draw_curve(axes, curve)
+    _mark(axes, 1.0, curve.before, PAPER)
+    if curve.names_both:
+        _name(axes, 1.0, curve.before, side=-1 if curve.best > 1 else 1)
+    if curve.is_drawn:
+        _mark(axes, curve.best, curve.after, INK)
+        _name(axes, curve.best, curve.after, side=0)
+    draw_title(axes, "Log loss over temperature", f"{curve}\nas the model is, T = 1: log loss {curve.before:.4f}")
     return figure
 
 
@@ -95,17 +133,17 @@ def _losses(logits: Array, y: Array, temperatures: Array) -> Array:
     return total / len(y)
 
 
-def _draw_curve(axes: Axes, temperatures: Array, losses: Array, best: float) -> None:
+def _draw_curve(axes: Axes, curve: TemperatureLoss) -> None:
+    temperatures, losses = curve.temperatures, curve.losses
     sides = (
-        (temperatures <= best, OVERCONFIDENT, "overconfident"),
-        (temperatures >= best, UNDERCONFIDENT, "underconfident"),
+        (temperatures <= curve.best, OVERCONFIDENT, "overconfident"),
+        (temperatures >= curve.best, UNDERCONFIDENT, "underconfident"),
     )
     for side, colour, name in sides:
         if side.any():
             axes.plot(temperatures[side], losses[side], color=colour, linewidth=2.2, zorder=3, label=name)
-    ticks = [t for t in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if temperatures[0] <= t <= temperatures[-1]]
     axes.set_xscale("log")
-    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axes.set_xticks(curve.ticks, [f"{t:g}" for t in curve.ticks])
     axes.minorticks_off()
     lowest, highest = losses.min(), losses.max()
     axes.set(xlim=(temperatures[0], temperatures[-1]), ylim=(lowest - 0.12 * (highest - lowest), highest))
@@ -120,13 +158,14 @@ def _mark(axes: Axes, temperature: float, loss: float, face: str) -> None:
 
 
 def _name(axes: Axes, temperature: float, loss: float, side: int) -> None:
-    """The temperature, written above its mark or to the side where the curve bends away."""
+    """The temperature, written above its mark or beneath the curve, to the side where that rises."""
     axes.annotate(
         f"T = {temperature:.3g}",
         (temperature, loss),
-        (9 * side, 5 if side else 10),
+        (9 * side, -4 if side else 10),
         textcoords="offset points",
         ha={-1: "right", 0: "center", 1: "left"}[side],
+        va="top" if side else "baseline",
         color=INK,
         size=9.5,
         zorder=6,

@@ -49,7 +49,7 @@ def test_the_main_job_from_fit_to_roll_back(
     page = tmp_path / "report.html"
     run(capsys, "report", "mlp", "--data", str(tmp_path / "inputs.npz"), "--out", str(page), *at)
     assert "temperature-2" in page.read_text()
-    assert "<svg" in page.read_text()
+    assert "Plotly.react" in page.read_text()
     exported = tmp_path / "calibrated.onnx"
     run(capsys, "export", "mlp", "--out", str(exported), *at)
     assert {output.name for output in onnx.load(str(exported)).graph.output} >= {"scores", "probabilities"}
@@ -58,13 +58,13 @@ def test_the_main_job_from_fit_to_roll_back(
     assert "temperature-1 is deleted" in run(capsys, "delete", "mlp", "temperature-1", *at)
 
 
-def test_a_report_without_matplotlib_names_the_extra_that_brings_it(
+def test_a_report_without_plotly_names_the_extra_that_brings_it(
     server: RunningServer, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at = ("--address", server.address)
     np.savez(tmp_path / "logits.npz", logits=LOGITS, labels=LABELS)
     run(capsys, "fit", "mlp", "--kind", "temperature", "--data", str(tmp_path / "logits.npz"), *at)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
     page = tmp_path / "report.html"
     text = refused(capsys, "report", "mlp", "--data", str(tmp_path / "logits.npz"), "--out", str(page), *at)
     assert "calserve[plots]" in text
