@@ -99,14 +99,18 @@ class App:
         await self.stop()
 
     async def start(self) -> None:
-        """Listen, load and warm every model, restore what was active. Before that is done, calls are UNAVAILABLE."""
+        """Listen, load and warm every model, restore what was active. Before that is done, calls are UNAVAILABLE.
+
+        One of several workers listens when that is done: calls then go to those that are ready.
+        """
         await self._health.set(PROCESS, serving=True)
         await self._health.set(READY, serving=False)
         if not is_local(self.settings.host) and not (self._access and self.settings.tls_cert):
             log.warning("host %s is reached by other machines, and --insecure is set", self.settings.host)
         self._http.start()
         self._watch = asyncio.create_task(self._keep_watch())
-        self.port = await self._listen()
+        if self._member is None:
+            self.port = await self._front.start(self.settings.host, self.settings.port)
         if self.settings.model_control == "poll":
             await self._poll.start()
         await self._loading.start()
@@ -115,6 +119,9 @@ class App:
         else:
             self._following.start()
         await self._tell_health(*self.repository.names())
+        if self._member is not None:
+            socket = self._member.learner_socket if self._learns else None
+            self.port = await self._front.start(self.settings.host, self._member.port, socket)
         log.info(
             "gRPC on %s:%d, metrics on %s:%d",
             self.settings.host, self.port, self.settings.metrics_host, self.metrics_port,
@@ -148,12 +155,6 @@ class App:
         if self._tokens:
             self._tokens.refresh(force=force)
         self._streams.sweep(self._access.recheck if self._access else None)
-
-    async def _listen(self) -> int:
-        if self._member is None:
-            return await self._front.start(self.settings.host, self.settings.port)
-        socket = self._member.learner_socket if self._learns else None
-        return await self._front.start(self.settings.host, self._member.port, socket)
 
     async def _keep_watch(self) -> None:
         while True:
