@@ -10,7 +10,7 @@ contract that each must keep is a test: `tests/calibrators/test_contract.py`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import ClassVar, Self
 
 import numpy as np
@@ -136,8 +136,19 @@ class Calibrator(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn ship
         shape is another feed and not another session.
         """
 
+    def copies(self, inputs: Array) -> Iterator[Array]:
+        """What acts before the model: from its input to what further runs of it read, whose logits are the `views`."""
+        del inputs
+        raise TypeError(f"{self.kind} does not act before the model")
+
     def emit_inputs(self, graph: Graph, x: str) -> str:
-        """Append what acts before the model: from its input `x` to what a second run of it reads (for `views`)."""
+        """Append the same to `graph`: from the model's input `x` to the copies, in one tensor, batch after batch.
+
+        Raises
+        ------
+        ValueError
+            if the model's inputs or its operator set do not allow it
+        """
         del graph, x
         raise TypeError(f"{self.kind} does not act before the model")
 

@@ -9,7 +9,7 @@ few arrays, never another session.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -152,7 +152,10 @@ class Graph:
         types = [value.type.tensor_type for value in inputs]
         shapes = [tuple(d.dim_value if d.HasField("dim_value") else None for d in t.shape.dim) for t in types]
         if len(inputs) != 1 or len(shapes[0]) != 4 or shapes[0][0] is not None or types[0].elem_type not in FLOATS:
-            found = ", ".join(f"{value.name!r} {list(shape)}" for value, shape in zip(inputs, shapes, strict=True))
+            named = zip(inputs, shapes, types, strict=True)
+            found = ", ".join(
+                f"{value.name!r} {list(shape)} {TensorProto.DataType.Name(t.elem_type)}" for value, shape, t in named
+            )
             raise ValueError(f"views need one input of real images [B, C, H, W] with B open, the model has {found}")
         return inputs[0].name, shapes[0]
 
@@ -279,13 +282,34 @@ def stage(calibrator: Calibrator, opset: int = STAGE_OPSET) -> FusedModel:
 
 
 def signature(calibrator: Calibrator, opset: int = STAGE_OPSET) -> str:
-    """A digest of the calibrator's graph without the values of its parameters.
+    """A digest of the calibrator's graph, with what acts before the model, without the values of its parameters.
 
     Two fits with one signature are served by one session: only the feeds differ.
     """
     fused = stage(calibrator, opset)
     _keep(fused.proto.graph.initializer, lambda name: name not in fused.parameters)
-    return hashlib.sha256(fused.proto.SerializeToString(deterministic=True)).hexdigest()
+    protos = [fused.proto]
+    if "views" in calibrator.needs:
+        images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["B", "C", "H", "W"])
+        protos.append(_with_copies([images], calibrator, fused.proto.opset_import).model)
+    return hashlib.sha256(b"".join(proto.SerializeToString(deterministic=True) for proto in protos)).hexdigest()
+
+
+def check_copies(model: onnx.ModelProto, calibrator: Calibrator) -> None:
+    """Raise ValueError unless the model's input is one that `calibrator`, which reads views, can act on."""
+    initializers = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in initializers]
+    _with_copies(inputs, calibrator, model.opset_import)
+
+
+def _with_copies(
+    inputs: list[onnx.ValueInfoProto], calibrator: Calibrator, opsets: Iterable[onnx.OperatorSetIdProto]
+) -> Graph:
+    """A graph of what acts before a model with these inputs, and of nothing else."""
+    proto = helper.make_model(helper.make_graph([], "copies", inputs, []), opset_imports=list(opsets), ir_version=8)
+    graph = Graph(proto)
+    calibrator.emit_inputs(graph, graph.image_input()[0])
+    return graph
 
 
 def default_opset(model: onnx.ModelProto) -> int:
@@ -296,7 +320,7 @@ def default_opset(model: onnx.ModelProto) -> int:
 def _emit_signals(graph: Graph, calibrator: Calibrator, tap: Tap, n_nodes: int) -> dict[str, str]:
     """What `emit` reads beside the logits: views, made by a second run of the model's nodes on copies of its input.
 
-    One run on a batch of originals and copies would cost the same, but round the model's own outputs differently.
+    One run on a batch of originals and copies would cost the same, but the model's own outputs had to be cut out of it.
     """
     shapes = calibrator.signal_shapes(int(calibrator.tensors()["n_classes"]))
     if "views" not in shapes:

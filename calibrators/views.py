@@ -12,7 +12,7 @@ All three know nothing of colour spaces, of ranges or of a mean that was taken o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -39,11 +39,16 @@ def views(model: Callable[[Array], ArrayLike], images: ArrayLike, transforms: Se
     >>> views(lambda copies: copies.reshape(-1, 4), image, ["flip", "rotate"]).tolist()
     [[[1.0, 0.0, 3.0, 2.0], [1.0, 3.0, 0.0, 2.0]]]
     """
+    return np.stack([to_numpy(model(copy)) for copy in copies(images, transforms)], axis=1)
+
+
+def copies(images: ArrayLike, transforms: Sequence[str]) -> Iterator[Array]:
+    """The copies of the images (n_samples, C, H, W), each in their shape and type, made one after the other."""
     array = to_numpy(images)
     check_transforms(transforms)
     if array.ndim != 4 or ("rotate" in transforms and array.shape[2] != array.shape[3]):
         raise ValueError(f"images must have shape (n_samples, C, H, W), to rotate with H = W, got {array.shape}")
-    return np.stack([to_numpy(model(TRANSFORMS[name][0](array))) for name in transforms], axis=1)
+    return (TRANSFORMS[name][0](array) for name in transforms)
 
 
 def emit_copies(graph: Graph, x: str, transforms: Sequence[str]) -> str:

@@ -217,7 +217,7 @@ def report(arguments: argparse.Namespace) -> None:
     try:
         with _client(arguments) as client:
             page = html(client, arguments.model, **rows)
-    except ImportError as error:  # of matplotlib, naming the extra that brings it
+    except ImportError as error:  # of plotly, naming the extra that brings it
         raise Refused(str(error)) from error
     write_whole(arguments.out, page.encode())
     Console().print(f"{arguments.out}: open it in a browser; it needs no network")

@@ -34,7 +34,7 @@ and rotated copies, means over 8 seeds: L .1083 to .1026 and AUC .868 to .883, b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,7 +44,7 @@ from calibrators.graph import Graph
 from calibrators.kinds.temperature import HIGHEST, LOWEST, TemperatureScaling
 from calibrators.numerics import Array, centre, softmax_of_centred
 from calibrators.training import MIN_ROWS, affine, descend, distinct, drawn, hidden_layer, import_torch
-from calibrators.views import check_transforms, emit_copies
+from calibrators.views import check_transforms, copies, emit_copies
 
 TOP = 4
 HIDDEN = 16
@@ -144,6 +144,9 @@ class CorrectnessAwareTemperature(Calibrator):
         power = graph.node("Mul", graph.node("Tanh", output), graph.constant(LOG_MOST_RATIO))
         temperature = graph.node("Mul", named["temperature"], graph.node("Exp", power))
         return graph.softmax(graph.node("Div", centred, temperature))
+
+    def copies(self, inputs: Array) -> Iterator[Array]:
+        return copies(inputs, self.views or [])
 
     def emit_inputs(self, graph: Graph, x: str) -> str:
         return emit_copies(graph, x, self.views or [])

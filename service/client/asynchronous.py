@@ -115,7 +115,8 @@ class AsyncClient:
         kind : see `calserve kinds`; "auto" compares those that suit the data and takes the best (`calibrators.auto`)
         labels : (n_samples,) class indices
         logits : (n_samples, n_classes); or
-        inputs : the model's inputs, rows first, by name (a bare array if there is one): the server computes the logits
+        inputs : the model's inputs, rows first, by name (a bare array if there is one): the server computes the logits,
+            and the views for a kind that reads them
         sample_weight : (n_samples,), not negative
         held_out_fraction : of the rows, kept from the fit that is scored; the revision itself is fitted on all rows
         params : constructor parameters of the kind

@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from calserve.open_inference import messages
 from numpy.typing import NDArray
 
 from calibrators import Calibrator, fuse
-from calibrators.graph import LOGITS, FusedModel, signature, stage
+from calibrators.graph import LOGITS, PREFIX, FusedModel, check_copies, signature, stage
 from calibrators.inspection import Inspection
 from calibrators.kinds.identity import Identity
 from service.errors import InvalidRequest, Refused
@@ -112,13 +112,22 @@ class ServedModel:
     def is_classifier(self) -> bool:
         return self.inspection is not None
 
-    def check_signals(self, needed: Set[str]) -> None:
-        """Refused, naming what is missing and what is there, unless this model shows every signal needed."""
+    def check_signals(self, calibrator: Calibrator, *, to_fit: bool = False) -> None:
+        """Refused, naming what is missing and what is there, unless this model shows what the calibrator reads."""
         features = {"features"} if self.inspection is not None and self.inspection.features else set()
         shown = {"inputs"} | ({"logits"} if self.is_classifier else set()) | features
+        needed = calibrator.needs | (calibrator.fit_needs if to_fit else frozenset())
+        why = ""
+        if "views" in needed:
+            try:
+                check_copies(self._proto, calibrator)
+                shown.add("views")
+            except ValueError as error:
+                why = f" ({error})"
         if missing := needed - shown:
             raise Refused(
-                f"model {self.name!r} does not show {', '.join(sorted(missing))}; it shows {', '.join(sorted(shown))}",
+                f"model {self.name!r} does not show {', '.join(sorted(missing))}{why}; "
+                f"it shows {', '.join(sorted(shown))}",
                 reason="SIGNAL_MISSING",
             )
 
@@ -173,7 +182,7 @@ class ServedModel:
         feeds: Mapping[str, NDArray[Any]],
         snapshot: Snapshot | None = None,
         deadline: float = math.inf,
-        caller: str = "",
+        caller: Callable[[], str] = str,
     ) -> Answer:
         """The named outputs for one request, computed by `snapshot`, by default the active one.
 
@@ -188,19 +197,21 @@ class ServedModel:
         for start in range(0, rows, most):  # one after the other: one caller's rows never fill the queue
             part = {name: array[start : start + most] for name, array in feeds.items()}
             parts.append(await self._submit(outputs, part, snapshot, deadline, caller))
+            await asyncio.sleep(0)  # nor do its short runs keep the loop from the others
         return _rejoined(outputs, parts, snapshot)
 
-    def _submit(
+    async def _submit(
         self,
         outputs: Sequence[str],
         feeds: Mapping[str, NDArray[Any]],
         snapshot: Snapshot | None,
         deadline: float,
-        caller: str,
-    ) -> asyncio.Future[Answer]:
+        caller: Callable[[], str],
+    ) -> Answer:
         lane = self.lane(outputs, feeds, snapshot)
         values = [np.ascontiguousarray(feeds[name]) for name, _, _ in lane.inputs]
-        return self.batcher.submit(lane, values, self.row_count(feeds), deadline, caller)
+        answer = self.batcher.submit(lane, values, self.row_count(feeds), deadline, caller)
+        return answer if isinstance(answer, Answer) else await answer
 
     def _execute(
         self, asked: Snapshot | None, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]]
@@ -249,13 +260,24 @@ class ServedModel:
         answer = await self.run([LOGITS], feeds, self.uncalibrated)
         return answer.part(LOGITS)
 
-    def warm_up(self, snapshot: Snapshot) -> list[NDArray[Any]]:
-        """Run `snapshot`, in the calling thread, on made-up inputs; the logits and probabilities of one row."""
-        wanted = [LOGITS, "probabilities"] if self.is_classifier else [spec.name for spec in self.outputs[:1]]
+    async def signals(self, calibrator: Calibrator, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """The logits, and what `calibrator` reads beside them, by name; ValueError if it cannot act on the inputs."""
+        signals = {"logits": await self.logits(feeds)}
+        if "views" in calibrator.needs:
+            ((name, images),) = feeds.items()
+            copies = [await self.logits({name: copy}) for copy in calibrator.copies(images)]
+            signals["views"] = np.stack(copies, axis=1)
+        return signals
+
+    def warm_up(self, snapshot: Snapshot) -> dict[str, NDArray[Any]]:
+        """Run `snapshot`, in the calling thread, on made-up inputs; one row's signals and probabilities, by name."""
+        inner = [spec.name for spec in snapshot.session.outputs if spec.name.startswith(PREFIX)]
+        wanted = [*inner, "probabilities"] if self.is_classifier else [spec.name for spec in self.outputs[:1]]
         if not self.device.on_cpu:  # where each size costs time when it comes first
             default = [spec.name for spec in self.outputs]  # what a request gets that names nothing
             warm_up(snapshot.session, default, snapshot.feeds, self.batcher.limits.rows)
-        return snapshot.session.run_with(wanted, made_up(self.inputs, 1), snapshot.feeds)
+        values = snapshot.session.run_with(wanted, made_up(self.inputs, 1), snapshot.feeds)
+        return {name.removeprefix(PREFIX): value for name, value in zip(wanted, values, strict=True)}
 
     def measure(self) -> None:
         """Learn what runs cost, and where config.pbtxt does not say how many rows to join, join no more than make a row

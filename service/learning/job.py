@@ -2,6 +2,7 @@
 
     job.json        what to do (JobSpec)
     logits.f32      float32, row-major, n_samples x n_classes
+    views.f32       likewise, as any signal that the kind reads beside the logits: a row's shape is in job.json
     labels.i64      int64
     weights.f64     float64
     result.json     what came of it, written last
@@ -14,7 +15,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -23,7 +25,7 @@ from numpy.typing import NDArray
 
 from service.store.files import sync_folder, write_whole
 
-LOGITS, LABELS, WEIGHTS = "logits.f32", "labels.i64", "weights.f64"
+LABELS, WEIGHTS = "labels.i64", "weights.f64"
 RESULT, ARTIFACT, GOLDEN = "result.json", "artifact", "golden"
 
 AUTO = "auto"
@@ -32,7 +34,10 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class JobSpec:
-    """`action` fit: make and score a calibrator of `kind`. evaluate: score the artifact in the folder."""
+    """`action` fit: make and score a calibrator of `kind`. evaluate: score the artifact in the folder.
+
+    `signal_shapes` names what the calibrator reads beside the logits, with the shape of a row of it.
+    """
 
     action: str
     model: str
@@ -42,6 +47,12 @@ class JobSpec:
     params_json: str
     held_out_fraction: float
     seed: int
+    signal_shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of a row of each signal, the logits among them."""
+        return {"logits": (self.n_classes,), **{name: tuple(shape) for name, shape in self.signal_shapes.items()}}
 
     def write(self, folder: Path) -> None:
         write_whole(folder / "job.json", json.dumps(asdict(self)).encode())
@@ -52,21 +63,19 @@ class JobSpec:
 
 
 class RowWriter:
-    """Appends labelled rows to a job's folder."""
+    """Appends labelled rows, of these signals, to a job's folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, signals: Iterable[str]) -> None:
         folder.mkdir(parents=True)
         self._folder = folder
-        self._files: dict[str, BinaryIO] = {name: (folder / name).open("wb") for name in (LOGITS, LABELS, WEIGHTS)}
+        names = (*map(_file_of, signals), LABELS, WEIGHTS)
+        self._files: dict[str, BinaryIO] = {name: (folder / name).open("wb") for name in names}
         self.row_count = 0
         self.byte_count = 0
 
-    def append(self, logits: NDArray[Any], labels: NDArray[Any], weights: NDArray[Any]) -> None:
-        arrays = {
-            LOGITS: logits.astype("<f4", copy=False),
-            LABELS: labels.astype("<i8", copy=False),
-            WEIGHTS: weights.astype("<f8", copy=False),
-        }
+    def append(self, signals: Mapping[str, NDArray[Any]], labels: NDArray[Any], weights: NDArray[Any]) -> None:
+        arrays = {_file_of(name): signal.astype("<f4", copy=False) for name, signal in signals.items()}
+        arrays |= {LABELS: labels.astype("<i8", copy=False), WEIGHTS: weights.astype("<f8", copy=False)}
         for name, array in arrays.items():
             self._files[name].write(np.ascontiguousarray(array).data)
             self.byte_count += array.nbytes
@@ -88,21 +97,33 @@ class RowWriter:
 
 @dataclass(frozen=True)
 class Rows:
-    """Labelled rows, mapped from the folder's files."""
+    """Labelled rows, mapped from the folder's files. `signals` are what a calibrator reads, the logits among them."""
 
-    logits: NDArray[np.float32]
+    signals: Mapping[str, NDArray[np.float32]]
     labels: NDArray[np.int64]
     weights: NDArray[np.float64]
 
     @classmethod
-    def read(cls, folder: Path, n_classes: int) -> Self:
-        logits = np.memmap(folder / LOGITS, dtype="<f4", mode="r").reshape(-1, n_classes)
+    def read(cls, folder: Path, shapes: Mapping[str, Sequence[int]]) -> Self:
         labels = np.fromfile(folder / LABELS, dtype="<i8")
         weights = np.fromfile(folder / WEIGHTS, dtype="<f8")
-        return cls(logits, labels, weights)
+        return cls({name: _mapped(folder / _file_of(name), shape) for name, shape in shapes.items()}, labels, weights)
+
+    @property
+    def logits(self) -> NDArray[np.float32]:
+        return self.signals["logits"]
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, index: NDArray[np.int64]) -> Rows:
-        return Rows(self.logits[index], self.labels[index], self.weights[index])
+        signals = {name: signal[index] for name, signal in self.signals.items()}
+        return Rows(signals, self.labels[index], self.weights[index])
+
+
+def _file_of(signal: str) -> str:
+    return f"{signal}.f32"
+
+
+def _mapped(file: Path, shape: Sequence[int]) -> NDArray[np.float32]:
+    return np.memmap(file, dtype="<f4", mode="r").reshape(-1, *shape)

@@ -13,7 +13,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -78,12 +78,14 @@ class Operations:
                 shutil.rmtree(folder, ignore_errors=True)
 
     @asynccontextmanager
-    async def rows(self) -> AsyncIterator[tuple[str, RowWriter]]:
-        """A name and a writer for the rows of an operation to come. Unless submitted within, all of it is discarded."""
+    async def rows(self, signals: Iterable[str]) -> AsyncIterator[tuple[str, RowWriter]]:
+        """A name for an operation to come, and a writer for its rows of these signals. Unless submitted within, all of
+        it is discarded."""
         if sum(operation.running for operation in self._operations.values()) >= self.limits.waiting:
             raise Overloaded(f"{self.limits.waiting} operations are running or waiting already", retry_after_seconds=5)
         name = f"op-{secrets.token_hex(8)}"
-        writer = RowWriter(self._root / name)  # not in a thread: a caller leaving meanwhile would leave open files
+        # Not in a thread: a caller leaving meanwhile would leave open files.
+        writer = RowWriter(self._root / name, signals)
         try:
             yield name, writer
         finally:

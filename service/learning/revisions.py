@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import safetensors.numpy
@@ -30,6 +30,7 @@ from service.store.catalogue import ActivationRow, Catalogue, RevisionRow
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Signals: TypeAlias = Mapping[str, np.ndarray]
 
 KEPT_SNAPSHOTS = 8
 """Snapshots of one model kept for requests that name a revision which is not active."""
@@ -208,31 +209,32 @@ class Revisions:
             calibrator = calibrators.loads(self._blobs.get(row.artifact_digest))
         except ValueError as error:
             raise Damaged(f"the artifact of revision {row.revision} cannot be read: {error}") from error
-        model.check_signals(calibrator.needs)
+        model.check_signals(calibrator)
         return calibrator
 
     def _prove(self, model: ServedModel, row: RevisionRow) -> Snapshot:
         calibrator = self._load(model, row)
         golden = safetensors.numpy.load(self._blobs.get(row.golden_digest))
-        _agree(calibrator, golden["logits"], golden["probabilities"], f"revision {row.revision} no longer computes")
-        _stage_agrees(calibrator, golden["logits"], model, row.revision)
+        probabilities = golden.pop("probabilities")
+        _agree(calibrator, golden, probabilities, f"revision {row.revision} no longer computes")
+        _stage_agrees(calibrator, golden, model, row.revision)
         snapshot = model.snapshot(calibrator, row.revision)
-        logits, probabilities = model.warm_up(snapshot)
-        _agree(
-            calibrator, logits, probabilities, f"the graph of model {model.name!r} with {row.revision} does not compute"
-        )
+        made_up = model.warm_up(snapshot)
+        probabilities = made_up.pop("probabilities")
+        what = f"the graph of model {model.name!r} with {row.revision} does not compute"
+        _agree(calibrator, made_up, probabilities, what)
         return snapshot
 
 
-def _stage_agrees(calibrator: Calibrator, logits: np.ndarray, model: ServedModel, revision: str) -> None:
+def _stage_agrees(calibrator: Calibrator, signals: Signals, model: ServedModel, revision: str) -> None:
     """The calibrator's own graph gives on the golden rows what `predict_proba` gives."""
     session = Session(stage(calibrator).to_bytes(), model.device)
-    (probabilities,) = session.run(["probabilities"], {"logits": logits})
-    _agree(calibrator, logits, probabilities, f"the graph of {revision} does not compute")
+    (probabilities,) = session.run(["probabilities"], signals)
+    _agree(calibrator, signals, probabilities, f"the graph of {revision} does not compute")
 
 
-def _agree(calibrator: Calibrator, logits: np.ndarray, probabilities: np.ndarray, what: str) -> None:
-    worst = float(np.abs(calibrator.predict_proba(logits) - probabilities).max(initial=0.0))
+def _agree(calibrator: Calibrator, signals: Signals, probabilities: np.ndarray, what: str) -> None:
+    worst = float(np.abs(calibrator.predict_proba(**signals) - probabilities).max(initial=0.0))
     if not worst <= calibrator.float32_atol:
         raise Refused(
             f"{what} the probabilities of its fit: they differ by {worst:.2g}, more than {calibrator.float32_atol:g}",

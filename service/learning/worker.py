@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
-from numpy.typing import NDArray
 from sklearn.model_selection import train_test_split
 
 import calibrators
@@ -45,7 +44,7 @@ def run(folder: Path, report: Report) -> None:
     """Do the job in `folder` and write its result there."""
     spec = JobSpec.read(folder)
     report(0.05, "reading rows")
-    rows = Rows.read(folder, spec.n_classes)
+    rows = Rows.read(folder, spec.shapes)
     if len(rows) == 0:
         raise JobError("the calibration set has no rows")
     result = fit(folder, spec, rows, report) if spec.action == "fit" else evaluate(folder, spec, rows, report)
@@ -85,7 +84,7 @@ def fit_kind(spec: JobSpec, rows: Rows, report: Report) -> tuple[calibrators.Cal
     if spec.kind != AUTO:
         report(0.0, f"fitting on {len(rows)} rows")
         calibrator = calibrators.create(spec.kind, **params)
-        return calibrator.fit(rows.logits, rows.labels, sample_weight=rows.weights), []
+        return calibrator.fit(y=rows.labels, sample_weight=rows.weights, **rows.signals), []
     selection = auto.select(
         rows.logits, rows.labels, sample_weight=rows.weights, seed=spec.seed, progress=report, **params
     )
@@ -130,7 +129,7 @@ def split_in_time(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
 def compare(calibrator: calibrators.Calibrator, rows: Rows, seed: int) -> dict[str, Any]:
     """Scores of the model's own probabilities and of the calibrated ones on the same rows."""
     before = Identity.of(rows.logits.shape[1]).predict_proba(rows.logits)
-    after = calibrator.predict_proba(rows.logits)
+    after = calibrator.predict_proba(**rows.signals)
     return {
         "row_count": len(rows),
         "level": LEVEL,
@@ -140,10 +139,11 @@ def compare(calibrator: calibrators.Calibrator, rows: Rows, seed: int) -> dict[s
 
 
 def golden_rows(calibrator: calibrators.Calibrator, rows: Rows) -> bytes:
-    """Logits from the calibration set and the probabilities that this fit gives them, for checks at activation."""
-    chosen = np.unique(np.linspace(0, len(rows) - 1, GOLDEN_ROWS).astype(np.int64))
-    logits: NDArray[Any] = np.asarray(rows.logits[chosen], dtype=np.float32)
-    return safetensors.numpy.save({"logits": logits, "probabilities": calibrator.predict_proba(logits)})
+    """Rows of the calibration set, by the names of their signals, and the probabilities that this fit gives them, for
+    checks at activation."""
+    chosen = rows.take(np.unique(np.linspace(0, len(rows) - 1, GOLDEN_ROWS).astype(np.int64)))
+    signals = {name: np.asarray(signal, dtype=np.float32) for name, signal in chosen.signals.items()}
+    return safetensors.numpy.save(signals | {"probabilities": calibrator.predict_proba(**signals)})
 
 
 def _plain(estimates: dict[str, Estimate]) -> list[list[Any]]:

@@ -14,7 +14,9 @@ from calserve.v1 import resources_pb2 as resources
 from numpy.typing import NDArray
 
 import calibrators
-from calibrators import auto
+from calibrators import Calibrator, auto
+from calibrators.base import check_signal
+from calibrators.kinds.identity import Identity
 from calibrators.numerics import check_labels, check_logits
 from service.errors import InvalidRequest, NotFound, Refused
 from service.inference.datatypes import NUMPY
@@ -61,18 +63,22 @@ class CalibratorService:
     async def fit_calibrator(self, requests: AsyncIterator[pb.FitCalibratorRequest], call: Call) -> resources.Operation:
         spec: pb.FitCalibratorRequest.Spec = await _first_spec(requests)
         model = self._classifier(spec.model, spec.model_version)
+        params = _params(spec.params_json)
+        reader = _unfitted(spec.kind, params)
+        model.check_signals(reader, to_fit=True)
         job = JobSpec(
             action="fit",
             model=model.name,
             model_digest=model.digest,
             n_classes=model.n_classes,
             kind=spec.kind,
-            params_json=_checked_params(model, spec.kind, spec.params_json),
+            params_json=json.dumps(params, sort_keys=True, separators=(",", ":")),
             held_out_fraction=_held_out_fraction(spec),
             seed=spec.seed,
+            signal_shapes=reader.signal_shapes(model.n_classes),
         )
-        async with self.operations.rows() as (name, writer):
-            await self._receive(model, requests, writer)
+        async with self.operations.rows(job.shapes) as (name, writer):
+            await self._receive(model, reader, requests, writer)
             operation = await self.operations.submit(name, writer, job, f"fit {spec.kind} on {writer.row_count} rows")
         return await self._message(operation)
 
@@ -85,12 +91,22 @@ class CalibratorService:
         if revision == NO_REVISION:
             raise Refused(f"model {model.name!r} has no active revision; name one to evaluate")
         row = await self.revisions.get(model.name, revision)
+        reader = _unfitted(row.kind, json.loads(row.params_json))
+        model.check_signals(reader)
         job = JobSpec(
-            "evaluate", model.name, row.model_digest, row.class_count, row.kind, row.params_json, 0.0, spec.seed
+            action="evaluate",
+            model=model.name,
+            model_digest=row.model_digest,
+            n_classes=row.class_count,
+            kind=row.kind,
+            params_json=row.params_json,
+            held_out_fraction=0.0,
+            seed=spec.seed,
+            signal_shapes=reader.signal_shapes(row.class_count),
         )
         artifact = await self.revisions.artifact(row)
-        async with self.operations.rows() as (name, writer):
-            await self._receive(model, requests, writer)
+        async with self.operations.rows(job.shapes) as (name, writer):
+            await self._receive(model, reader, requests, writer)
             what = f"evaluate {revision} on {writer.row_count} rows"
             operation = await self.operations.submit(name, writer, job, what, artifact)
         return await self._message(operation)
@@ -155,16 +171,18 @@ class CalibratorService:
             )
         return model
 
-    async def _receive(self, model: ServedModel, requests: AsyncIterator[Any], writer: RowWriter) -> None:
-        """Write the streamed rows into the job's folder, each chunk checked when it comes."""
+    async def _receive(
+        self, model: ServedModel, reader: Calibrator, requests: AsyncIterator[Any], writer: RowWriter
+    ) -> None:
+        """Write what `reader` reads of the streamed rows into the job's folder, each chunk checked when it comes."""
         async for request in requests:
             if request.WhichOneof("payload") != "rows":
                 raise InvalidRequest("only the first message of the stream may hold a spec; the others hold rows")
             try:
-                logits, labels, weights = await self._read_rows(model, request.rows)
+                rows = await self._read_rows(model, reader, request.rows)
             except (ValueError, TypeError) as error:
                 raise InvalidRequest(f"rows from {writer.row_count} on: {error}") from error
-            await asyncio.to_thread(writer.append, logits, labels, weights)
+            await asyncio.to_thread(writer.append, *rows)
             if writer.byte_count > self.operations.limits.bytes_per_job:
                 raise InvalidRequest(
                     f"a calibration set takes at most {self.operations.limits.bytes_per_job} bytes; "
@@ -174,25 +192,37 @@ class CalibratorService:
             raise InvalidRequest("the stream holds no rows")
 
     async def _read_rows(
-        self, model: ServedModel, rows: resources.Rows
-    ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+        self, model: ServedModel, reader: Calibrator, rows: resources.Rows
+    ) -> tuple[dict[str, NDArray[Any]], NDArray[Any], NDArray[Any]]:
+        """Signals, labels, weights."""
         if rows.HasField("logits") == bool(rows.inputs):
             raise InvalidRequest("rows hold either logits or the model's inputs")
+        beside = reader.signal_shapes(model.n_classes)
         if rows.HasField("logits"):
-            logits = _array("logits", rows.logits)
+            if beside:
+                raise InvalidRequest(
+                    f"{reader.kind} reads {', '.join(beside)} beside the logits, which the server computes from the "
+                    "model's inputs: send these instead of logits"
+                )
+            signals = {"logits": _array("logits", rows.logits)}
         else:
-            logits = await self._logits(model, {named.name: _array(named.name, named.array) for named in rows.inputs})
-        logits = check_logits(logits, n_classes=model.n_classes)
+            inputs = {named.name: _array(named.name, named.array) for named in rows.inputs}
+            signals = await self._signals(model, reader, inputs)
+        logits = signals["logits"] = check_logits(signals["logits"], n_classes=model.n_classes)
+        for name, shape in beside.items():
+            check_signal(name, signals[name], (len(logits), *shape))
         labels = check_labels(_array("labels", rows.labels), n_samples=len(logits), n_classes=model.n_classes)
         weights = np.ones(len(logits))
         if rows.HasField("sample_weight"):
             weights = _array("sample_weight", rows.sample_weight).astype(np.float64)
             if weights.shape != (len(logits),) or not np.isfinite(weights).all() or weights.min(initial=0.0) < 0:
                 raise InvalidRequest(f"sample_weight must be {len(logits)} finite numbers, none negative")
-        return logits, labels, weights
+        return signals, labels, weights
 
-    async def _logits(self, model: ServedModel, inputs: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
-        """The model's logits for the caller's inputs, a few rows at a time."""
+    async def _signals(
+        self, model: ServedModel, reader: Calibrator, inputs: Mapping[str, NDArray[Any]]
+    ) -> dict[str, NDArray[Any]]:
+        """What `reader` reads of the caller's inputs, computed a few rows at a time."""
         specs = {spec.name: spec for spec in model.inputs}
         for name, array in inputs.items():
             infer_request.check_input_name(model, name, specs, {})
@@ -204,10 +234,12 @@ class CalibratorService:
         count = len(next(iter(inputs.values())))
         step = min(model.max_batch_size or ROWS_PER_RUN, ROWS_PER_RUN)
         parts = [
-            await model.logits({name: array[start : start + step] for name, array in inputs.items()})
+            await model.signals(reader, {name: array[start : start + step] for name, array in inputs.items()})
             for start in range(0, count, step)
         ]
-        return np.concatenate(parts) if parts else np.empty((0, model.n_classes), np.float32)
+        shapes = {"logits": (model.n_classes,), **reader.signal_shapes(model.n_classes)}
+        none = {name: np.empty((0, *shape), np.float32) for name, shape in shapes.items()}
+        return {name: np.concatenate([part[name] for part in [none, *parts]]) for name in shapes}
 
     async def _message(self, operation: Operation) -> resources.Operation:
         row = operation.row
@@ -261,23 +293,25 @@ async def _first_spec(requests: AsyncIterator[Any]) -> Any:
     raise InvalidRequest("the first message of the stream must hold a spec")
 
 
-def _checked_params(model: ServedModel, kind: str, params_json: str) -> str:
-    """The parameters as canonical JSON, proved by making an unfitted calibrator, whose signals the model must show."""
+def _params(params_json: str) -> dict[str, Any]:
     try:
         params = json.loads(params_json or "{}")
     except (json.JSONDecodeError, RecursionError):
         raise InvalidRequest("params_json is not JSON") from None
     if not isinstance(params, dict):
         raise InvalidRequest(f"params_json must be a JSON object, got a {type(params).__name__}")
+    return params
+
+
+def _unfitted(kind: str, params: Mapping[str, Any]) -> Calibrator:
+    """The calibrator that is to read the rows; of kind "auto" one that reads what all candidates do, the logits."""
     try:
         if kind == AUTO:
             auto.check_options(**params)
-        else:
-            unfitted = calibrators.create(kind, **params)
-            model.check_signals(unfitted.needs | unfitted.fit_needs)
+            return Identity()
+        return calibrators.create(kind, **params)
     except (ValueError, TypeError, ImportError) as error:
         raise InvalidRequest(str(error)) from error
-    return json.dumps(params, sort_keys=True, separators=(",", ":"))
 
 
 def _held_out_fraction(spec: pb.FitCalibratorRequest.Spec) -> float:

@@ -389,6 +389,13 @@ def test_a_transform_is_the_same_by_numpy_and_in_the_graph(name: str) -> None:
     np.testing.assert_allclose(run(fused.proto, [VIEWS], {"x": images})[0], expected, atol=1e-6)
 
 
+def test_fits_that_differ_in_their_transforms_are_served_by_graphs_of_their_own() -> None:
+    logits, y, copies = draw_rows(50)
+    several = (["flip", "grey"], ["grey", "flip"], ["flip", "rotate"])
+    fits = [CorrectnessAwareTemperature(views=names).fit(logits, y, views=copies) for names in several]
+    assert len({signature(calibrator) for calibrator in fits}) == len(several)
+
+
 def test_views_of_probabilities_are_tapped_as_their_logarithm() -> None:
     model = build_cnn(ending="softmax")
     calibrator, _ = fitted_on(build_cnn(), TWO, n_images=50)
@@ -427,8 +434,9 @@ def test_images_that_cannot_be_transformed_are_refused() -> None:
         views(lambda copies: copies, np.zeros((1, 3, 4, 5)), ["rotate"])
     with pytest.raises(ValueError, match="images must have shape"):
         views(lambda copies: copies, np.zeros((3, 4, 4)), ["flip"])
-    with pytest.raises(TypeError, match="temperature does not act before the model"):
-        TemperatureScaling().emit_inputs(None, "x")  # type: ignore[arg-type]
+    for act in (lambda: TemperatureScaling().emit_inputs(None, "x"), lambda: TemperatureScaling().copies(np.zeros(1))):
+        with pytest.raises(TypeError, match="temperature does not act before the model"):
+            act()
 
 
 @pytest.fixture(autouse=True)
