@@ -153,10 +153,12 @@ def places(s: Array, edges: Array, maps: Array) -> Array:
     n_edges = edges.shape[1]
     place = np.empty_like(s, dtype=np.int64)
     place[...] = n_edges * maps
+    # In one dimension, in the order of memory, and with "clip", which checks no bounds, numpy takes fastest.
+    at, score = place.ravel(order="K"), s.ravel(order="K")
     flat, step = edges.ravel(), (n_edges + 1) // 2
     while step:
-        passed = s >= flat[step - 1 :][place]
-        place += np.int16(step) * passed.view(np.int8)  # small integers: a quarter of the memory to go through
+        passed = score >= flat[step - 1 :].take(at, mode="clip")
+        at += np.int16(step) * passed.view(np.int8)  # small integers: a quarter of the memory to go through
         step //= 2
     return place
 

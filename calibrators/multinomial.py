@@ -15,10 +15,20 @@ map, and q_i = p_i - onehot(y_i) (Bishop, "Pattern Recognition and Machine Learn
     dL/dA_k          = sum_i v_i q_ik u_i + R_k (A_k - C_k)
     d2L/(dA_k dA_l)  = sum_i v_i p_ik (1[k = l] - p_il) u_i u_i' + 1[k = l] diag R_k
 
-Both solvers see coordinates in which the diagonal of the Hessian at the start is one, so neither the features' units
+Every solver sees coordinates in which the diagonal of the Hessian at the start is one, so neither the features' units
 nor the precisions matter to them. Few parameters: Newton's method with backtracking, to rounding. Many: L-BFGS. Where
 the penalty is zero and the rows are separable, the loss falls for ever and flattens; the answer is then the map at
 which the slope was lost in rounding, marked not converged.
+
+Fewer rows than classes: a full map W whose entries have the precision R off the diagonal and r <= R on it is written
+
+    W = diag d + B V',       V (K, n) an orthonormal basis of the span of the rows,      B (K, n)
+
+and R/2 |B|^2 + D/2 |d - diag C|^2 with D = r R / (R - r) takes the penalty's place: K (n + 2) parameters for K (K + 1),
+and the same least value at the same map. First write W = diag d + M with all of M penalised by R. A diagonal entry a of
+W - C, split into m + (a - m), costs R/2 m^2 + D/2 (a - m)^2, at least R D / (R + D) a^2 / 2 = r a^2 / 2: the penalty of
+L. Then, d given, the scores see of each row of M its part in the span of the rows and no other, and any other part only
+adds to |M|. Where r = R, d stays at diag C.
 
 A class without rows pulls its unpenalised scores to minus infinity. `Rows.of(..., unseen=0.5)` gives all such classes
 together half a row, spread evenly over the rows and the classes: row i counts as its label by the share N / (N + 1/2)
@@ -30,14 +40,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import cache
 from numbers import Real
 from typing import Literal, NamedTuple
 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import minimize
+from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]  # it ships no types
 
-from calibrators.numerics import Array, blocks, softmax
+from calibrators import numerics
+from calibrators.numerics import Array, blocks, memory_order, softmax
 
 MOST_NEWTON_PARAMETERS = 300
 MOST_NEWTON_WORK = 2e9
@@ -70,6 +84,10 @@ MOST_FOLD_WORK = 2e8
 MOST_WORK = 2e10
 """Fits of a full map beyond so many multiplications n K^2 for one loss are refused: K = 1000 up to 20,000 rows."""
 
+LEAST_SHARED_WORK = 3e7
+"""Matrix products of fewer multiplications are computed by one thread: on a machine at work, threads that wait for each
+other at every product cost a hundred times what they save."""
+
 UNSEEN_ROWS = 0.5
 PENALTIES = (1e-1, 1e0, 1e1, 1e2, 1e3, 1e4, 1e5)
 """Penalties that "cv" chooses from."""
@@ -91,12 +109,48 @@ class Rows(NamedTuple):
         total = weight.sum()
         return cls(x, y, weight / total, absent, float(unseen / (total + unseen)) if len(absent) else 0.0)
 
+    def part(self, block: slice) -> Rows:
+        return self._replace(x=self.x[block], y=self.y[block], share=self.share[block])
+
+
+class Ridge(NamedTuple):
+    """Precisions of a full map that are the same for every class."""
+
+    off_diagonal: float
+    diagonal: float
+    bias: float
+
+    @classmethod
+    def of(cls, precision: Array, centre: Array) -> Ridge | None:
+        """None where classes differ, a diagonal is held more firmly than the rest, or the rest is not drawn to zero."""
+        if precision.shape[1] == 2:
+            return None
+        ridge = cls(precision[0, 1], precision[0, 0], precision[0, -1])
+        alike = ridge.diagonal <= ridge.off_diagonal and np.array_equal(precision, ridge.precision(len(precision)))
+        return ridge if alike and np.count_nonzero(centre) == np.count_nonzero(np.diag(centre)) else None
+
+    def split(self) -> float | None:
+        """D of the module's head; None where d stays as it is."""
+        if self.diagonal == self.off_diagonal:
+            return None
+        return self.diagonal * self.off_diagonal / (self.off_diagonal - self.diagonal)
+
+    def precision(self, n_classes: int) -> Array:
+        """R of the module's head, (n_classes, n_classes + 1)."""
+        precision = np.full((n_classes, n_classes + 1), self.off_diagonal, dtype=np.float64)
+        np.fill_diagonal(precision, self.diagonal)
+        precision[:, -1] = self.bias
+        return precision
+
 
 class Fit(NamedTuple):
     """Where a solver ended: the map, and whether it is a minimum."""
 
     map: Array
     converged: bool
+
+
+Objective = Callable[[Array], tuple[float, Array]]
 
 
 class Choice(NamedTuple):
@@ -113,8 +167,12 @@ def identity_map(n_classes: int, *, diagonal: bool) -> Array:
 
 
 def scores(x: Array, weights: Array) -> Array:
-    """Scores (n_samples, K) of features under a map, diagonal or full by its shape."""
-    product = x * weights[:, 0] if weights.shape[1] == 2 else x @ weights[:, :-1].T
+    """Scores (n_samples, K), in `memory_order`, of features under a map, diagonal or full by its shape."""
+    order = memory_order(x.shape[1])
+    if weights.shape[1] == 2:
+        product = np.multiply(x, weights[:, 0], order=order)
+    else:
+        product = np.matmul(x, weights[:, :-1].T, order=order)
     product += weights[:, -1]
     return product
 
@@ -141,21 +199,31 @@ def value_and_gradient(rows: Rows, weights: Array, precision: Array, centre: Arr
     away = weights - centre
     value, gradient = 0.5 * float(np.sum(precision * away * away)), precision * away
     for block in blocks(*rows.x.shape):
-        x, y, share = rows.x[block], rows.y[block], rows.share[block]
-        residual = scores(x, weights)
-        residual -= residual.max(axis=1, keepdims=True)
-        own, others = residual[np.arange(len(y)), y], residual[:, rows.unseen]
-        np.exp(residual, out=residual)
-        total = residual.sum(axis=1)
-        value += float(share @ (np.log(total) - (1 - rows.unseen_share) * own))
-        residual *= (share / total)[:, None]
-        residual[np.arange(len(y)), y] -= (1 - rows.unseen_share) * share
-        if len(rows.unseen):
-            value -= rows.unseen_share * float(share @ others.mean(axis=1))
-            residual[:, rows.unseen] -= (rows.unseen_share / len(rows.unseen) * share)[:, None]
-        gradient[:, :-1] += np.einsum("ik,ik->k", residual, x)[:, None] if weights.shape[1] == 2 else residual.T @ x
+        piece = rows.part(block)
+        residual = scores(piece.x, weights)
+        value += _loss(piece, residual)
+        if weights.shape[1] == 2:
+            gradient[:, :-1] += np.einsum("ik,ik->k", residual, piece.x)[:, None]
+        else:
+            gradient[:, :-1] += residual.T @ piece.x
         gradient[:, -1] += residual.sum(axis=0)
     return value, gradient
+
+
+def _loss(rows: Rows, scores: Array) -> float:
+    """Mean log loss of scores (n_samples, K), which become its gradient in them."""
+    y, share, own = rows.y, rows.share, np.arange(len(rows.y))
+    scores -= scores.max(axis=1, keepdims=True)
+    of_label, of_unseen = scores[own, y], scores[:, rows.unseen]
+    np.exp(scores, out=scores)
+    total = scores.sum(axis=1)
+    value = float(share @ (np.log(total) - (1 - rows.unseen_share) * of_label))
+    scores *= (share / total)[:, None]
+    scores[own, y] -= (1 - rows.unseen_share) * share
+    if len(rows.unseen):
+        value -= rows.unseen_share * float(share @ of_unseen.mean(axis=1))
+        scores[:, rows.unseen] -= (rows.unseen_share / len(rows.unseen) * share)[:, None]
+    return value
 
 
 def hessian(rows: Rows, weights: Array, precision: Array) -> Array:
@@ -206,12 +274,34 @@ def minimise(rows: Rows, precision: Array, centre: Array, start: Array | None = 
     3.000000
     """
     weights = centre if start is None else start
-    first = curvature(rows, weights, precision)
-    few = weights.size <= MOST_NEWTON_PARAMETERS and len(rows.x) * weights.size**2 <= MOST_NEWTON_WORK
-    scale = 1 / np.sqrt(np.where(first > 0, first, 1.0))
-    found = (_newton if few else _lbfgs)(rows, precision, centre, weights, scale, tolerance)
-    curved = bool(np.all(curvature(rows, found.map, precision) > FLAT * first))
+    with limited_threads(rows.x):
+        first = curvature(rows, weights, precision)
+        found = _solve(rows, precision, centre, weights, _scale(first), tolerance)
+        curved = bool(np.all(curvature(rows, found.map, precision) > FLAT * first))
     return Fit(found.map, found.converged and curved)
+
+
+def _solve(rows: Rows, precision: Array, centre: Array, weights: Array, scale: Array, tolerance: float) -> Fit:
+    if weights.size <= MOST_NEWTON_PARAMETERS and len(rows.x) * weights.size**2 <= MOST_NEWTON_WORK:
+        return _newton(rows, precision, centre, weights, scale, tolerance)
+    ridge = Ridge.of(precision, centre) if len(rows.x) < len(weights) else None
+    if ridge is not None:
+        return _lbfgs_in_span(rows, ridge, centre, weights, tolerance)
+    return _lbfgs(lambda trial: value_and_gradient(rows, trial, precision, centre), weights, scale, tolerance)
+
+
+def limited_threads(x: Array) -> AbstractContextManager[object]:
+    """Where products of rows like these are small (`LEAST_SHARED_WORK`), one thread for each."""
+    work = min(x.size, numerics.ELEMENTS_AT_ONCE) * min(x.shape)
+    limited: AbstractContextManager[object] = _thread_pools().limit(
+        limits=1 if work < LEAST_SHARED_WORK else None, user_api="blas"
+    )
+    return limited
+
+
+@cache
+def _thread_pools() -> ThreadpoolController:
+    return ThreadpoolController()
 
 
 def fold_of_row(x: Array, y: Array, seed: int) -> Array:
@@ -255,10 +345,11 @@ def cross_validated(
         for index, (rows, total) in enumerate(learned):
             penalty = precision(strength, total)
             maps[index] = minimise(rows, penalty, centre, maps[index], tolerance=COARSE_TOLERANCE).map
-        loss = sum(
-            total * float(rows.share @ log_losses(rows, found))
-            for (rows, total), found in zip(judged, maps, strict=True)
-        )
+        with limited_threads(x):
+            loss = sum(
+                total * float(rows.share @ log_losses(rows, found))
+                for (rows, total), found in zip(judged, maps, strict=True)
+            )
         if loss > least:
             break
         best, least = Choice(strength, maps[0]), loss
@@ -314,6 +405,10 @@ def _inputs(x: Array, weights: Array) -> Array:
     return np.column_stack([x, np.ones(len(x))])[:, None, :]
 
 
+def _scale(curvature: Array) -> Array:
+    return np.asarray(1 / np.sqrt(np.where(curvature > 0, curvature, 1.0)))
+
+
 def _newton(rows: Rows, precision: Array, centre: Array, weights: Array, scale: Array, tolerance: float) -> Fit:
     value, gradient = value_and_gradient(rows, weights, precision, centre)
     for _ in range(MAX_STEPS):
@@ -334,14 +429,66 @@ def _newton(rows: Rows, precision: Array, centre: Array, weights: Array, scale: 
     return Fit(weights, False)
 
 
-def _lbfgs(rows: Rows, precision: Array, centre: Array, weights: Array, scale: Array, tolerance: float) -> Fit:
+def _lbfgs(objective: Objective, weights: Array, scale: Array, tolerance: float) -> Fit:
     tolerance = max(tolerance, LBFGS_TOLERANCE)
 
-    def objective(flat: Array) -> tuple[float, Array]:
-        value, gradient = value_and_gradient(rows, weights + scale * flat.reshape(scale.shape), precision, centre)
+    def scaled(flat: Array) -> tuple[float, Array]:
+        value, gradient = objective(weights + scale * flat.reshape(scale.shape))
         return value, (scale * gradient).ravel()
 
     steps = LBFGS_STEPS if tolerance < COARSE_TOLERANCE else COARSE_STEPS
     options = {"gtol": tolerance, "ftol": 0.0, "maxcor": LBFGS_MEMORY, "maxiter": steps}
-    found = minimize(objective, np.zeros(scale.size), jac=True, method="L-BFGS-B", options=options)
+    found = minimize(scaled, np.zeros(scale.size), jac=True, method="L-BFGS-B", options=options)
     return Fit(weights + scale * found.x.reshape(scale.shape), bool(np.abs(found.jac).max() <= tolerance))
+
+
+class _Span(NamedTuple):
+    """Rows, fewer than classes, in coordinates of their span. A map is (K, n + 2): each class's row of B, b and d."""
+
+    rows: Rows
+    basis: Array  # (n, K), V transposed
+    common: Array  # (n, n + 1), the rows in that basis, and ones
+
+    @classmethod
+    def of(cls, rows: Rows) -> _Span:
+        basis = np.linalg.svd(rows.x, full_matrices=False)[2]
+        return cls(rows, basis, np.column_stack([rows.x @ basis.T, np.ones(len(rows.x))]))
+
+    def coordinates(self, weights: Array, diagonal: Array) -> Array:
+        """Those of a map (K, K + 1) of which `diagonal` is d."""
+        rest = weights[:, :-1] - np.diag(diagonal)
+        return np.column_stack([rest @ self.basis.T, weights[:, -1], diagonal])
+
+    def map(self, own: Array) -> Array:
+        """The map (K, K + 1) of coordinates."""
+        return np.column_stack([own[:, :-2] @ self.basis + np.diag(own[:, -1]), own[:, -2]])
+
+    def scores(self, own: Array) -> Array:
+        s: Array = self.common @ own[:, :-1].T
+        s += self.rows.x * own[:, -1]
+        return s
+
+    def value_and_gradient(self, own: Array, precision: Array, centre: Array) -> tuple[float, Array]:
+        away, residual = own - centre, self.scores(own)
+        value = _loss(self.rows, residual) + 0.5 * float(np.sum(precision * away * away))
+        of_diagonal = np.einsum("ik,ik->k", residual, self.rows.x)
+        return value, np.column_stack([residual.T @ self.common, of_diagonal]) + precision * away
+
+    def curvature(self, own: Array, precision: Array) -> Array:
+        p = softmax(self.scores(own))
+        spread = p * (1 - p) * self.rows.share[:, None]
+        of_diagonal = np.einsum("ik,ik->k", spread, np.square(self.rows.x))
+        return np.column_stack([spread.T @ np.square(self.common), of_diagonal]) + precision
+
+
+def _lbfgs_in_span(rows: Rows, ridge: Ridge, centre: Array, weights: Array, tolerance: float) -> Fit:
+    span, split = _Span.of(rows), ridge.split()
+    centre = span.coordinates(centre, np.diag(centre))
+    own = span.coordinates(weights, centre[:, -1] if split is None else np.diag(weights))
+    precision = np.full_like(own, ridge.off_diagonal)
+    precision[:, -2:] = ridge.bias, split or 0.0
+    scale = _scale(span.curvature(own, precision))
+    if split is None:
+        scale[:, -1] = 0.0
+    found = _lbfgs(lambda trial: span.value_and_gradient(trial, precision, centre), own, scale, tolerance)
+    return Fit(span.map(found.map), found.converged)

@@ -22,6 +22,9 @@ ELEMENTS_AT_ONCE = 1 << 16
 FEW_COLUMNS = 128
 """Up to here a block of logits is transformed with each column in one piece of memory."""
 
+FAINT = {"f": 1e-30, "d": 1e-290}
+"""Sums of numbers in float32 and float64 below which some of them may have lost digits to underflow."""
+
 
 def to_numpy(values: ArrayLike) -> Array:
     """The array behind numpy arrays, nested sequences and torch tensors (on any device, with or without gradient)."""
@@ -122,6 +125,11 @@ def blocks(length: int, width: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, max(length, 1), size)]
 
 
+def memory_order(width: int) -> Literal["F", "C"]:
+    """Order in memory of a block of rows of `width` numbers."""
+    return "F" if width <= FEW_COLUMNS else "C"
+
+
 def by_blocks(transform: Callable[..., Array], logits: Array, beside: Mapping[str, Array]) -> Array:
     """Rows of finite logits (n_samples, n_classes), and of the arrays beside them, transformed a block at a time.
 
@@ -129,7 +137,7 @@ def by_blocks(transform: Callable[..., Array], logits: Array, beside: Mapping[st
     the sum of ten numbers in a row costs numpy ten times what it costs in ten columns added up. `transform` must not
     write on what it is given: where columns are many, these are the caller's own rows.
     """
-    order: Literal["F", "C"] = "F" if logits.shape[1] <= FEW_COLUMNS else "C"
+    order = memory_order(logits.shape[1])
     transformed = np.empty(logits.shape, logits.dtype)
     for block in blocks(*logits.shape):
         rows = logits[block]
@@ -216,15 +224,18 @@ def two_largest(logits: Array, top: Array) -> tuple[Array, Array]:
 def normalised_sigmoid(log_odds: Array) -> Array:
     """Rows of sigmoid(t_k) / sum_j sigmoid(t_j): one-vs-rest probabilities made into a distribution.
 
-    sigmoid(t) = exp(min(t, 0)) / (1 + exp(-|t|)); the numerators are shifted by the row's largest, so a row whose every
-    sigmoid underflows is a distribution like any other.
+    sigmoid(t) = min(1, exp(t)) / (1 + exp(-|t|)), and the numerator is 1 or the exponential of the denominator. A row
+    whose every sigmoid nears underflow is shifted by its largest first, so it is a distribution like any other.
     """
-    p = np.minimum(log_odds, 0)
-    p -= p.max(axis=1, keepdims=True)
-    np.exp(p, out=p)
     decay = np.abs(log_odds)
     np.negative(decay, out=decay)
     np.exp(decay, out=decay)
+    p = np.where(log_odds < 0, decay, log_odds.dtype.type(1))
     decay += 1
     p /= decay
-    return normalise(p)
+    total = p.sum(axis=1, keepdims=True)
+    faint = total < FAINT[log_odds.dtype.char]
+    if faint.any():  # there exp(t) is sigmoid(t)
+        p, total = np.where(faint, softmax(log_odds), p), np.where(faint, 1, total)
+    p /= total
+    return p

@@ -63,8 +63,10 @@ class TemperatureScaling(Calibrator):
         self.temperature_ = np.asarray(np.clip(scale * np.exp(-log_beta), LOWEST, HIGHEST))
 
     def _predict_proba(self, logits: Array) -> Array:
+        scores = centre(logits)
         with np.errstate(over="ignore"):  # minus infinity is a probability of zero
-            return softmax_of_centred(centre(logits) * logits.dtype.type(1 / self.temperature_))
+            scores *= logits.dtype.type(1 / self.temperature_)
+        return softmax_of_centred(scores)
 
     def emit(self, graph: Graph, logits: str) -> str:
         # Centred before the division: float32 then errs in proportion to the distance from the top, not to the logit.

@@ -47,7 +47,8 @@ def test_places_count_the_edges_at_or_below_a_score(values: list[int], n_bits: i
     scores = np.tile(np.arange(-10, 10.5, 0.5, dtype=np.float32)[:, None], (1, 2))
     expected = np.column_stack([np.searchsorted(row, scores[:, 0], side="right") for row in edges])
     first = edges.shape[1] * np.arange(2)
-    np.testing.assert_array_equal(places(scores, edges, np.arange(2)) - first, expected)
+    for stored in (scores, np.asfortranarray(scores), np.repeat(scores, 2, axis=1)[:, ::2]):
+        np.testing.assert_array_equal(places(stored, edges, np.arange(2)) - first, expected)
 
 
 @pytest.mark.parametrize(("n_rows", "n_bins"), [(100, 10), (97, 10), (7, 10), (50, 1)])

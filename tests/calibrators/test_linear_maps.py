@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy.optimize import approx_fprime, minimize
 from scipy.special import log_softmax, softmax
 from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_info, threadpool_limits  # type: ignore[import-untyped]  # it ships no types
 
 import calibrators
 from calibrators import multinomial
@@ -20,7 +21,7 @@ from calibrators.kinds.structured_vector import StructuredVectorScaling
 from calibrators.kinds.temperature import TemperatureScaling
 from calibrators.kinds.vector import VectorScaling
 from calibrators.metrics import expected_calibration_error
-from calibrators.multinomial import Rows, curvature, fold_of_row, hessian, minimise, value_and_gradient
+from calibrators.multinomial import Ridge, Rows, curvature, fold_of_row, hessian, minimise, value_and_gradient
 
 Array = NDArray[Any]
 LINEAR_KINDS = ["vector", "matrix", "structured_vector", "structured_matrix", "dirichlet"]
@@ -82,6 +83,73 @@ def test_newton_and_lbfgs_end_where_the_gradient_vanishes(width: int, monkeypatc
     assert np.abs(value_and_gradient(rows, newton.map, precision, centre)[1]).max() <= 1e-9
     assert np.abs(value_and_gradient(rows, lbfgs.map, precision, centre)[1]).max() <= 1e-5
     np.testing.assert_allclose(lbfgs.map, newton.map, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("ridge", "centred_on_identity"),
+    [
+        (Ridge(off_diagonal=0.1, diagonal=0.0, bias=0.1), False),
+        (Ridge(off_diagonal=0.05, diagonal=0.05, bias=0.05), True),
+        (Ridge(off_diagonal=0.3, diagonal=0.1, bias=0.2), True),
+    ],
+    ids=["odir", "matrix", "structured_matrix"],
+)
+def test_fewer_rows_than_classes_are_solved_in_their_span_with_the_same_answer(
+    ridge: Ridge, centred_on_identity: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multinomial, "LBFGS_TOLERANCE", 1e-9)
+    monkeypatch.setattr(multinomial, "LBFGS_STEPS", 5000)
+    logits, y = draw_rows(15, 25)
+    rows = Rows.of(logits, y, np.linspace(0.5, 2, 15), unseen=0.5)
+    identity, precision = multinomial.identity_map(25, diagonal=False), ridge.precision(25)
+    centre = identity if centred_on_identity else np.zeros_like(identity)
+    assert Ridge.of(precision, centre) == ridge
+    in_span = minimise(rows, precision, centre, identity)
+    monkeypatch.setattr(Ridge, "of", lambda *_: None)
+    in_full = minimise(rows, precision, centre, identity)
+    assert not np.array_equal(in_span.map, in_full.map)  # two ways, not one
+    assert np.abs(value_and_gradient(rows, in_span.map, precision, centre)[1]).max() < 1e-7
+    unseen = draw_rows(200, 25, seed=1)[0]
+    expected = softmax(multinomial.scores(unseen, in_full.map), axis=1)
+    np.testing.assert_allclose(softmax(multinomial.scores(unseen, in_span.map), axis=1), expected, atol=1e-6)
+
+
+def test_without_a_penalty_the_span_of_the_rows_loses_nothing() -> None:
+    """The least loss is then that of many maps; the smaller problem must come as near to it."""
+    logits, y = draw_rows(15, 25)
+    rows, centre = Rows.of(logits, y, np.ones(15), unseen=0.5), np.zeros((25, 26))
+    free = np.zeros_like(centre)
+
+    def objective(flat: Array) -> tuple[float, Array]:
+        value, gradient = value_and_gradient(rows, flat.reshape(centre.shape), free, centre)
+        return value, gradient.ravel()
+
+    oracle = minimize(objective, centre.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": 2000, "gtol": 1e-9})
+    found = minimise(rows, free, centre)
+    assert value_and_gradient(rows, found.map, free, centre)[0] == pytest.approx(oracle.fun, abs=1e-6)
+
+
+def test_only_a_penalty_of_three_numbers_is_a_ridge_of_the_span() -> None:
+    identity = multinomial.identity_map(25, diagonal=False)
+    ridge = Ridge(off_diagonal=0.3, diagonal=0.1, bias=0.2)
+    uneven = ridge.precision(25)
+    uneven[3, 4] = 0.4
+    assert Ridge.of(uneven, identity) is None
+    assert Ridge.of(Ridge(off_diagonal=0.1, diagonal=0.3, bias=0.2).precision(25), identity) is None
+    assert Ridge.of(ridge.precision(25), np.ones((25, 26))) is None
+    assert Ridge.of(np.ones((25, 2)), multinomial.identity_map(25, diagonal=True)) is None
+
+
+def test_small_products_are_left_to_one_thread_and_large_ones_as_they_were() -> None:
+    def threads() -> list[int]:
+        return [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
+
+    with threadpool_limits(2, user_api="blas"):
+        with multinomial.limited_threads(np.zeros((400, 100))):
+            assert set(threads()) == {1}
+        with multinomial.limited_threads(np.zeros((1000, 1000))):
+            assert set(threads()) == {2}
+        assert set(threads()) == {2}
 
 
 def test_separable_rows_without_a_penalty_are_told_apart_from_a_minimum() -> None:

@@ -82,6 +82,17 @@ def test_a_row_whose_every_sigmoid_underflows_is_a_distribution() -> None:
     np.testing.assert_allclose(normalised_sigmoid(np.array([[-2000.0, -2000.0, -3000.0]])), [[0.5, 0.5, 0.0]])
 
 
+@every_order
+@pytest.mark.parametrize(("dtype", "rtol"), [(np.float32, 1e-4), (np.float64, 1e-11)])
+def test_sigmoids_that_near_underflow_lose_no_digits(dtype: Any, rtol: float, order: Any) -> None:
+    """Far below zero a sigmoid is an exponential, so its row is the softmax; other rows are left as they were."""
+    far = np.linspace(-50, -2000, 40)[:, None] + np.array([0.0, -1.0, -2.0])
+    rows = np.array(np.vstack([far, [[1.0, 0.0, -1.0]]]), dtype=dtype, order=order)
+    p = normalised_sigmoid(rows)
+    np.testing.assert_allclose(p[:-1], np.tile(softmax(np.array([[0.0, -1.0, -2.0]])), (40, 1)), rtol=rtol)
+    np.testing.assert_array_equal(p[-2:], normalised_sigmoid(rows[-2:]))
+
+
 @every_kind
 def test_a_row_by_itself_is_served_as_among_others_to_the_last_bit(kind: str) -> None:
     calibrator, logits = fitted(kind, 10), draw_logits(33, 10, seed=2)
