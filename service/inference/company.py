@@ -13,10 +13,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-PROBE_SECONDS = 0.002
-LONGEST_SECONDS = 0.002
-FIRST_SPACING, LONGEST_SPACING = 16, 1024
-"""Requests from one probe to the next; doubled by every probe that nobody joined."""
+HOLD_SECONDS = 0.004
+"""The longest that a request is held. Whole milliseconds: the event loop counts no less."""
+FIRST_SPACING_SECONDS, LONGEST_SPACING_SECONDS = 0.02, 0.4
+"""From one probe to the next; doubled by each that nobody joined. A lone caller loses a hundredth of the time."""
 COUNT_EVERY = 8
 """Every so many waits nobody is counted off: then more callers than before show themselves."""
 BUSY = 0.3
@@ -31,23 +31,21 @@ class Company:
         self, now: Callable[[], float] = time.monotonic, used: Callable[[], float] = time.process_time
     ) -> None:
         self.expected = 1
-        self._load = _Load(now, used)
-        self._until_probe, self._spacing = FIRST_SPACING, FIRST_SPACING
+        self._now, self._load = now, _Load(now, used)
+        self._spacing = FIRST_SPACING_SECONDS
+        self._next_probe = now() + self._spacing
         self._waits = 0
         self._waiting = False
 
     def hold_seconds(self) -> float:
         """How long a request that finds the model idle should wait; 0: not at all."""
-        if self.expected == 1:
-            self._until_probe -= 1
-            if self._until_probe > 0:
-                return 0.0
+        if self.expected == 1 and self._now() < self._next_probe:
+            return 0.0
         if not self._load.is_high():
-            self._until_probe = max(self._until_probe, 1)
             return 0.0
         self._waits += 1
         self._waiting = True
-        return PROBE_SECONDS if self.expected == 1 else LONGEST_SECONDS
+        return HOLD_SECONDS
 
     def is_complete(self, waiting: int) -> bool:
         """Whether all that were expected wait."""
@@ -59,8 +57,8 @@ class Company:
             return
         self._waiting = False
         self.expected = max(1, waiting, 3 * self.expected // 4)  # one that is late has not left
-        self._spacing = FIRST_SPACING if waiting > 1 else min(2 * self._spacing, LONGEST_SPACING)
-        self._until_probe = self._spacing
+        self._spacing = FIRST_SPACING_SECONDS if waiting > 1 else min(2 * self._spacing, LONGEST_SPACING_SECONDS)
+        self._next_probe = self._now() + self._spacing
 
 
 class _Load:
