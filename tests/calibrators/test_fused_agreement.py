@@ -38,6 +38,7 @@ STEPS = {"bbq", "histogram_binning", "scaling_binning", "venn_abers"}
 """Step functions: a row so near an edge that float32 puts its log-odds into the next cell differs by a step. At 1,000
 classes 4 rows in 10,000 are."""
 
+
 def cases() -> Iterator[ParameterSet]:
     for kind in calibrators.kinds():
         for params, n_classes in product(VARIANTS.get(kind, [{}]), (40, 1000)):
