@@ -31,6 +31,7 @@ from calibrators.numerics import Array, blocks, centre, softmax_in_place, softma
 LOG_RANGE = 16.0
 MAX_STEPS = 100
 RELATIVE_PRECISION = 1e-12
+SMALL_STEP = 1e-7
 LOWEST, HIGHEST = 1e-37, 1e38
 """A temperature that float32 holds."""
 
@@ -59,7 +60,7 @@ class TemperatureScaling(Calibrator):
         centred = logits - logits[np.arange(len(y)), y][:, None]
         scale = float(max(centred.max(), -centred.min())) or 1.0
         centred /= scale
-        log_beta, self.converged_ = _root(centred, weight / weight.sum())
+        log_beta, self.converged_ = _root(centred, weight / weight.sum(), start=float(np.log(scale)))
         self.temperature_ = np.asarray(np.clip(scale * np.exp(-log_beta), LOWEST, HIGHEST))
 
     def _predict_proba(self, logits: Array) -> Array:
@@ -79,22 +80,23 @@ class TemperatureScaling(Calibrator):
             raise ValueError(f"temperature must lie in {LOWEST:g}..{HIGHEST:g}, got {tensors['temperature']}")
 
 
-def _root(centred: Array, weight: Array) -> tuple[float, bool]:
+def _root(centred: Array, weight: Array, start: float) -> tuple[float, bool]:
     """Root of L' in u = log beta for logits scaled to ±1 and centred on the label; whether it is interior."""
     # L' tends to the mean of each row's mean as beta -> 0, and of each row's maximum as beta -> infinity.
     if weight @ centred.mean(axis=1) >= 0:
         return -LOG_RANGE, False
     if centred.max() <= 0:
         return LOG_RANGE, False
-    low, high, u = -LOG_RANGE, LOG_RANGE, 0.0
+    low, high, u = -LOG_RANGE, LOG_RANGE, float(np.clip(start, -LOG_RANGE / 2, LOG_RANGE / 2))
     for _ in range(MAX_STEPS):
         slope, curvature = _derivatives(centred, weight, u)
         low, high = (u, high) if slope < 0 else (low, u)
         # Newton on L' as a function of u: dL'/du = beta L''.
         step = u - slope / curvature if curvature > 0 else np.inf
-        arrived = abs(step - u) <= RELATIVE_PRECISION  # it may then be u itself, the bracket's end
+        # Newton's next step would be about the square of this one. It may be u itself, the bracket's end.
+        arrived = abs(step - u) <= SMALL_STEP
         following = step if arrived or low < step < high else (low + high) / 2
-        if abs(following - u) <= RELATIVE_PRECISION:
+        if arrived or abs(following - u) <= RELATIVE_PRECISION:
             return following, abs(following) < LOG_RANGE - 1e-6  # a root beyond the range is sought at its end
         u = following
     return u, True
