@@ -8,6 +8,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import tritonclient.grpc as triton
+from onnx import TensorProto, helper
 
 import calibrators
 from calibrators.numerics import softmax
@@ -329,3 +330,27 @@ def test_a_model_without_calibration_refuses_fits(shared_server: RunningServer) 
         pytest.raises(errors.Refused, match="not a classifier"),
     ):
         client.fit("mean", "temperature", logits=LOGITS, labels=LABELS)
+
+
+def test_a_model_that_computes_no_made_up_input_can_still_be_calibrated(tmp_path: Path) -> None:
+    """Height and width are open, and the convolution takes no image as small as one pixel."""
+    kernel, (weight, bias) = models.weights(2 * 9, 1, 0)[0].reshape(2, 1, 3, 3), models.weights(2, 4, 1)
+    nodes = [
+        helper.make_node("Conv", ["x", "kernel"], ["maps"]),
+        helper.make_node("GlobalAveragePool", ["maps"], ["pooled"]),
+        helper.make_node("Flatten", ["pooled"], ["flat"]),
+        helper.make_node("Gemm", ["flat", "weight", "bias"], ["z"]),
+        helper.make_node("Softmax", ["z"], ["p"], axis=-1),
+    ]
+    inputs = [("x", TensorProto.FLOAT, ["N", 1, "H", "W"])]
+    constants = {"kernel": kernel, "weight": weight, "bias": bias}
+    proto = models.model(nodes, inputs, [("p", TensorProto.FLOAT, ["N", 4])], constants)
+    models.write(tmp_path / "models", "open", proto)
+    server = RunningServer(settings_for(tmp_path / "models"))
+    try:
+        with Client(server.address, show_progress=False) as client:
+            revision = client.fit("open", "temperature", logits=LOGITS, labels=LABELS).revision
+            client.activate("open", revision)
+            assert client.predict("open", {"x": np.ones((2, 1, 5, 7), np.float32)}).calibrator_revision == revision
+    finally:
+        server.stop()
