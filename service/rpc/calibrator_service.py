@@ -91,6 +91,11 @@ class CalibratorService:
         if revision == NO_REVISION:
             raise Refused(f"model {model.name!r} has no active revision; name one to evaluate")
         row = await self.revisions.get(model.name, revision)
+        if row.class_count != model.n_classes:
+            raise Refused(
+                f"revision {revision} has {row.class_count} classes, model {model.name!r} version {model.version} has "
+                f"{model.n_classes}"
+            )
         reader = _unfitted(row.kind, json.loads(row.params_json))
         model.check_signals(reader)
         job = JobSpec(

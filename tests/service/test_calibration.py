@@ -288,6 +288,21 @@ def test_a_revision_of_another_model_file_is_refused(root: Path) -> None:
     assert caught.value.detail_reason == "DIGEST_DIFFERS"
 
 
+def test_rows_of_other_classes_are_not_taken_for_a_revisions(root: Path) -> None:
+    server = RunningServer(settings_for(root))
+    with Client(server.address, show_progress=False) as client:
+        revision = client.fit("mlp", "temperature", logits=LOGITS, labels=LABELS).revision
+    server.stop()
+    models.write(root, "mlp", models.classifier(n_classes=3), version=2)
+    server = RunningServer(settings_for(root))
+    with (
+        Client(server.address, show_progress=False) as client,
+        pytest.raises(errors.Refused, match="has 4 classes, model 'mlp' version 2 has 3"),
+    ):
+        client.evaluate("mlp", revision, logits=LOGITS[:, :3], labels=LABELS % 3)
+    server.stop()
+
+
 def test_a_graph_that_disagrees_with_its_fit_is_refused(
     server: RunningServer, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
