@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -54,9 +54,14 @@ class Streams:
 
         async def many(requests: Any, call: Call) -> AsyncIterator[bytes]:
             with self._opened(method, call) as stream:
-                async for answer in method.handler(stream.reading(requests), call):
-                    stream.last = time.monotonic()
-                    yield answer
+                async with aclosing(method.handler(stream.reading(requests), call)) as answers:
+                    async for answer in answers:
+                        stream.last = time.monotonic()
+                        stream.sending = True
+                        yield answer
+                        stream.sending = False
+                        if stream.error is not None:
+                            raise stream.error
 
         return replace(method, handler=many if method.server_streaming else one)
 
@@ -104,6 +109,7 @@ class _Stream:
         self.method, self.call, self._limits = method, call, limits
         self.task: asyncio.Task[Any] = asyncio.current_task()  # type: ignore[assignment]  # a call runs in one
         self.error: CalserveError | None = None
+        self.sending = False
         self.begun = self.last = self.last_read = time.monotonic()
         self._requests: Any = None
         self._iterator: AsyncIterator[bytes] | None = None
@@ -161,9 +167,15 @@ class _Stream:
             raise DeadlinePassed(f"a stream lasts at most {self._limits.seconds:g} seconds; open a new one")
 
     def end(self, error: CalserveError) -> None:
-        """End the stream with an error."""
-        if self.error is None:
-            self.error = error
+        """End the stream with an error.
+
+        While an answer is being sent the task is the front's, which would take its cancellation for the caller's and
+        tell the caller nothing; the error is then raised after that answer. A caller that does not take even that one is
+        cut off at the next look.
+        """
+        again = self.error is not None
+        self.error = self.error or error
+        if again == self.sending:
             self.task.cancel()
 
     def end_requests(self) -> None:
