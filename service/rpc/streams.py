@@ -170,8 +170,8 @@ class _Stream:
         """End the stream with an error.
 
         While an answer is being sent the task is the front's, which would take its cancellation for the caller's and
-        tell the caller nothing; the error is then raised after that answer. A caller that takes not even that is cut off
-        at the next look.
+        tell the caller nothing; the error is then raised after that answer. A caller that takes not even that is cut
+        off at the next look.
         """
         again = self.error is not None
         self.error = self.error or error
