@@ -98,15 +98,7 @@ class ServedModel:
             if spec.datatype not in datatypes.NUMPY:
                 raise Refused(f"input {spec.name!r} is of type {spec.datatype}, which the protocol has no word for")
         self.joins_requests = self.max_batch_size > 0 or self._rows_stand_alone()
-        self.batcher = Batcher(
-            f"{name}/{version}",
-            self._execute,
-            self._limits(limits or Limits()),
-            self.statistics,
-            # Waiting for a core is no cost of a run, so it is the thread's time; a GPU's is the wall clock's.
-            time.thread_time_ns if device.on_cpu else time.perf_counter_ns,
-            in_loop=not loops(proto),
-        )
+        self.batcher = self._new_batcher(limits or Limits())
 
     @property
     def is_classifier(self) -> bool:
@@ -219,6 +211,17 @@ class ServedModel:
         """One run. The active snapshot is read once: every answer of the run is computed by it."""
         snapshot = asked or self.active
         return snapshot, snapshot.session.run_with(outputs, feeds, snapshot.feeds)
+
+    def _new_batcher(self, limits: Limits) -> Batcher:
+        return Batcher(
+            f"{self.name}/{self.version}",
+            self._execute,
+            self._limits(limits),
+            self.statistics,
+            # Waiting for a core is no cost of a run, so it is the thread's time; a GPU's is the wall clock's.
+            time.thread_time_ns if self.device.on_cpu else time.perf_counter_ns,
+            in_loop=not loops(self._proto),
+        )
 
     def _limits(self, limits: Limits) -> Limits:
         """The server's limits with what config.pbtxt says of this model's batches."""
