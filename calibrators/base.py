@@ -67,6 +67,11 @@ class Calibrator(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn ship
         del n_classes
         return {}
 
+    @property
+    def further_outputs(self) -> tuple[str, ...]:
+        """What it computes beside the probabilities: names of `graph.FURTHER_OUTPUTS`."""
+        return ()
+
     def fit(
         self, logits: ArrayLike, y: ArrayLike, *, sample_weight: ArrayLike | None = None, **signals: ArrayLike | None
     ) -> Self:
@@ -117,6 +122,13 @@ class Calibrator(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn ship
         z = check_shape(logits, n_classes=self.n_classes_)
         return by_blocks(self._predict_proba, z, self._check_signals(signals, z))
 
+    def predict_further(self, logits: ArrayLike, **signals: ArrayLike | None) -> dict[str, Array]:
+        """The values of `further_outputs`, by name, one row a row of the logits; raises as `predict_proba` does."""
+        self._check_fitted()
+        z = check_shape(logits, n_classes=self.n_classes_)
+        beside = self._check_signals(signals, z)
+        return self._predict_further(z, **beside) if self.further_outputs else {}
+
     @abstractmethod
     def _fit(self, logits: Array, y: Array, weight: Array) -> None:
         """Set the learned attributes from checked float64 logits, int64 labels and positive weights.
@@ -128,12 +140,17 @@ class Calibrator(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn ship
     def _predict_proba(self, logits: Array) -> Array:
         """Probabilities from checked logits, in their dtype."""
 
+    def _predict_further(self, logits: Array) -> dict[str, Array]:
+        """`further_outputs` from checked logits, and signals by name as `_predict_proba` takes them."""
+        del logits
+        raise TypeError(f"{self.kind} computes nothing beside the probabilities")
+
     @abstractmethod
     def emit(self, graph: Graph, logits: str) -> str:
         """Append this calibrator's arithmetic to `graph`; return the name of the FLOAT [B, K] probabilities.
 
         `logits` names a FLOAT [B, K] tensor. Learned arrays enter by `graph.parameter`, so that another fit of the same
-        shape is another feed and not another session.
+        shape is another feed and not another session. Each of `further_outputs` is named by `graph.further`.
         """
 
     def copies(self, inputs: Array) -> Iterator[Array]:

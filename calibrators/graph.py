@@ -30,6 +30,14 @@ PREFIX = "calserve/"
 ADDED_OUTPUTS = ("probabilities", "confidence", "label")
 """Outputs that `fuse` adds: FLOAT [B, K], FLOAT [B], INT64 [B]."""
 
+FURTHER_OUTPUTS = {
+    "density": (TensorProto.FLOAT, ()),
+    "ood_score": (TensorProto.FLOAT, ()),
+    "prediction_set": (TensorProto.BOOL, ("K",)),
+    "set_size": (TensorProto.INT32, ()),
+}
+"""Outputs that some calibrators add besides (`Graph.further`): their type, and a row's shape."""
+
 LOGITS = f"{PREFIX}logits"
 """The FLOAT [B, K] logits inside a fused graph, fetchable as an output."""
 
@@ -50,12 +58,14 @@ class Graph:
     Attributes
     ----------
     parameters : dict of the overridable initializers added so far, name -> float32 array
+    further_outputs : dict of what `further` was told, name -> tensor
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.model = model
         self.opset = default_opset(model)
         self.parameters: dict[str, Array] = {}
+        self.further_outputs: dict[str, str] = {}
         self._count = 0
 
     def node(self, op: str, *inputs: str, **attributes: Any) -> str:
@@ -179,6 +189,12 @@ class Graph:
         """Reshape with ONNX's rules: 0 keeps a dimension, -1 is inferred."""
         return self.node("Reshape", x, self.constant(np.array(shape, dtype=np.int64)))
 
+    def further(self, name: str, x: str) -> None:
+        """Let tensor `x` be the output `name`, one of FURTHER_OUTPUTS, beside the probabilities of the rows."""
+        if name not in FURTHER_OUTPUTS:
+            raise ValueError(f"further outputs are {', '.join(FURTHER_OUTPUTS)}, got {name!r}")
+        self.further_outputs[name] = x
+
     def output(self, x: str, name: str, element_type: int, shape: tuple[str | int | None, ...]) -> None:
         """Declare tensor `x` as the graph output `name`."""
         self.model.graph.node.append(helper.make_node("Identity", [x], [name], name=f"{PREFIX}output/{name}"))
@@ -211,7 +227,8 @@ class FusedModel:
 
 
 def fuse(model: onnx.ModelProto | bytes, calibrator: Calibrator, inspection: Inspection | None = None) -> FusedModel:
-    """The calibrated graph: the model's own outputs, then `probabilities`, `confidence`, `label`.
+    """The calibrated graph: the model's own outputs, then `probabilities`, `confidence`, `label`, and what further the
+    calibrator computes.
 
     Parameters
     ----------
@@ -339,6 +356,9 @@ def _emit_outputs(graph: Graph, probabilities: str, n_classes: int) -> None:
     graph.output(graph.reduce("ReduceMax", probabilities, keepdims=False), "confidence", TensorProto.FLOAT, (None,))
     label = graph.node("ArgMax", probabilities, axis=1, keepdims=0)
     graph.output(label, "label", TensorProto.INT64, (None,))
+    for name, x in graph.further_outputs.items():
+        element_type, row = FURTHER_OUTPUTS[name]
+        graph.output(x, name, element_type, (None, *(n_classes for _ in row)))
 
 
 def _allow_overridable_initializers(model: onnx.ModelProto) -> None:
@@ -368,13 +388,14 @@ def _keep(values: Any, wanted: Callable[[str], bool]) -> None:
 
 
 def _free_reserved_names(model: onnx.ModelProto) -> tuple[dict[str, str], dict[str, str]]:
-    """Rename tensors that bear the name of an added output; return (the outputs' names old -> new, all renamed)."""
+    """Rename tensors that bear a name of calserve's outputs; return (the outputs' names old -> new, all renamed)."""
+    reserved = (*ADDED_OUTPUTS, *FURTHER_OUTPUTS)
     initializers = {tensor.name for tensor in model.graph.initializer}
     inputs = {value.name for value in model.graph.input} - initializers
-    if taken := inputs.intersection(ADDED_OUTPUTS):
+    if taken := inputs.intersection(reserved):
         raise ValueError(f"the model has inputs named like the outputs that calserve adds: {sorted(taken)}")
     names = initializers | inputs | _tensor_names(model.graph)
-    renamed = {name: _raw_name(name, names) for name in ADDED_OUTPUTS if name in names}
+    renamed = {name: _raw_name(name, names) for name in reserved if name in names}
     outputs = [value.name for value in model.graph.output]
     if renamed:
         _rename(model.graph, renamed)

@@ -27,7 +27,7 @@ from calibrators.kinds.identity import Identity
 from service.errors import InvalidRequest, Refused
 from service.inference import datatypes
 from service.inference.batcher import Answer, Batcher, Lane, Limits, Run
-from service.inference.session import Device, Session
+from service.inference.session import Device, Session, TensorSpec
 from service.inference.statistics import Statistics
 from service.inference.warmup import made_up, row_costs, warm_up
 
@@ -47,13 +47,19 @@ class Snapshot:
     feeds: Mapping[str, NDArray[Any]]
     own_outputs: Mapping[str, str] = field(default_factory=dict)  # the model's name -> the name it is served under
 
+    @property
+    def outputs(self) -> list[TensorSpec]:
+        """What a request gets that names nothing."""
+        return [spec for spec in self.session.outputs if not spec.name.startswith(PREFIX)]
+
 
 class ServedModel:
     """A loaded model and what serves it now.
 
     Attributes
     ----------
-    inputs, outputs : specs of what a request may send and ask for; a request that names no outputs gets all of these
+    inputs : specs of what a request may send
+    common_outputs : names of what every snapshot computes
     hidden_outputs : specs of what a request gets only by naming it: the logits, as `calserve/logits`
     inspection : where logits and features are, None for a model that is no classifier (then served without calibration)
     active : the snapshot of the next batch
@@ -91,14 +97,18 @@ class ServedModel:
             self.inspection = replace(inspection, n_classes=self.n_classes)
             self.active = self.uncalibrated = self.snapshot(Identity.of(self.n_classes), NO_REVISION)
         self.inputs = list(self.active.session.inputs)
-        self.outputs = [spec for spec in self.active.session.outputs if spec.name != LOGITS]
+        self.common_outputs = [spec.name for spec in self.active.session.outputs]
         self.hidden_outputs = [spec for spec in self.active.session.outputs if spec.name == LOGITS]
-        self.datatypes = {spec.name: spec.datatype for spec in self.active.session.outputs}
         for spec in self.inputs:
             if spec.datatype not in datatypes.NUMPY:
                 raise Refused(f"input {spec.name!r} is of type {spec.datatype}, which the protocol has no word for")
         self.joins_requests = self.max_batch_size > 0 or self._rows_stand_alone()
         self.batcher = self._new_batcher(limits or Limits())
+
+    @property
+    def outputs(self) -> list[TensorSpec]:
+        """Specs of what a request gets that names nothing: with what the active revision computes besides."""
+        return self.active.outputs
 
     @property
     def is_classifier(self) -> bool:
@@ -277,7 +287,7 @@ class ServedModel:
         inner = [spec.name for spec in snapshot.session.outputs if spec.name.startswith(PREFIX)]
         wanted = [*inner, "probabilities"] if self.is_classifier else [spec.name for spec in self.outputs[:1]]
         if not self.device.on_cpu:  # where each size costs time when it comes first
-            default = [spec.name for spec in self.outputs]  # what a request gets that names nothing
+            default = [spec.name for spec in snapshot.outputs]
             warm_up(snapshot.session, default, snapshot.feeds, self.batcher.limits.rows)
         values = snapshot.session.run_with(wanted, made_up(self.inputs, 1), snapshot.feeds)
         return {name.removeprefix(PREFIX): value for name, value in zip(wanted, values, strict=True)}
@@ -285,7 +295,7 @@ class ServedModel:
     def measure(self) -> None:
         """Learn what runs cost, and where config.pbtxt does not say how many rows to join, join no more than make a row
         cheaper."""
-        outputs, most = list(self.datatypes), self.batcher.limits.rows if self.joins_requests else 1
+        outputs, most = self.common_outputs, self.batcher.limits.rows if self.joins_requests else 1
         costs = row_costs(lambda rows: self._execute(None, outputs, made_up(self.inputs, rows)), most)
         lane = self.lane(outputs, made_up(self.inputs, 1), None)
         for rows, seconds in costs.seconds.items():

@@ -24,6 +24,7 @@ from calserve.open_inference import messages
 from google.protobuf import text_format
 
 from calibrators import inspect_model
+from calibrators.graph import FURTHER_OUTPUTS
 from calibrators.inspection import Inspection
 from service.errors import CalserveError, InvalidRequest, NotFound, NotReady, Refused, Stale, shown
 from service.inference.batcher import Limits
@@ -375,6 +376,8 @@ def _check_config(folder: ModelFolder, model: ServedModel) -> None:
     inputs = {spec.name: spec for spec in model.inputs}
     for what, declared, actual in (("input", folder.config.input, inputs), ("output", folder.config.output, outputs)):
         for tensor in declared:
+            if what == "output" and tensor.name in FURTHER_OUTPUTS and tensor.name not in actual:
+                continue  # a revision computes it, which is not active yet
             if tensor.name not in actual:
                 raise Refused(
                     f"config.pbtxt of model {folder.name!r}: the model has no {what} {shown(tensor.name)}; "

@@ -175,6 +175,7 @@ class Revisions:
     def _swap(self, model: ServedModel, snapshot: Snapshot) -> tuple[str, str]:
         before = model.active.revision
         model.active = snapshot
+        self._repository.generation += 1  # what is remembered of requests may belong to the one before
         log.info("model %s/%s: %s is active, before %s", model.name, model.version, snapshot.revision, before)
         return snapshot.revision, before
 
@@ -231,16 +232,27 @@ class Revisions:
 
 
 def _stage_agrees(calibrator: Calibrator, signals: Signals, model: ServedModel, revision: str) -> None:
-    """The calibrator's own graph gives on the golden rows what `predict_proba` gives."""
+    """The calibrator's own graph gives on the golden rows what `predict_proba` and `predict_further` give."""
     session = Session(stage(calibrator).to_bytes(), model.device)
-    (probabilities,) = session.run(["probabilities"], signals)
-    _agree(calibrator, signals, probabilities, f"the graph of {revision} does not compute")
+    probabilities, *further = session.run(["probabilities", *calibrator.further_outputs], signals)
+    what = f"the graph of {revision} does not compute"
+    _agree(calibrator, signals, probabilities, what)
+    wanted = calibrator.predict_further(**signals)
+    for name, values in zip(calibrator.further_outputs, further, strict=True):
+        _check_close(values, wanted[name], calibrator.float32_atol, f"{what} the {name}")
 
 
 def _agree(calibrator: Calibrator, signals: Signals, probabilities: np.ndarray, what: str) -> None:
-    worst = float(np.abs(calibrator.predict_proba(**signals) - probabilities).max(initial=0.0))
-    if not worst <= calibrator.float32_atol:
+    _check_close(
+        probabilities, calibrator.predict_proba(**signals), calibrator.float32_atol, f"{what} the probabilities"
+    )
+
+
+def _check_close(values: np.ndarray, wanted: np.ndarray, tolerance: float, what: str) -> None:
+    """Differences count by the size of what is wanted, where that is above one."""
+    differences = np.abs(values.astype(np.float64) - wanted) / np.maximum(np.abs(wanted), 1.0)
+    worst = float(differences.max(initial=0.0))
+    if not worst <= tolerance:
         raise Refused(
-            f"{what} the probabilities of its fit: they differ by {worst:.2g}, more than {calibrator.float32_atol:g}",
-            reason="GRAPH_DISAGREES",
+            f"{what} of its fit: they differ by {worst:.2g}, more than {tolerance:g}", reason="GRAPH_DISAGREES"
         )

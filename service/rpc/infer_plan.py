@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from service.errors import InvalidRequest, shown
 from service.inference.batcher import Lane
-from service.inference.model import ServedModel
+from service.inference.model import ServedModel, Snapshot
 from service.rpc import classification, infer_request, tensors
 from service.rpc.shared_memory import Regions
 from service.rpc.wire import inference
@@ -35,19 +35,20 @@ class Plan:
     Attributes
     ----------
     model : what the request's name and version mean
-    wanted : the outputs of the answer, in order
+    asked : the outputs that it names; none: all that there are
     lane, rows : where it waits for a run, and with how many rows
     revision : what its parameter `calibrator` names
     classes : output -> how many of its largest values are asked for instead of it
     typed : whether the answer is in typed contents, as the request was
     places : output -> where it goes in shared memory, of those that go there
     final : whether a stream's answer says that it is the last one of its request
+    datatypes : the outputs of the answer, in order, once `settle` has fixed them
     plain : whether the answer is numbers, sent raw
     replies : the answer's bytes around its values, by the layout of the run and what is said in it
     """
 
     model: ServedModel
-    wanted: tuple[str, ...]
+    asked: tuple[str, ...]
     lane: Lane
     rows: int
     revision: str | None = None
@@ -55,12 +56,21 @@ class Plan:
     typed: bool = False
     final: bool = False
     places: Mapping[str, infer_request.Place] = field(default_factory=dict)
-    plain: bool = field(init=False)
+    datatypes: Mapping[str, str] = field(default_factory=dict)
+    plain: bool = False
     replies: dict[Any, Any] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        strings = any(self.model.datatypes[name] == "BYTES" for name in self.wanted)
-        self.plain = not (self.typed or self.classes or self.places or strings)
+    def settle(self, snapshot: Snapshot) -> None:
+        """Fix what is computed: what was asked for, or all that this snapshot has. InvalidRequest for what it has not.
+
+        Where not every snapshot computes it, it is this one that does, though another be active when the run is made.
+        """
+        specs = infer_request.choose_outputs(self.model, snapshot, self.asked)
+        self.datatypes = {spec.name: spec.datatype for spec in specs}
+        self.plain = not (self.typed or self.classes or self.places or "BYTES" in self.datatypes.values())
+        computed = dict.fromkeys([*self.datatypes, "confidence"] if self.model.is_classifier else self.datatypes)
+        common = computed.keys() <= set(self.model.common_outputs)
+        self.lane = self.lane._replace(outputs=tuple(computed), snapshot=None if common else snapshot)
 
     @property
     def divided(self) -> bool:
@@ -87,22 +97,20 @@ class Reading(NamedTuple):
 def read(model: ServedModel, request: Any, regions: Regions) -> Reading:
     """A request, validated in full. InvalidRequest says what is wrong with it."""
     arrays = infer_request.read_inputs(model, request, regions)
-    wanted = infer_request.read_outputs(model, request)
-    computed = dict.fromkeys([*wanted, "confidence"] if model.is_classifier else wanted)
-    lane = model.lane(list(computed), arrays, None)
-    typed = infer_request.sent_typed(request)
     plan = Plan(
         model,
-        tuple(wanted),
-        lane,
+        infer_request.asked_outputs(request),
+        model.lane((), arrays, None),
         model.row_count(arrays),
         _revision(request),
         _classes(request),
-        typed,
+        infer_request.sent_typed(request),
         wants_final(request),
         infer_request.output_places(request, regions),
     )
-    feeds = [np.ascontiguousarray(arrays[name]) for name, _, _ in lane.inputs]
+    if plan.revision is None:  # else it is settled by the snapshot of the revision, when that is there
+        plan.settle(model.active)
+    feeds = [np.ascontiguousarray(arrays[name]) for name, _, _ in plan.lane.inputs]
     return Reading(plan, id_field(request.id), feeds)
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from calibrators.graph import FURTHER_OUTPUTS
 from service.errors import InvalidRequest, shown
-from service.inference.model import ServedModel
+from service.inference.model import ServedModel, Snapshot
 from service.inference.session import TensorSpec
 from service.rpc import tensors
 from service.rpc.shared_memory import Regions
@@ -144,20 +145,25 @@ def place_output(place: Place, output: Any, data: bytes | memoryview) -> None:
         output.parameters[OFFSET].int64_param = place.offset
 
 
-def read_outputs(model: ServedModel, request: Any) -> list[str]:
-    """The outputs to compute: those named, or all that the metadata declares."""
-    names = [spec.name for spec in model.outputs]
-    if not request.outputs:
-        return names
-    names += [spec.name for spec in model.hidden_outputs]
-    wanted: list[str] = []
-    for output in request.outputs:
-        if output.name not in names:
-            raise InvalidRequest(f"model {model.name!r} has no output {shown(output.name)}; it has: {', '.join(names)}")
-        if output.name in wanted:
-            raise InvalidRequest(f"output {shown(output.name)} is asked for twice")
-        wanted.append(output.name)
-    return wanted
+def asked_outputs(request: Any) -> tuple[str, ...]:
+    """The outputs that a request names."""
+    names = [output.name for output in request.outputs]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InvalidRequest(f"output {shown(twice)} is asked for twice")
+    return tuple(names)
+
+
+def choose_outputs(model: ServedModel, snapshot: Snapshot, asked: Sequence[str]) -> list[TensorSpec]:
+    """The outputs to compute: those asked for, or all that the metadata declares while this snapshot is active."""
+    if not asked:
+        return snapshot.outputs
+    specs = {spec.name: spec for spec in (*snapshot.outputs, *model.hidden_outputs)}
+    for name in asked:
+        if name not in specs:
+            under = f" with {snapshot.revision}" if name in FURTHER_OUTPUTS else ""
+            raise InvalidRequest(f"model {model.name!r}{under} has no output {shown(name)}; it has: {', '.join(specs)}")
+    return [specs[name] for name in asked]
 
 
 def _shown(shape: Sequence[int]) -> str:

@@ -40,7 +40,7 @@ def _remember(plan: Plan, key: Any, reply: Any) -> Any:
 
 def _around(plan: Plan, answer: Answer, final: bool) -> tuple[bytes, bytes, list[tuple[str, bytes]]]:
     """The bytes before the id, those between it and the values, and what stands before each value."""
-    arrays = {name: answer.part(name) for name in plan.wanted}
+    arrays = {name: answer.part(name) for name in plan.datatypes}
     tags = [(name, RAW_OUTPUT_TAG + varint(array.nbytes)) for name, array in arrays.items()]
     head = inference.ModelInferResponse(model_name=plan.model.name, model_version=plan.model.version)
     rest = inference.ModelInferResponse()
@@ -55,7 +55,7 @@ def _spelled(plan: Plan, answer: Answer, id_field: bytes, final: bool) -> bytes:
     response = inference.ModelInferResponse(model_name=plan.model.name, model_version=plan.model.version)
     response.MergeFromString(id_field)
     _say(response, plan, answer.run, final)
-    arrays = {name: answer.part(name) for name in plan.wanted}
+    arrays = {name: answer.part(name) for name in plan.datatypes}
     for name, k in plan.classes.items():
         arrays[name] = classification.top(name, arrays[name], k, plan.model.class_names)
     datatypes = {name: _datatype(plan, name, array) for name, array in arrays.items()}
@@ -84,4 +84,4 @@ def _say(response: Any, plan: Plan, run: Run, final: bool) -> None:
 
 
 def _datatype(plan: Plan, name: str, array: NDArray[Any]) -> str:
-    return "BYTES" if array.dtype == object else plan.model.datatypes[name]
+    return "BYTES" if array.dtype == object else plan.datatypes[name]

@@ -153,7 +153,10 @@ class Inference:
     async def _run(self, reading: Reading, deadline: float, caller: Callable[[], str]) -> Answer:
         """A request that names a revision, or has more rows than a run takes."""
         plan = reading.plan
-        snapshot = await self._revisions.snapshot(plan.model, plan.revision) if plan.revision is not None else None
+        snapshot = plan.lane.snapshot
+        if plan.revision is not None:
+            snapshot = await self._revisions.snapshot(plan.model, plan.revision)
+            plan.settle(snapshot)
         return await plan.model.run(plan.lane.outputs, plan.arrays(reading.feeds), snapshot, deadline, caller)
 
 

@@ -21,7 +21,7 @@ from sklearn.exceptions import NotFittedError
 
 import calibrators
 from calibrators import Calibrator
-from calibrators.graph import LOGITS, FusedModel, default_opset, fuse, signature, stage
+from calibrators.graph import ADDED_OUTPUTS, LOGITS, FusedModel, default_opset, fuse, signature, stage
 from calibrators.inspection import Inspection, Tap
 from calibrators.kinds.identity import Identity
 from calibrators.kinds.temperature import TemperatureScaling
@@ -330,6 +330,19 @@ def test_the_graph_names_the_confidence_and_the_label(kind: str, params: dict[st
     np.testing.assert_array_equal(confidence, probabilities.max(axis=1))
     np.testing.assert_array_equal(label, probabilities.argmax(axis=1))
     assert (confidence.dtype, label.dtype) == (np.float32, np.int64)
+
+
+@every_kind
+def test_the_graph_computes_what_the_kind_computes_beside_the_probabilities(kind: str, params: dict[str, Any]) -> None:
+    calibrator = fitted(kind, params)
+    logits, _ = draw_rows(40, 4, seed=1)
+    graph = session(stage(calibrator).proto)
+    assert [output.name for output in graph.get_outputs()] == [*ADDED_OUTPUTS, *calibrator.further_outputs]
+    wanted = calibrator.predict_further(logits)
+    assert wanted.keys() == set(calibrator.further_outputs)
+    for name in wanted:
+        (served,) = graph.run([name], {"logits": logits.astype(np.float32)})
+        np.testing.assert_allclose(served, wanted[name], rtol=calibrator.float32_atol, atol=calibrator.float32_atol)
 
 
 @every_kind
