@@ -22,13 +22,16 @@ from calibrators.graph import LOGITS
 from service import errors
 from service.client import requests
 from service.client.connection import Pem, Security
-from service.client.failures import DEFAULT_RETRIES, Retries, translated, translation
+from service.client.failures import DEFAULT_RETRIES, Retries, is_cut_off, translated, translation
 from service.client.following import POLL_SECONDS, Following, progress_bars
 from service.client.requests import Inputs
 from service.client.results import Array, Evaluation, Model, Prediction, Revision, evaluation_of, model_of, revision_of
 from service.client.stream import Stream
 from service.rpc.health import READY
 from service.rpc.wire import CALIBRATOR_SERVICE, HEALTH_SERVICE, INFERENCE_SERVICE, inference
+
+MOST_SENDINGS = 5
+"""How often rows are sent whose refusal was lost."""
 
 
 class AsyncClient:
@@ -240,9 +243,14 @@ class AsyncClient:
         """Send the rows in bounded chunks, then follow the operation to its end."""
         with progress_bars(self._show_progress) as progress:
             sending = progress.add_task(f"{what}: sending rows", total=len(columns["labels"]))
-            chunks = requests.in_chunks(spec, columns, lambda sent: progress.update(sending, completed=sent))
-            with translated():
-                following = Following(progress, what, await method(chunks))
+            for tried in range(1, MOST_SENDINGS + 1):
+                chunks = requests.in_chunks(spec, columns, lambda sent: progress.update(sending, completed=sent))
+                try:
+                    following = Following(progress, what, await method(chunks))
+                    break
+                except grpc.RpcError as error:
+                    if tried == MOST_SENDINGS or not is_cut_off(error):
+                        raise translation(error) from None
             while following.running:
                 wait = following.wait_request()
                 following.saw(await self._read(self._calibrators.WaitOperation, wait, POLL_SECONDS + self._timeout))

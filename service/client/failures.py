@@ -64,6 +64,15 @@ def translation(error: grpc.RpcError) -> errors.CalserveError:
     return kind(text, reason=info.reason) if info else kind(text)
 
 
+def is_cut_off(error: grpc.RpcError) -> bool:
+    """Whether grpc.aio lost the answer of a call that ended before all was sent.
+
+    It makes up this status when a message cannot be sent, though the server's own is on its way. The server never
+    heard the end of such a stream and began nothing, so that all may be sent again.
+    """
+    return error.code() is grpc.StatusCode.INTERNAL and error.details() == "Internal error from Core"
+
+
 def in_band(answer: Any) -> errors.CalserveError:
     """The error of one answer of a stream; its code travels as the parameter `error_code`."""
     code = answer.infer_response.parameters["error_code"].string_param

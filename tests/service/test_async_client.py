@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import itertools
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -126,6 +127,32 @@ def test_a_fit_refused_while_its_rows_are_still_being_sent_is_told_why(server: R
     many = {"logits": np.tile(LOGITS, (200, 1)), "labels": np.tile(LABELS, 200)}
     with pytest.raises(errors.NotFound, match="'nobody'"):
         run(lambda client: client.fit("nobody", "temperature", **many), server.address)
+
+
+@pytest.mark.parametrize("lost", [1, 4, 5])
+def test_rows_are_sent_again_when_the_answer_to_them_was_lost(server: RunningServer, lost: int) -> None:
+    """grpc.aio makes up a status when a message cannot be sent, whatever the server's says that is on its way."""
+    made_up = grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, (), (), "Internal error from Core")
+    sent = []
+
+    async def fit(client: AsyncClient) -> str:
+        method = client._calibrators.FitCalibrator
+
+        async def losing(chunks: Any) -> Any:
+            sent.append(next(chunks))
+            if len(sent) <= lost:
+                raise made_up
+            return await method(itertools.chain(sent[-1:], chunks))
+
+        client._calibrators.FitCalibrator = losing
+        return (await client.fit("mlp", "temperature", **ROWS)).revision
+
+    if lost < 5:
+        assert run(fit, server.address) == "temperature-1"
+    else:
+        with pytest.raises(errors.CalserveError, match="from Core"):
+            run(fit, server.address)
+    assert len(sent) == min(lost + 1, 5)
 
 
 def test_each_of_many_requests_in_flight_on_a_stream_gets_its_own_answer(shared_server: RunningServer) -> None:
