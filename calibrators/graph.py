@@ -118,6 +118,10 @@ class Graph:
         """Softmax over the last axis of x [B, K]."""
         return self.node("Softmax", x, axis=1)
 
+    def clip(self, x: str, low: float, high: float) -> str:
+        """x within low..high; `Clip` itself takes these as attributes or as inputs, by operator set."""
+        return self.node("Min", self.node("Max", x, self.constant(low)), self.constant(high))
+
     def centre(self, x: str) -> str:
         """x [B, K] less each row's maximum: float32 then keeps what decides the row, whatever the logits' offset."""
         return self.node("Sub", x, self.reduce("ReduceMax", x))
