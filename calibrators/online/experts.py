@@ -45,7 +45,7 @@ NODES = np.array([-WITHIN, *KNOTS, WITHIN])
 RIDGE, BEND_RIDGE, LEVEL_RIDGE = 3.0, 5.0, 1.0
 MEMORIES = (60.0, 150.0, 400.0, 1000.0, 4000.0, np.inf)
 BENT_MEMORIES = (3000.0, np.inf)
-SHARE = 5e-5
+SHARE = 2e-5
 IDENTITY = 0.5
 """The first weight of the identity; the others share the rest alike."""
 

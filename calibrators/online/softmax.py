@@ -68,7 +68,7 @@ def learn(state: State, logits: Array, y: Array, weight: Array) -> Array:
     y : (n_samples,) int64
     weight : (n_samples,) float64, positive. A weight of two is the row twice; what is left of one counts by its part
     """
-    return _learn(*state, np.ascontiguousarray(logits), y, weight, MEMORY, FIRST_SHARES)
+    return _learn(*state, np.ascontiguousarray(logits), y, weight, MEMORY, FIRST_SHARES, SHARE)
 
 
 @compiled
@@ -113,7 +113,7 @@ def _forecast(theta: Array, z: Array, p: Array) -> None:
 @compiled
 def _learn(
     theta: Array, curvature: Array, shares: Array, logits: Array, y: Array, weight: Array, memory: Array,
-    first_shares: Array,
+    first_shares: Array, share: float,
 ) -> Array:  # fmt: skip
     n_experts = len(shares)
     n_samples, n_classes = logits.shape
@@ -138,7 +138,7 @@ def _learn(
             if part == 0.0:
                 break
             for e in range(n_experts):
-                shares[e] = (1.0 - part * SHARE) * shares[e] / total + part * SHARE * first_shares[e]
+                shares[e] = (1.0 - part * share) * shares[e] / total + part * share * first_shares[e]
                 if e > 0:
                     _step(theta[e], curvature[e], z, p[e], y[t], part, memory[e], e > 1)
             left -= part

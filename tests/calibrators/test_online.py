@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -140,6 +143,21 @@ def test_machine_code_and_python_give_the_same_bits_for_many_classes(monkeypatch
     plain = softmax_experts.start(5)
     assert (softmax_experts.learn(plain, z, y, np.ones(120)) == wanted).all()
     assert all((a == b).all() for a, b in zip(plain, compiled, strict=True))
+
+
+@pytest.mark.parametrize("module", [calibeating, experts, newton, softmax_experts], ids=lambda module: module.__name__)
+def test_machine_code_kept_on_disk_depends_on_its_own_file_alone(module: ModuleType) -> None:
+    own = set()
+    for node in ast.parse(Path(str(module.__file__)).read_text()).body:
+        if isinstance(node, ast.FunctionDef):
+            own.add(node.name)
+        elif isinstance(node, ast.Assign):
+            own |= {name.id for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+    functions = [value.py_func for value in vars(module).values() if hasattr(value, "py_func")]
+    assert functions
+    for function in functions:
+        used = {name for name in function.__code__.co_names if name in function.__globals__}
+        assert used <= own | {"np", "exp", "log1p"}, function.__name__
 
 
 def test_the_banded_solver_solves() -> None:
