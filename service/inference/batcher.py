@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from service.errors import DeadlinePassed, NotReady, Overloaded
 from service.inference.company import Company
 from service.inference.fair_queue import FairQueue
+from service.inference.pressure import Pressure
 from service.inference.run_costs import Costs, RunCosts
 from service.inference.statistics import Statistics
 
@@ -32,6 +33,9 @@ SHORT_RUN_NS, SHORT_BATCH = 150_000, 4
 they hold up the loop less than those requests would one by one."""
 HELD_RUN_NS = 1_000_000
 """Runs expected to take less are worth a moment's wait for company; during longer ones company gathers by itself."""
+QUICK_RUN_NS, MUCH_LONGER = 2_000_000, 1.5
+"""Under overload no more may wait than the next run takes along in this time, or in so many times what a request alone
+takes: who is admitted then waits for the run under way and no other."""
 
 
 class Lane(NamedTuple):
@@ -172,7 +176,7 @@ class Batcher:
         self._queued, self._rows, self._bytes = 0, 0, 0
         self._held: Counter[str] = Counter()
         self._row_seconds = 0.0  # what a row took in the runs made lately
-        self._company = Company()
+        self._company, self._pressure = Company(), Pressure()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.Handle | None = None
         self._in_thread = False
@@ -246,7 +250,8 @@ class Batcher:
 
     def _queue(self, lane: Lane, feeds: Sequence[Any], rows: int, deadline: float, caller: str) -> _Pending:
         size = sum(feed.nbytes if hasattr(feed, "nbytes") else len(feed) for feed in feeds)
-        self._admit(caller, size)
+        self._pressure.came(caller)
+        self._admit(lane, rows, caller, size)
         loop = self._loop = self._loop or asyncio.get_running_loop()
         pending = _Pending(feeds, rows, size, deadline, caller, loop.create_future())
         queue = self._lanes.get(lane)
@@ -282,24 +287,45 @@ class Batcher:
         self._held.clear()
         self._batches.put(None)
 
-    def _admit(self, caller: str, size: int) -> None:
+    def _admit(self, lane: Lane, rows: int, caller: str, size: int) -> None:
         """Make room for one more request; the caller who holds most gives way to one who holds less."""
         if not self._queued or (
             self._queued < self.limits.requests
             and self._bytes + size <= self.limits.bytes
             and self._rows * self._row_seconds <= self.limits.wait_seconds
+            and (not self._pressure.is_high() or self._is_quick(lane, self._rows + rows, rows))
         ):
             return
-        self._statistics.dropped["full"] += 1
         greediest, most = self._held.most_common(1)[0]
-        full = Overloaded(f"model {self._name}: {self._queued} requests are waiting already")
-        if self._held[caller] + 1 >= most:
-            raise full
-        for queue in reversed(self._lanes.values()):
-            if (newest := queue.give_way(greediest)) is not None:
-                self._left(newest)
-                _fail(newest, full)
+        if self._held[caller] + 1 < most or self._pressure.asks_less(caller, greediest):
+            self._give_way(greediest)
+        else:
+            raise self._full()
+
+    def _is_quick(self, lane: Lane, rows: int, alone: int) -> bool:
+        """Whether a run of so many rows takes little more than one of those alone that ask for it."""
+        costs = self.costs.of(lane.inputs)
+        return costs.expected_ns(rows) <= max(QUICK_RUN_NS, MUCH_LONGER * costs.expected_ns(alone))
+
+    def _full(self) -> Overloaded:
+        """The refusal of one request, counted."""
+        self._statistics.dropped["full"] += 1
+        return Overloaded(f"model {self._name}: {self._queued} requests are waiting already")
+
+    def _give_way(self, caller: str, *, oldest: bool = False) -> None:
+        """Refuse the caller's newest request, or its oldest."""
+        given = (queue.give_way(caller, oldest=oldest) for queue in reversed(self._lanes.values()))
+        pending = next(found for found in given if found is not None)
+        self._left(pending)
+        _fail(pending, self._full())
+
+    def _shed(self) -> None:
+        """Refuse what may not wait under overload: the oldest of who holds most, as long as it is late already."""
+        while self._queued > 1:
+            lane = next(iter(self._lanes))
+            if self._is_quick(lane, self._rows, self._rows // self._queued):
                 return
+            self._give_way(self._held.most_common(1)[0][0], oldest=True)
 
     def _left(self, pending: _Pending) -> None:
         self._queued -= 1
@@ -315,6 +341,8 @@ class Batcher:
             return
         self._company.came(self._queued)
         batch = self._gather()
+        if batch is not None and self._pressure.alarm(self._queued):
+            self._shed()
         if batch is None:
             self._tell_idle()
         elif self._is_short(batch):
@@ -385,6 +413,7 @@ class Batcher:
         self.costs.of(batch.lane.inputs).learn(batch.rows, outcome.cost_ns)
         queue_ns = sum(outcome.begun_ns - pending.asked_ns for pending in batch.waiting)
         self._statistics.ran(batch.rows, len(batch.waiting), queue_ns, outcome.took_ns)
+        self._pressure.ran(len(batch.waiting), 1e-9 * outcome.took_ns)
         self._row_seconds += (1e-9 * outcome.took_ns / max(1, batch.rows) - self._row_seconds) / 8
         if not self._queued:
             self._tell_idle()

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from service.errors import DeadlinePassed, InvalidRequest, NotReady, Overloaded
 from service.inference.batcher import SHORT_RUN_NS, Answer, Batcher, Lane, Limits
 from service.inference.company import Company
+from service.inference.pressure import Pressure
 from service.inference.run_costs import MOST_FORMS, Costs, RunCosts
 from service.inference.statistics import Statistics
 
@@ -266,6 +267,86 @@ async def test_who_fills_the_queue_gives_way_to_a_caller_with_less(model: Model)
     assert doubled(await modest) == [18]
     outcomes = await asyncio.gather(*greedy, return_exceptions=True)
     assert [isinstance(outcome, Overloaded) for outcome in outcomes] == [False, False, False, True]
+
+
+class Overload(Pressure):
+    """Says that there is overload from the first run on that leaves somebody waiting."""
+
+    def is_high(self) -> bool:
+        return self._high
+
+    def alarm(self, waiting: int) -> bool:
+        before, self._high = self._high, self._high or waiting > 0
+        return self._high and not before
+
+
+def overloaded(model: Model, *, run_ns: Callable[[int], int]) -> Batcher:
+    """Runs of so many rows take so long, by what was learned."""
+    batcher = batcher_of(model, short=False)
+    batcher._pressure = Overload()
+    batcher._pressure._high = True
+    batcher.costs = Costs()
+    for size in range(7):
+        batcher.costs.of(LANE.inputs).learn(2**size, run_ns(2**size))
+    return batcher
+
+
+@running
+async def test_under_overload_one_may_wait_where_each_row_makes_a_run_longer(model: Model) -> None:
+    batcher = overloaded(model, run_ns=lambda rows: rows * 10_000_000)
+    model.go_on.clear()
+    under_way = submit(batcher, 1)
+    await model.hold()
+    waits = submit(batcher, 2)
+    with pytest.raises(Overloaded):
+        submit(batcher, 3)
+    model.go_on.set()
+    assert [doubled(await under_way), doubled(await waits)] == [[2], [4]]
+
+
+@running
+async def test_under_overload_all_may_wait_whom_one_run_of_the_usual_length_takes_along(model: Model) -> None:
+    batcher = overloaded(model, run_ns=lambda rows: 10_000_000 + rows * 50_000)
+    model.go_on.clear()
+    answers = [submit(batcher, 1)]
+    await model.hold()
+    answers += [submit(batcher, n) for n in range(63)]
+    with pytest.raises(Overloaded):
+        [submit(batcher, n) for n in range(65)]
+    model.go_on.set()
+    await asyncio.gather(*answers)
+
+
+@running
+async def test_under_overload_who_asks_for_less_takes_the_place_of_who_asks_for_more(model: Model) -> None:
+    batcher = overloaded(model, run_ns=lambda rows: rows * 10_000_000)
+    model.go_on.clear()
+    submit(batcher, 1)
+    await model.hold()
+    greedy = submit(batcher, 2, caller="greedy")
+    for _ in range(3):
+        with pytest.raises(Overloaded):
+            submit(batcher, 2, caller="greedy")
+    modest = submit(batcher, 3, caller="modest")
+    model.go_on.set()
+    assert doubled(await modest) == [6]
+    with pytest.raises(Overloaded):
+        await greedy
+
+
+@running
+async def test_when_overload_shows_itself_those_who_waited_longest_are_refused(model: Model) -> None:
+    batcher = overloaded(model, run_ns=lambda rows: rows * 10_000_000)
+    batcher.limits = Limits(rows=1, delay_us=1000)
+    batcher._pressure._high = False
+    model.go_on.clear()
+    waiting = [submit(batcher, n) for n in range(6)]
+    await model.hold()
+    refused = await asyncio.gather(*waiting[1:5], return_exceptions=True)
+    assert all(isinstance(error, Overloaded) for error in refused)
+    model.go_on.set()
+    assert [doubled(await waiting[n]) for n in (0, 5)] == [[0], [10]]
+    assert batcher._statistics.dropped == {"full": 4}
 
 
 @running
