@@ -14,7 +14,7 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, NamedTuple, NoReturn
 
@@ -26,6 +26,7 @@ from service.inference.company import Company
 from service.inference.fair_queue import FairQueue
 from service.inference.pressure import Pressure
 from service.inference.run_costs import Costs, RunCosts
+from service.inference.session import Stop
 from service.inference.statistics import Statistics
 
 SHORT_RUN_NS, SHORT_BATCH = 150_000, 4
@@ -36,6 +37,10 @@ HELD_RUN_NS = 1_000_000
 QUICK_RUN_NS, MUCH_LONGER = 2_000_000, 1.5
 """Under overload no more may wait than the next run takes along in this time, or in so many times what a request alone
 takes: who is admitted then waits for the run under way and no other."""
+
+
+LOOK_SECONDS = 0.05
+"""How often it is looked whether somebody still waits for the run under way."""
 
 
 class Lane(NamedTuple):
@@ -140,6 +145,7 @@ class _Batch:
     lane: Lane
     waiting: list[_Pending]
     rows: int
+    stop: Stop = field(default_factory=Stop)
 
 
 @dataclass(slots=True)
@@ -179,7 +185,8 @@ class Batcher:
         self._company, self._pressure = Company(), Pressure()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.Handle | None = None
-        self._in_thread = False
+        self._in_thread: _Batch | None = None
+        self._look: asyncio.TimerHandle | None = None
         self._batches: SimpleQueue[_Batch | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._idle: asyncio.Future[None] | None = None
@@ -196,7 +203,8 @@ class Batcher:
         """Run one request or queue it: its answer, or the future of it.
 
         `deadline` is on time.monotonic(); `caller` gives the name under which it takes its turn. A request whose
-        deadline passes, or whose future is cancelled, before its run is made is not run.
+        deadline passes, or whose future is cancelled, before its run is made is not run; a run in the thread that has no
+        others is ended.
 
         Raises
         ------
@@ -276,7 +284,7 @@ class Batcher:
             await self._idle
 
     def close(self) -> None:
-        """Refuse what is queued and what comes; end the thread after its present run."""
+        """Refuse what is queued and what comes; end the run under way, and the thread."""
         self._closed = True
         self._execute = _closed  # else model and batcher keep each other, and the sessions, in memory
         for queue in self._lanes.values():
@@ -285,6 +293,8 @@ class Batcher:
         self._lanes.clear()
         self._queued, self._rows, self._bytes = 0, 0, 0
         self._held.clear()
+        if self._in_thread:
+            self._in_thread.stop.now()
         self._batches.put(None)
 
     def _admit(self, lane: Lane, rows: int, caller: str, size: int) -> None:
@@ -382,13 +392,24 @@ class Batcher:
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name=f"model {self._name}", daemon=True)
             self._thread.start()
-        self._in_thread = True
+        self._in_thread = batch
+        self._look_after(batch)
         self._batches.put(batch)
+
+    def _look_after(self, batch: _Batch) -> None:
+        """End a run that nobody waits for any more."""
+        now = time.monotonic()
+        if all(pending.future.done() or pending.deadline <= now for pending in batch.waiting):
+            batch.stop.now()
+        else:
+            loop = self._loop or asyncio.get_running_loop()
+            self._look = loop.call_later(LOOK_SECONDS, self._look_after, batch)
 
     def _work(self) -> None:
         """The model's thread: batch in, one wake-up of the loop out."""
         while (batch := self._batches.get()) is not None:
-            outcome = self._make(batch)
+            with batch.stop:
+                outcome = self._make(batch)
             loop = self._loop
             if loop is None or loop.is_closed():
                 return
@@ -398,7 +419,9 @@ class Batcher:
                 return
 
     def _back(self, batch: _Batch, outcome: _Outcome) -> None:
-        self._in_thread = False
+        self._in_thread = None
+        if self._look:
+            self._look.cancel()
         self._settle(batch, outcome)
 
     def _settle(self, batch: _Batch, outcome: _Outcome) -> None:
@@ -410,15 +433,21 @@ class Batcher:
                 pending.future.set_result(answer)
             else:
                 pending.future.set_exception(answer)
+        if batch.stop.asked:
+            self._statistics.dropped["stopped"] += len(batch.waiting)
+        else:
+            self._learn(batch, outcome)
+        if not self._queued:
+            self._tell_idle()
+        elif self._timer is None:
+            self._wait(0.0)
+
+    def _learn(self, batch: _Batch, outcome: _Outcome) -> None:
         self.costs.of(batch.lane.inputs).learn(batch.rows, outcome.cost_ns)
         queue_ns = sum(outcome.begun_ns - pending.asked_ns for pending in batch.waiting)
         self._statistics.ran(batch.rows, len(batch.waiting), queue_ns, outcome.took_ns)
         self._pressure.ran(len(batch.waiting), 1e-9 * outcome.took_ns)
         self._row_seconds += (1e-9 * outcome.took_ns / max(1, batch.rows) - self._row_seconds) / 8
-        if not self._queued:
-            self._tell_idle()
-        elif self._timer is None:
-            self._wait(0.0)
 
     def _tell_idle(self) -> None:
         if self._idle is not None and not self._queued and not self._in_thread:
@@ -433,6 +462,8 @@ class Batcher:
             answers: list[Answer | Exception] = list(
                 self._run(batch.lane, [pending.feeds for pending in waiting], [pending.rows for pending in waiting])
             )
+        except DeadlinePassed as error:
+            answers = [error] * len(waiting)
         except Exception as error:
             answers = [error] if len(waiting) == 1 else [self._run_alone(batch.lane, pending) for pending in waiting]
         return _Outcome(answers, begun, time.perf_counter_ns() - begun, self._clock() - cost)

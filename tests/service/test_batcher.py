@@ -238,6 +238,40 @@ async def test_a_caller_that_leaves_during_the_run_harms_nobody(model: Model) ->
 
 
 @running
+async def test_a_run_is_ended_when_the_last_of_its_callers_has_left_or_run_out_of_time(model: Model) -> None:
+    batcher = batcher_of(model, short=False)
+    model.go_on.clear()
+    waiting = [submit(batcher, 1), submit(batcher, 2), submit(batcher, 3, deadline=time.monotonic() + 0.05)]
+    await model.hold()
+    batch = batcher._in_thread
+    assert batch is not None
+    waiting[0].cancel()
+    batcher._look_after(batch)
+    assert not batch.stop.asked
+    waiting[1].cancel()
+    while time.monotonic() < batch.waiting[-1].deadline:
+        await asyncio.sleep(0)
+    batcher._look_after(batch)
+    assert batch.stop.asked
+    model.go_on.set()
+    await batcher.drain()
+    assert batcher._statistics.dropped["stopped"] == len(batch.waiting)
+
+
+@running
+async def test_closing_ends_the_run_under_way(model: Model) -> None:
+    batcher = batcher_of(model, short=False)
+    model.go_on.clear()
+    submit(batcher, 1)
+    await model.hold()
+    batch = batcher._in_thread
+    batcher.close()
+    assert batch is not None
+    assert batch.stop.asked
+    model.go_on.set()
+
+
+@running
 async def test_a_full_queue_refuses_and_empties_again(model: Model) -> None:
     batcher = batcher_of(model, requests=2)
     waiting = [submit(batcher, 1), submit(batcher, 2)]

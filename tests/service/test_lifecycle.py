@@ -18,6 +18,7 @@ from pathlib import Path
 
 import grpc
 import numpy as np
+import onnx
 import pytest
 from calserve.open_inference import messages
 from calserve.v1 import calibrator_service_pb2 as pb
@@ -43,7 +44,7 @@ SOON = 5.0
 """Seconds, on a busy machine too: a drain that waits until its time is over takes 30."""
 
 
-def slow() -> object:
+def slow(least: int = 2000) -> onnx.ModelProto:
     """x FP32 [1] -> y FP64 [1]: turns round 2000 + x times, so that even its shortest run is one for a thread."""
     body = helper.make_graph(
         [helper.make_node("Add", ["y", "one"], ["next"]), helper.make_node("Identity", ["go_on"], ["still"])],
@@ -63,7 +64,7 @@ def slow() -> object:
         helper.make_node("Add", ["more", "some"], ["turns"]),
         helper.make_node("Loop", ["turns", "", "zero"], ["y"], body=body),
     ]
-    constants = {"one": np.ones(1), "zero": np.zeros(1), "some": np.array([2000])}
+    constants = {"one": np.ones(1), "zero": np.zeros(1), "some": np.array([least])}
     return models.model(nodes, [("x", TensorProto.FLOAT, [1])], [("y", TensorProto.DOUBLE, [1])], constants)
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import heapq
-import random
 from collections import deque
 from collections.abc import Callable
 from itertools import count
 
+import numpy as np
 import pytest
 
 from service.inference.pressure import MOST_CALLERS, PROBE_SECONDS, Pressure
@@ -70,11 +70,11 @@ class Model:
         self._answered()
         self.run()
 
-    def offer(self, load: float, begin: float, end: float, chance: random.Random | None = None) -> None:
+    def offer(self, load: float, begin: float, end: float, chance: np.random.Generator | None = None) -> None:
         """Calls from `begin` to `end` at so many times what can be served, evenly or by chance."""
         while begin < end:
             self.at(begin, self.ask)
-            begin += chance.expovariate(load / RUN_SECONDS) if chance else RUN_SECONDS / load
+            begin += chance.exponential(RUN_SECONDS / load) if chance else RUN_SECONDS / load
 
 
 def callers(n: int, begin: float, apart: float = 0.0003, pause: float = 0.0005) -> Model:
@@ -120,7 +120,7 @@ def test_calls_at_random_are_refused_only_where_there_are_about_too_many() -> No
     refused = {}
     for load in (0.6, 0.9):
         model = Model()
-        model.offer(load, 0, 300, random.Random(1))
+        model.offer(load, 0, 300, np.random.default_rng(1))
         model.until(300)
         refused[load] = len(model.refusals) / (300 * load / RUN_SECONDS)
     assert refused[0.6] < 0.001
