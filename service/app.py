@@ -143,7 +143,7 @@ class App:
             await self._forward.close()
         await self._poll.close()
         await self._loading.settle(self.settings.drain_seconds)
-        self._regions.unregister()
+        self._regions.release()
         self._http.stop()
         self.repository.close()
         self._catalogue.close()
@@ -151,9 +151,10 @@ class App:
             self._lock.close()
 
     def reload(self, *, force: bool = True) -> None:
-        """Read the tokens again, and end the streams that may no longer go on."""
+        """Read the tokens again, and end the streams and shared memory of those that are no more."""
         if self._tokens:
             self._tokens.refresh(force=force)
+            self._regions.release(all_but=self._tokens.names)
         self._streams.sweep(self._access.recheck if self._access else None)
 
     async def _keep_watch(self) -> None:

@@ -203,8 +203,8 @@ class Batcher:
         """Run one request or queue it: its answer, or the future of it.
 
         `deadline` is on time.monotonic(); `caller` gives the name under which it takes its turn. A request whose
-        deadline passes, or whose future is cancelled, before its run is made is not run; a run in the thread that has no
-        others is ended.
+        deadline passes, or whose future is cancelled, before its run is made is not run; a run in the thread that
+        is for no others is ended.
 
         Raises
         ------

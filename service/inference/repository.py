@@ -39,7 +39,7 @@ VERSION = re.compile(r"[1-9][0-9]{0,17}")
 SIGNAL_KEYS = ("logits", "log_odds", "probabilities", "probability", "features")
 TOML_KEYS = (*SIGNAL_KEYS, "labels")
 LOAD_SECONDS = 600.0
-"""A model may loop for ever on the rows that are made up for its first runs. An engine for a GPU takes minutes to build."""
+"""A model may loop for ever on the rows that are made up for its first runs; an engine for a GPU takes minutes."""
 
 
 @dataclass(frozen=True)
