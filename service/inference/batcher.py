@@ -320,6 +320,7 @@ class Batcher:
     def _full(self) -> Overloaded:
         """The refusal of one request, counted."""
         self._statistics.dropped["full"] += 1
+        self._pressure.refused()
         return Overloaded(f"model {self._name}: {self._queued} requests are waiting already")
 
     def _give_way(self, caller: str, *, oldest: bool = False) -> None:
@@ -351,7 +352,7 @@ class Batcher:
             return
         self._company.came(self._queued)
         batch = self._gather()
-        if batch is not None and self._pressure.alarm(self._queued):
+        if batch is not None and self._pressure.alarm(len(batch.waiting), self._queued):
             self._shed()
         if batch is None:
             self._tell_idle()

@@ -16,12 +16,12 @@ from collections import Counter
 from collections.abc import Callable
 
 RATIO = 1.5
-ALARM, MOST_OF_A_STEP, CALM = 2.0, 0.5, 2.0
-"""An alarm takes seven runs at twice what can be served, four at four times. Requests that come at random at nine
-tenths of it set off one in a thousand runs or so."""
+ALARM, MOST_OF_A_STEP, CALM = 1.8, 0.3, 2.0
+"""An alarm takes six steps at twice what can be served, and no fewer at more. Requests that come at random at nine
+tenths of it set off one in thousands of runs."""
 STEP_SECONDS = 0.01
-"""The least that a step lasts: callers that all begin at once arrive within two or three."""
-PROBE_SECONDS, ALARM_AGAIN = 2.0, 1.2
+"""The least that a step lasts: dozens of callers that begin at once take some to arrive."""
+PROBE_SECONDS, LONGEST_PROBE_SECONDS, ALARM_AGAIN = 2.0, 4.0, 1.5
 """After so long it is looked at anew, with less doubt: callers that ask again at once whenever they are refused are no
 more than would wait in turn, but look like any number until they may."""
 MOST_CALLERS = 1024
@@ -34,8 +34,9 @@ class Pressure:
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
         self._high = False
-        self._evidence, self._came, self._step_begun = 0.0, 0, now()
+        self._evidence, self._came, self._taken, self._step_begun = 0.0, 0, 0, now()
         self._alarm_at = -math.inf  # when the last alarm was that was not followed by calm
+        self._probe_after = PROBE_SECONDS
         self._requests, self._seconds = 0.0, 0.0  # of a run, a moving mean
         self._asked: Counter[str] = Counter()
 
@@ -57,39 +58,48 @@ class Pressure:
         """Whether a caller has asked for less than half of what another has, since there is too much of it."""
         return 2 * self._asked[caller] < self._asked[other]
 
+    def refused(self) -> None:
+        """One was refused, so that it does not wait. As long as there is no overload what counts is who does: callers
+        that ask again and again at a full queue are none the more."""
+        if not self._high:
+            self._came -= 1
+
     def ran(self, requests: int, seconds: float) -> None:
         """A run served so many."""
         self._requests += (requests - self._requests) / RUNS_REMEMBERED
         self._seconds += (seconds - self._seconds) / RUNS_REMEMBERED
 
-    def alarm(self, waiting: int) -> bool:
-        """A run is about to be made, which leaves so many to wait. Whether overload has just become evident."""
+    def alarm(self, taken: int, waiting: int) -> bool:
+        """A run is about to be made, for so many and leaving so many to wait. Whether overload has become evident."""
         now = self._now()
         if self._high:
             return False
+        self._taken += taken
         if not waiting:
             self._restart(now)
         elif now - self._step_begun >= STEP_SECONDS:
-            self._restart(now, max(0.0, self._evidence + min(self._step(now), MOST_OF_A_STEP)))
-            again = now - self._alarm_at < 2 * PROBE_SECONDS
+            self._restart(now, max(0.0, self._evidence + min(self._step(self._taken), MOST_OF_A_STEP)))
+            again = now - self._alarm_at < 2 * LONGEST_PROBE_SECONDS
             if self._evidence >= (ALARM_AGAIN if again else ALARM):
                 self._high, self._alarm_at = True, now
+                self._probe_after = LONGEST_PROBE_SECONDS if again else PROBE_SECONDS
                 self._restart(now)
         return self._high
 
-    def _step(self, now: float) -> float:
+    def _step(self, served: float) -> float:
         """The logarithm of the likelihoods' ratio, of as many as came since the last step."""
-        could = (now - self._step_begun) * self._requests / self._seconds if self._seconds else 0.0
-        return self._came * math.log(RATIO) - could * (RATIO - 1)
+        return self._came * math.log(RATIO) - served * (RATIO - 1)
 
     def _look_for_calm(self, now: float) -> None:
-        self._restart(now, max(0.0, self._evidence - self._step(now)))
+        # Who is refused leaves the model idle at times: it could have served more than it did.
+        could = (now - self._step_begun) * self._requests / self._seconds if self._seconds else 0.0
+        self._restart(now, max(0.0, self._evidence - self._step(could)))
         calm = self._evidence >= CALM
-        if calm or now - self._alarm_at >= PROBE_SECONDS:
+        if calm or now - self._alarm_at >= self._probe_after:
             self._high = False
             self._alarm_at = -math.inf if calm else self._alarm_at
             self._asked.clear()
             self._restart(now)
 
     def _restart(self, now: float, evidence: float = 0.0) -> None:
-        self._evidence, self._came, self._step_begun = evidence, 0, now
+        self._evidence, self._came, self._taken, self._step_begun = evidence, 0, 0, now

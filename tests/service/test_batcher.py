@@ -308,7 +308,7 @@ class Overload(Pressure):
     def is_high(self) -> bool:
         return self._high
 
-    def alarm(self, waiting: int) -> bool:
+    def alarm(self, _taken: int, waiting: int) -> bool:
         before, self._high = self._high, self._high or waiting > 0
         return self._high and not before
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections import deque
 from collections.abc import Callable
 from itertools import count
@@ -10,7 +11,7 @@ from itertools import count
 import numpy as np
 import pytest
 
-from service.inference.pressure import MOST_CALLERS, PROBE_SECONDS, Pressure
+from service.inference.pressure import LONGEST_PROBE_SECONDS, MOST_CALLERS, Pressure
 
 RUN_SECONDS = 0.008
 
@@ -18,14 +19,14 @@ RUN_SECONDS = 0.008
 class Model:
     """Serves one request a run; under overload one may wait. `answered` is told of each answer and each refusal."""
 
-    def __init__(self, answered: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, answered: Callable[[], None] = lambda: None, room: float = math.inf) -> None:
         self.seconds = 0.0
         self.pressure = Pressure(lambda: self.seconds)
         self.waiting: deque[float] = deque()
         self.waits: list[float] = []
         self.alarms: list[float] = []
         self.refusals: list[float] = []
-        self._answered = answered
+        self._answered, self._room = answered, room
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = count()
         self._busy = False
@@ -42,7 +43,7 @@ class Model:
     def ask(self) -> None:
         if self._busy:
             self.pressure.came("caller")
-            if self.waiting and self.pressure.is_high():
+            if self.waiting and (self.pressure.is_high() or len(self.waiting) >= self._room):
                 self.refuse()
                 return
         self.waiting.append(self.seconds)
@@ -50,6 +51,7 @@ class Model:
 
     def refuse(self) -> None:
         self.refusals.append(self.seconds)
+        self.pressure.refused()
         self._answered()
 
     def run(self) -> None:
@@ -57,7 +59,7 @@ class Model:
             return
         self._busy = True
         self.waits.append(self.seconds - self.waiting.popleft())
-        if self.pressure.alarm(len(self.waiting)):
+        if self.pressure.alarm(1, len(self.waiting)):
             self.alarms.append(self.seconds)
             while len(self.waiting) > 1:
                 self.waiting.popleft()
@@ -77,9 +79,9 @@ class Model:
             begin += chance.exponential(RUN_SECONDS / load) if chance else RUN_SECONDS / load
 
 
-def callers(n: int, begin: float, apart: float = 0.0003, pause: float = 0.0005) -> Model:
+def callers(n: int, begin: float, apart: float = 0.0003, pause: float = 0.001, room: float = math.inf) -> Model:
     """So many who each ask again when they are answered or refused."""
-    model = Model(lambda: model.at(model.seconds + pause, model.ask))
+    model = Model(lambda: model.at(model.seconds + pause, model.ask), room)
     for number in range(n):
         model.at(begin + number * apart, model.ask)
     return model
@@ -93,6 +95,13 @@ def test_callers_who_wait_for_each_other_are_no_overload(n: int) -> None:
     assert min(model.waits[-n:]) > (n - 2) * RUN_SECONDS
 
 
+def test_callers_who_hammer_at_a_full_queue_do_not_turn_out_those_who_wait() -> None:
+    model = callers(20, begin=0.5, room=10)
+    model.until(3)
+    assert model.refusals
+    assert not model.alarms
+
+
 @pytest.mark.parametrize("size", [10, 64, 500])
 def test_a_burst_is_no_overload(size: int) -> None:
     model = Model()
@@ -103,12 +112,12 @@ def test_a_burst_is_no_overload(size: int) -> None:
     assert not model.refusals
 
 
-@pytest.mark.parametrize(("load", "runs"), [(1.5, 12), (2, 8), (4, 6), (20, 6)])
-def test_more_than_can_be_served_is_noticed_within_a_few_runs(load: float, runs: int) -> None:
+@pytest.mark.parametrize(("load", "steps"), [(1.5, 11), (2, 8), (4, 7), (20, 7)])
+def test_more_than_can_be_served_is_noticed_within_a_few_runs(load: float, steps: int) -> None:
     model = Model()
     model.offer(load, 0, 1)
     model.until(1)
-    assert model.alarms[0] <= runs * 0.016  # a step is two of these runs
+    assert model.alarms[0] <= steps * 2 * RUN_SECONDS  # a step is two of these runs
     later = model.waits[-int(0.5 / RUN_SECONDS) :]
     assert max(later) <= 2 * RUN_SECONDS
     assert len(model.waits) >= 0.95 / RUN_SECONDS  # it serves what it can
@@ -149,12 +158,12 @@ def test_after_a_rest_a_burst_is_admitted_at_once() -> None:
 def test_callers_who_hammer_when_they_are_refused_are_let_in_by_a_probe() -> None:
     model = callers(32, begin=0.5)
     model.offer(4, 0, 1)
-    for later in (1.001, 4.0):
+    for later in (1.001, 5.5):
         model.until(later)
         before = len(model.refusals)
     model.until(10)
     assert len(model.refusals) == before
-    assert max(model.refusals) < 1 + PROBE_SECONDS + 0.2
+    assert max(model.refusals) < 1 + LONGEST_PROBE_SECONDS + 0.2
 
 
 def test_who_asks_for_much_is_known_while_there_is_too_much_and_callers_are_bounded() -> None:
