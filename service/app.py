@@ -22,7 +22,7 @@ from service.learning.following import Following
 from service.learning.loading import Loading, Poll
 from service.learning.operations import Limits, Operations
 from service.learning.revisions import Revisions
-from service.lifecycle import Signals, end_process, notify
+from service.lifecycle import Signals, end_process, keep_watchdog, notify
 from service.rpc.access import Access, check_complete
 from service.rpc.calibrator_service import CalibratorService
 from service.rpc.forward import Forward
@@ -245,6 +245,7 @@ async def serve(settings: Settings, member: Member | None = None, supervisor: Co
     """Run a server until SIGTERM or SIGINT, or until its supervisor is gone; a second signal ends it at once."""
     app = App(settings, member)
     signals = Signals(app.reload)
+    watchdog = asyncio.create_task(keep_watchdog())
     if supervisor:
         supervisor.send("open")
         asyncio.get_running_loop().add_reader(supervisor.fileno(), signals.stopping.set)  # nothing comes but its end
@@ -265,6 +266,7 @@ async def serve(settings: Settings, member: Member | None = None, supervisor: Co
             notify("STOPPING=1")
     finally:
         await app.stop()
+        watchdog.cancel()
     end_process()
 
 
