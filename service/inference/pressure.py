@@ -21,7 +21,7 @@ ALARM, MOST_OF_A_STEP, CALM = 1.8, 0.3, 2.0
 tenths of it set off one in thousands of runs."""
 STEP_SECONDS = 0.01
 """The least that a step lasts: dozens of callers that begin at once take some to arrive."""
-PROBE_SECONDS, LONGEST_PROBE_SECONDS, ALARM_AGAIN = 2.0, 4.0, 1.5
+PROBE_SECONDS, ALARM_AGAIN = 4.0, 1.2
 """After so long it is looked at anew, with less doubt: callers that ask again at once whenever they are refused are no
 more than would wait in turn, but look like any number until they may."""
 MOST_CALLERS = 1024
@@ -36,7 +36,6 @@ class Pressure:
         self._high = False
         self._evidence, self._came, self._taken, self._step_begun = 0.0, 0, 0, now()
         self._alarm_at = -math.inf  # when the last alarm was that was not followed by calm
-        self._probe_after = PROBE_SECONDS
         self._requests, self._seconds = 0.0, 0.0  # of a run, a moving mean
         self._asked: Counter[str] = Counter()
 
@@ -79,10 +78,9 @@ class Pressure:
             self._restart(now)
         elif now - self._step_begun >= STEP_SECONDS:
             self._restart(now, max(0.0, self._evidence + min(self._step(self._taken), MOST_OF_A_STEP)))
-            again = now - self._alarm_at < 2 * LONGEST_PROBE_SECONDS
+            again = now - self._alarm_at < 2 * PROBE_SECONDS
             if self._evidence >= (ALARM_AGAIN if again else ALARM):
                 self._high, self._alarm_at = True, now
-                self._probe_after = LONGEST_PROBE_SECONDS if again else PROBE_SECONDS
                 self._restart(now)
         return self._high
 
@@ -95,7 +93,7 @@ class Pressure:
         could = (now - self._step_begun) * self._requests / self._seconds if self._seconds else 0.0
         self._restart(now, max(0.0, self._evidence - self._step(could)))
         calm = self._evidence >= CALM
-        if calm or now - self._alarm_at >= self._probe_after:
+        if calm or now - self._alarm_at >= PROBE_SECONDS:
             self._high = False
             self._alarm_at = -math.inf if calm else self._alarm_at
             self._asked.clear()
