@@ -97,7 +97,8 @@ class Run:
         """Whether a vector of probabilities holds neither NaN nor infinity, in all rows of the run."""
         if self._finite is None:
             values = self.arrays[name]
-            self._finite = math.isfinite(np.vdot(values, values))  # numbers up to 1: no overflow
+            # Numbers up to 1, so that the product does not overflow. Of one number it is not worth the way to BLAS.
+            self._finite = math.isfinite(values.item() if values.size == 1 else np.vdot(values, values))
         return self._finite
 
     def part(self, name: str, start: int, stop: int) -> NDArray[Any]:

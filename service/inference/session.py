@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import io
 import logging
+import os
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,13 +18,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from service.errors import DeadlinePassed, InvalidRequest, Overloaded, Refused
 from service.inference import datatypes
 from service.inference.bindings import BFLOAT16, NOTHING, Arrays, Bindings, Graphs, array_of
 from service.inference.device_loss import DeviceLoss, DeviceLost, Failure, failure_of
+
+os.environ.setdefault(
+    "ORT_DISABLE_TELEMETRY", "1"
+)  # read once, on import: else it sends names and hashes of models away
+import onnxruntime as ort
 
 log = logging.getLogger(__name__)
 
