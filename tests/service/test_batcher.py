@@ -449,6 +449,16 @@ def test_the_cost_of_a_run_is_unknown_until_one_was_made_and_falls_faster_than_i
     assert costs.expected_ns(4) == 550
 
 
+def test_a_pause_of_the_machine_does_not_make_a_run_long() -> None:
+    costs = RunCosts()
+    costs.learn(1, 20_000)
+    costs.learn(1, 10_000_000)
+    assert costs.expected_ns(1) == 23_000
+    for _ in range(100):
+        costs.learn(1, 1_000_000)
+    assert costs.expected_ns(1) > 900_000
+
+
 def test_costs_are_kept_by_the_form_of_the_inputs_and_forms_are_bounded() -> None:
     costs = Costs()
     costs.of("small").learn(1, 5)
