@@ -27,11 +27,8 @@ if TYPE_CHECKING:
 
 STARTS = 5
 START_SECONDS_GOAL, RESIDENT_GOAL_MB = 2.0, 250
-WORKERS_GOAL, WORKERS_SHARE_GOAL, CONNECTIONS = (
-    1.7,
-    0.85,
-    48,
-)  # the system deals out connections, not calls: few of them fall unevenly
+WORKERS_GOAL, WORKERS_SHARE_GOAL = 1.7, 0.85
+CONNECTIONS = 48  # the system deals out connections, not calls: few of them fall unevenly
 GOODPUT_GOAL, REFUSAL_MS_GOAL, ADMITTED_GOAL = 0.85, 50.0, 3.0
 GROWTH_MB_GOAL = 20
 RECOVERY_SECONDS_GOAL, MOST_RECOVERY_SECONDS = 5.0, 30.0  # who hammers is let in by a probe, every few seconds

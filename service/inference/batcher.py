@@ -37,8 +37,6 @@ HELD_RUN_NS = 1_000_000
 QUICK_RUN_NS, MUCH_LONGER = 2_000_000, 1.5
 """Under overload no more may wait than the next run takes along in this time, or in so many times what a request alone
 takes: who is admitted then waits for the run under way and no other."""
-
-
 LOOK_SECONDS = 0.05
 """How often it is looked whether somebody still waits for the run under way."""
 
@@ -304,7 +302,7 @@ class Batcher:
             self._queued < self.limits.requests
             and self._bytes + size <= self.limits.bytes
             and self._rows * self._row_seconds <= self.limits.wait_seconds
-            and (not self._pressure.is_high() or self._is_quick(lane, self._rows + rows, rows))
+            and (not self._pressure.is_high() or self._is_quick(lane, self._rows + rows, self._queued + 1))
         ):
             return
         greediest, most = self._held.most_common(1)[0]
@@ -313,10 +311,12 @@ class Batcher:
         else:
             raise self._full()
 
-    def _is_quick(self, lane: Lane, rows: int, alone: int) -> bool:
-        """Whether a run of so many rows takes little more than one of those alone that ask for it."""
+    def _is_quick(self, lane: Lane, rows: int, requests: int) -> bool:
+        """Whether so many requests of so many rows together are served in little more than the time of one alone."""
         costs = self.costs.of(lane.inputs)
-        return costs.expected_ns(rows) <= max(QUICK_RUN_NS, MUCH_LONGER * costs.expected_ns(alone))
+        alone = costs.expected_ns(rows // requests)
+        together = costs.expected_ns(rows) if lane.joins else requests * alone
+        return alone < math.inf and together <= max(QUICK_RUN_NS, MUCH_LONGER * alone)
 
     def _full(self) -> Overloaded:
         """The refusal of one request, counted."""
@@ -334,8 +334,7 @@ class Batcher:
     def _shed(self) -> None:
         """Refuse what may not wait under overload: the oldest of who holds most, as long as it is late already."""
         while self._queued > 1:
-            lane = next(iter(self._lanes))
-            if self._is_quick(lane, self._rows, self._rows // self._queued):
+            if self._is_quick(next(iter(self._lanes)), self._rows, self._queued):
                 return
             self._give_way(self._held.most_common(1)[0][0], oldest=True)
 

@@ -351,6 +351,27 @@ async def test_under_overload_all_may_wait_whom_one_run_of_the_usual_length_take
 
 
 @running
+async def test_under_overload_one_may_wait_of_those_that_cannot_share_a_run_or_whose_runs_nobody_knows(
+    model: Model,
+) -> None:
+    alone = LANE._replace(joins=False, inputs=(("x", np.dtype("<f4"), (1, 2)),))
+    for lane, costs in ((alone, 1_500_000), (LANE, None)):
+        batcher = overloaded(model, run_ns=lambda rows: rows)
+        batcher.costs = Costs()
+        if costs:
+            batcher.costs.of(lane.inputs).learn(1, costs)
+        model.go_on.clear()
+        model.entered.clear()
+        answers = [submit(batcher, 1, lane=lane)]
+        await model.hold()
+        answers.append(submit(batcher, 2, lane=lane))
+        with pytest.raises(Overloaded):
+            submit(batcher, 3, lane=lane)
+        model.go_on.set()
+        assert [doubled(answer) for answer in await asyncio.gather(*answers)] == [[2], [4]]
+
+
+@running
 async def test_under_overload_who_asks_for_less_takes_the_place_of_who_asks_for_more(model: Model) -> None:
     batcher = overloaded(model, run_ns=lambda rows: rows * 10_000_000)
     model.go_on.clear()
