@@ -25,9 +25,8 @@ from service.inference import datatypes
 from service.inference.bindings import BFLOAT16, NOTHING, Arrays, Bindings, Graphs, array_of
 from service.inference.device_loss import DeviceLoss, DeviceLost, Failure, failure_of
 
-os.environ.setdefault(
-    "ORT_DISABLE_TELEMETRY", "1"
-)  # read once, on import: else it sends names and hashes of models away
+# Read once, on import: else the runtime sends names and hashes of models to its maker.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime as ort
 
 log = logging.getLogger(__name__)
