@@ -22,7 +22,7 @@ from service.learning.following import Following
 from service.learning.loading import Loading, Poll
 from service.learning.operations import Limits, Operations
 from service.learning.revisions import Revisions
-from service.lifecycle import Signals, end_process, notify
+from service.lifecycle import Signals, end_process, keep_watchdog, notify
 from service.rpc.access import Access, check_complete
 from service.rpc.calibrator_service import CalibratorService
 from service.rpc.forward import Forward
@@ -143,7 +143,7 @@ class App:
             await self._forward.close()
         await self._poll.close()
         await self._loading.settle(self.settings.drain_seconds)
-        self._regions.unregister()
+        self._regions.release()
         self._http.stop()
         self.repository.close()
         self._catalogue.close()
@@ -151,9 +151,10 @@ class App:
             self._lock.close()
 
     def reload(self, *, force: bool = True) -> None:
-        """Read the tokens again, and end the streams that may no longer go on."""
+        """Read the tokens again, and end the streams and shared memory of those that are no more."""
         if self._tokens:
             self._tokens.refresh(force=force)
+            self._regions.release(all_but=self._tokens.names)
         self._streams.sweep(self._access.recheck if self._access else None)
 
     async def _keep_watch(self) -> None:
@@ -244,6 +245,7 @@ async def serve(settings: Settings, member: Member | None = None, supervisor: Co
     """Run a server until SIGTERM or SIGINT, or until its supervisor is gone; a second signal ends it at once."""
     app = App(settings, member)
     signals = Signals(app.reload)
+    watchdog = asyncio.create_task(keep_watchdog())
     if supervisor:
         supervisor.send("open")
         asyncio.get_running_loop().add_reader(supervisor.fileno(), signals.stopping.set)  # nothing comes but its end
@@ -264,6 +266,7 @@ async def serve(settings: Settings, member: Member | None = None, supervisor: Co
             notify("STOPPING=1")
     finally:
         await app.stop()
+        watchdog.cancel()
     end_process()
 
 

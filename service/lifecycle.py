@@ -44,6 +44,14 @@ def notify(state: str) -> None:
         log.warning("systemd could not be told %s: %s", state, error.strerror)
 
 
+async def keep_watchdog() -> None:
+    """Tell systemd twice in each WatchdogSec that the loop turns, if its unit has one (sd_watchdog_enabled(3))."""
+    asked, of = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", str(os.getpid()))
+    while asked.isdecimal() and int(asked) and of == str(os.getpid()):
+        notify("WATCHDOG=1")
+        await asyncio.sleep(int(asked) / 2e6)
+
+
 def end_process() -> NoReturn:
     """Exit with 0 and without the interpreter's end: that waits for threads that run or load a model, or aborts."""
     logging.shutdown()

@@ -175,7 +175,7 @@ HELP = {
     "max_message_bytes": "largest gRPC message, both ways",
     "max_queued_requests": "requests that may wait for one model; more are refused with RESOURCE_EXHAUSTED",
     "max_queued_bytes": "bytes of inputs that may wait for one model",
-    "max_queue_seconds": "a request that would wait longer for its run is refused, by what runs took lately",
+    "max_queue_seconds": "a request that would wait longer for its run is refused; under overload much sooner",
     "max_batch_rows": "most rows in one run where config.pbtxt sets no max_batch_size; fewer if more make none cheaper",
     "max_queue_delay_us": "how long each incomplete batch waits for company; 0: 4 ms at most, and no lone caller's",
     "default_deadline_seconds": "deadline of an inference whose caller set none",

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from service.errors import NotReady
-from service.lifecycle import notify
+from service.lifecycle import keep_watchdog, notify
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -87,11 +87,13 @@ class Supervisor:
         log.info(
             "%d workers on %s:%d, the first is the learner", self._settings.workers, self._settings.host, self.port
         )
+        watchdog = asyncio.create_task(keep_watchdog())
         try:
             self._start(0, FIRST_PAUSE_SECONDS)  # the others start when it has opened the store
             await self._stopping.wait()
             await self._end_all()
         finally:
+            watchdog.cancel()
             self._reserved.close()
             shutil.rmtree(self._folder, ignore_errors=True)
         return self._exit_code

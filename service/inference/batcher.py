@@ -14,7 +14,7 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, NamedTuple, NoReturn
 
@@ -24,7 +24,9 @@ from numpy.typing import NDArray
 from service.errors import DeadlinePassed, NotReady, Overloaded
 from service.inference.company import Company
 from service.inference.fair_queue import FairQueue
+from service.inference.pressure import Pressure
 from service.inference.run_costs import Costs, RunCosts
+from service.inference.session import Stop
 from service.inference.statistics import Statistics
 
 SHORT_RUN_NS, SHORT_BATCH = 150_000, 4
@@ -32,6 +34,11 @@ SHORT_RUN_NS, SHORT_BATCH = 150_000, 4
 they hold up the loop less than those requests would one by one."""
 HELD_RUN_NS = 1_000_000
 """Runs expected to take less are worth a moment's wait for company; during longer ones company gathers by itself."""
+QUICK_RUN_NS, MUCH_LONGER = 2_000_000, 1.5
+"""Under overload no more may wait than the next run takes along in this time, or in so many times what a request alone
+takes: who is admitted then waits for the run under way and no other."""
+LOOK_SECONDS = 0.05
+"""How often it is looked whether somebody still waits for the run under way."""
 
 
 class Lane(NamedTuple):
@@ -88,7 +95,8 @@ class Run:
         """Whether a vector of probabilities holds neither NaN nor infinity, in all rows of the run."""
         if self._finite is None:
             values = self.arrays[name]
-            self._finite = math.isfinite(np.vdot(values, values))  # numbers up to 1: no overflow
+            # Numbers up to 1, so that the product does not overflow. Of one number it is not worth the way to BLAS.
+            self._finite = math.isfinite(values.item() if values.size == 1 else np.vdot(values, values))
         return self._finite
 
     def part(self, name: str, start: int, stop: int) -> NDArray[Any]:
@@ -136,6 +144,7 @@ class _Batch:
     lane: Lane
     waiting: list[_Pending]
     rows: int
+    stop: Stop = field(default_factory=Stop)
 
 
 @dataclass(slots=True)
@@ -172,10 +181,11 @@ class Batcher:
         self._queued, self._rows, self._bytes = 0, 0, 0
         self._held: Counter[str] = Counter()
         self._row_seconds = 0.0  # what a row took in the runs made lately
-        self._company = Company()
+        self._company, self._pressure = Company(), Pressure()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.Handle | None = None
-        self._in_thread = False
+        self._in_thread: _Batch | None = None
+        self._look: asyncio.TimerHandle | None = None
         self._batches: SimpleQueue[_Batch | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._idle: asyncio.Future[None] | None = None
@@ -192,7 +202,8 @@ class Batcher:
         """Run one request or queue it: its answer, or the future of it.
 
         `deadline` is on time.monotonic(); `caller` gives the name under which it takes its turn. A request whose
-        deadline passes, or whose future is cancelled, before its run is made is not run.
+        deadline passes, or whose future is cancelled, before its run is made is not run; a run in the thread that
+        is for no others is ended.
 
         Raises
         ------
@@ -246,7 +257,8 @@ class Batcher:
 
     def _queue(self, lane: Lane, feeds: Sequence[Any], rows: int, deadline: float, caller: str) -> _Pending:
         size = sum(feed.nbytes if hasattr(feed, "nbytes") else len(feed) for feed in feeds)
-        self._admit(caller, size)
+        self._pressure.came(caller)
+        self._admit(lane, rows, caller, size)
         loop = self._loop = self._loop or asyncio.get_running_loop()
         pending = _Pending(feeds, rows, size, deadline, caller, loop.create_future())
         queue = self._lanes.get(lane)
@@ -271,7 +283,7 @@ class Batcher:
             await self._idle
 
     def close(self) -> None:
-        """Refuse what is queued and what comes; end the thread after its present run."""
+        """Refuse what is queued and what comes; end the run under way, and the thread."""
         self._closed = True
         self._execute = _closed  # else model and batcher keep each other, and the sessions, in memory
         for queue in self._lanes.values():
@@ -280,26 +292,51 @@ class Batcher:
         self._lanes.clear()
         self._queued, self._rows, self._bytes = 0, 0, 0
         self._held.clear()
+        if self._in_thread:
+            self._in_thread.stop.now()
         self._batches.put(None)
 
-    def _admit(self, caller: str, size: int) -> None:
+    def _admit(self, lane: Lane, rows: int, caller: str, size: int) -> None:
         """Make room for one more request; the caller who holds most gives way to one who holds less."""
         if not self._queued or (
             self._queued < self.limits.requests
             and self._bytes + size <= self.limits.bytes
             and self._rows * self._row_seconds <= self.limits.wait_seconds
+            and (not self._pressure.is_high() or self._is_quick(lane, self._rows + rows, self._queued + 1))
         ):
             return
-        self._statistics.dropped["full"] += 1
         greediest, most = self._held.most_common(1)[0]
-        full = Overloaded(f"model {self._name}: {self._queued} requests are waiting already")
-        if self._held[caller] + 1 >= most:
-            raise full
-        for queue in reversed(self._lanes.values()):
-            if (newest := queue.give_way(greediest)) is not None:
-                self._left(newest)
-                _fail(newest, full)
+        if self._held[caller] + 1 < most or self._pressure.asks_less(caller, greediest):
+            self._give_way(greediest)
+        else:
+            raise self._full()
+
+    def _is_quick(self, lane: Lane, rows: int, requests: int) -> bool:
+        """Whether so many requests of so many rows together are served in little more than the time of one alone."""
+        costs = self.costs.of(lane.inputs)
+        alone = costs.expected_ns(rows // requests)
+        together = costs.expected_ns(rows) if lane.joins else requests * alone
+        return alone < math.inf and together <= max(QUICK_RUN_NS, MUCH_LONGER * alone)
+
+    def _full(self) -> Overloaded:
+        """The refusal of one request, counted."""
+        self._statistics.dropped["full"] += 1
+        self._pressure.refused()
+        return Overloaded(f"model {self._name}: {self._queued} requests are waiting already")
+
+    def _give_way(self, caller: str, *, oldest: bool = False) -> None:
+        """Refuse the caller's newest request, or its oldest."""
+        given = (queue.give_way(caller, oldest=oldest) for queue in reversed(self._lanes.values()))
+        pending = next(found for found in given if found is not None)
+        self._left(pending)
+        _fail(pending, self._full())
+
+    def _shed(self) -> None:
+        """Refuse what may not wait under overload: the oldest of who holds most, as long as it is late already."""
+        while self._queued > 1:
+            if self._is_quick(next(iter(self._lanes)), self._rows, self._queued):
                 return
+            self._give_way(self._held.most_common(1)[0][0], oldest=True)
 
     def _left(self, pending: _Pending) -> None:
         self._queued -= 1
@@ -315,6 +352,8 @@ class Batcher:
             return
         self._company.came(self._queued)
         batch = self._gather()
+        if batch is not None and self._pressure.alarm(len(batch.waiting), self._queued):
+            self._shed()
         if batch is None:
             self._tell_idle()
         elif self._is_short(batch):
@@ -354,13 +393,24 @@ class Batcher:
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name=f"model {self._name}", daemon=True)
             self._thread.start()
-        self._in_thread = True
+        self._in_thread = batch
+        self._look_after(batch)
         self._batches.put(batch)
+
+    def _look_after(self, batch: _Batch) -> None:
+        """End a run that nobody waits for any more."""
+        now = time.monotonic()
+        if all(pending.future.done() or pending.deadline <= now for pending in batch.waiting):
+            batch.stop.now()
+        else:
+            loop = self._loop or asyncio.get_running_loop()
+            self._look = loop.call_later(LOOK_SECONDS, self._look_after, batch)
 
     def _work(self) -> None:
         """The model's thread: batch in, one wake-up of the loop out."""
         while (batch := self._batches.get()) is not None:
-            outcome = self._make(batch)
+            with batch.stop:
+                outcome = self._make(batch)
             loop = self._loop
             if loop is None or loop.is_closed():
                 return
@@ -370,7 +420,9 @@ class Batcher:
                 return
 
     def _back(self, batch: _Batch, outcome: _Outcome) -> None:
-        self._in_thread = False
+        self._in_thread = None
+        if self._look:
+            self._look.cancel()
         self._settle(batch, outcome)
 
     def _settle(self, batch: _Batch, outcome: _Outcome) -> None:
@@ -382,14 +434,21 @@ class Batcher:
                 pending.future.set_result(answer)
             else:
                 pending.future.set_exception(answer)
-        self.costs.of(batch.lane.inputs).learn(batch.rows, outcome.cost_ns)
-        queue_ns = sum(outcome.begun_ns - pending.asked_ns for pending in batch.waiting)
-        self._statistics.ran(batch.rows, len(batch.waiting), queue_ns, outcome.took_ns)
-        self._row_seconds += (1e-9 * outcome.took_ns / max(1, batch.rows) - self._row_seconds) / 8
+        if batch.stop.asked:
+            self._statistics.dropped["stopped"] += len(batch.waiting)
+        else:
+            self._learn(batch, outcome)
         if not self._queued:
             self._tell_idle()
         elif self._timer is None:
             self._wait(0.0)
+
+    def _learn(self, batch: _Batch, outcome: _Outcome) -> None:
+        self.costs.of(batch.lane.inputs).learn(batch.rows, outcome.cost_ns)
+        queue_ns = sum(outcome.begun_ns - pending.asked_ns for pending in batch.waiting)
+        self._statistics.ran(batch.rows, len(batch.waiting), queue_ns, outcome.took_ns)
+        self._pressure.ran(len(batch.waiting), 1e-9 * outcome.took_ns)
+        self._row_seconds += (1e-9 * outcome.took_ns / max(1, batch.rows) - self._row_seconds) / 8
 
     def _tell_idle(self) -> None:
         if self._idle is not None and not self._queued and not self._in_thread:
@@ -404,6 +463,8 @@ class Batcher:
             answers: list[Answer | Exception] = list(
                 self._run(batch.lane, [pending.feeds for pending in waiting], [pending.rows for pending in waiting])
             )
+        except DeadlinePassed as error:
+            answers = [error] * len(waiting)
         except Exception as error:
             answers = [error] if len(waiting) == 1 else [self._run_alone(batch.lane, pending) for pending in waiting]
         return _Outcome(answers, begun, time.perf_counter_ns() - begun, self._clock() - cost)

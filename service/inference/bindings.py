@@ -74,14 +74,17 @@ class Bindings:
         self._captured: dict[tuple[Any, ...], _FixedShape] = {}
         self._lock = threading.Lock()
 
-    def run(self, outputs: tuple[str, ...], feeds: Arrays, parameters: Arrays) -> list[NDArray[Any]]:
+    def run(
+        self, outputs: tuple[str, ...], feeds: Arrays, parameters: Arrays, options: Any = None
+    ) -> list[NDArray[Any]]:
+        """`options` are of this run alone; a CUDA graph that is replayed has its own."""
         with self._lock:
             captured = self._captured.get(_form(outputs, feeds)) if self._captured else None
             if captured is not None:
                 return captured.run(feeds, parameters)
             staged = {name: self._host.copy(name, array) for name, array in feeds.items()} if self._staged else feeds
             binding = self._binding(outputs, feeds, parameters)
-            return binding.run(staged, parameters, lambda: self._shapes(outputs, feeds))
+            return binding.run(staged, parameters, lambda: self._shapes(outputs, feeds), options)
 
     def capture(self, outputs: tuple[str, ...], feeds: Arrays, parameters: Arrays) -> None:
         """Keep a CUDA graph for batches of this form, where the size of every output is known before the run."""
@@ -141,7 +144,7 @@ class _AnyShape:
         self._buffers: list[NDArray[Any]] = []  # bound as outputs; none where the runtime allocates them
 
     def run(
-        self, feeds: Arrays, parameters: Arrays, shapes: Callable[[], Mapping[str, Shape] | None]
+        self, feeds: Arrays, parameters: Arrays, shapes: Callable[[], Mapping[str, Shape] | None], options: Any
     ) -> list[NDArray[Any]]:
         if parameters is not self._parameters:
             self._bound_parameters = [self._bind_input(name, array) for name, array in parameters.items()]
@@ -150,7 +153,7 @@ class _AnyShape:
         sizes = [array.shape for array in given]
         if sizes != self._sizes or not self._buffers:
             self._sizes, self._buffers = sizes, self._bind_outputs(shapes())
-        self._session.run_with_iobinding(self._binding, self._options)
+        self._session.run_with_iobinding(self._binding, options or self._options)
         if not self._buffers:
             return [array_of(value) for value in self._binding.get_outputs()]
         return [buffer.copy() for buffer in self._buffers]

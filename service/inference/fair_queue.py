@@ -37,12 +37,12 @@ class FairQueue(Generic[T]):
             del self._callers[caller]
         return pending
 
-    def give_way(self, caller: str) -> T | None:
-        """Take back the caller's newest request, None if it has none here."""
+    def give_way(self, caller: str, *, oldest: bool = False) -> T | None:
+        """Take back the caller's newest request, or its oldest; None if it has none here."""
         own = self._callers.get(caller)
         if own is None:
             return None
-        newest = own.pop()
+        taken = own.popleft() if oldest else own.pop()
         if not own:
             del self._callers[caller]
-        return newest
+        return taken

@@ -30,7 +30,7 @@ from service.errors import CalserveError, InvalidRequest, NotFound, NotReady, Re
 from service.inference.batcher import Limits
 from service.inference.datatypes import NUMPY
 from service.inference.model import ServedModel
-from service.inference.session import Device, TensorSpec
+from service.inference.session import Device, TensorSpec, at_most
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,8 @@ MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,127}")
 VERSION = re.compile(r"[1-9][0-9]{0,17}")
 SIGNAL_KEYS = ("logits", "log_odds", "probabilities", "probability", "features")
 TOML_KEYS = (*SIGNAL_KEYS, "labels")
+LOAD_SECONDS = 600.0
+"""A model may loop for ever on the rows that are made up for its first runs; an engine for a GPU takes minutes."""
 
 
 @dataclass(frozen=True)
@@ -243,7 +245,8 @@ class Repository:
         loaded: dict[str, ServedModel] = {}
         try:
             for version in folder.versions():
-                loaded[version] = self._load_version(folder, version)
+                with at_most(LOAD_SECONDS, f"to load and to run version {version} of model {folder.name!r}"):
+                    loaded[version] = self._load_version(folder, version)
         except BaseException:
             _close(loaded)
             raise

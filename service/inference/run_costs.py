@@ -7,6 +7,8 @@ from typing import Any
 
 MOST_FORMS = 64
 """Forms of inputs whose costs are kept."""
+PAUSE, LEAST_NS = 4, 10_000
+"""A run that took so many times what is known, or more, met a pause of the machine, and counts as no more than that."""
 
 
 class Costs:
@@ -42,4 +44,8 @@ class RunCosts:
         """A moving mean that follows faster runs quickly and slower ones slowly: the machine's pauses are no cost."""
         size = rows.bit_length()
         known = self._ns.get(size)
-        self._ns[size] = ns if known is None else known + (ns - known) * (0.5 if ns < known else 0.05)
+        if known is None:
+            self._ns[size] = ns
+        else:
+            step = min(ns, PAUSE * max(known, LEAST_NS)) - known
+            self._ns[size] = known + step * (0.5 if step < 0 else 0.05)

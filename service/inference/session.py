@@ -10,20 +10,24 @@ import contextlib
 import importlib.util
 import io
 import logging
+import os
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
-from service.errors import InvalidRequest, Overloaded, Refused
+from service.errors import DeadlinePassed, InvalidRequest, Overloaded, Refused
 from service.inference import datatypes
 from service.inference.bindings import BFLOAT16, NOTHING, Arrays, Bindings, Graphs, array_of
 from service.inference.device_loss import DeviceLoss, DeviceLost, Failure, failure_of
+
+# Read once, on import: else the runtime sends names and hashes of models to its maker.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+import onnxruntime as ort
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +36,7 @@ CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "Tensorrt
 _WARNINGS = 2  # the runtime's default
 _QUIET = 3  # warnings are about the graph, errors come as exceptions
 _SILENT = 4  # of the probe, whose failure is an answer
+_STOPPED = "terminate flag"
 _OPERATOR = re.compile(r"while running (\w+) node")
 _WANTED = re.compile(r"(auto|cpu)|(cuda|tensorrt)(?::(\d+))?")
 
@@ -151,6 +156,50 @@ class Device:
         return replace(self, options=options, graphs=cuda_graphs)
 
 
+class _Thread(threading.local):
+    options: Any = None  # of the runs that this thread makes
+
+
+_thread = _Thread()
+
+
+class Stop:
+    """Inside `with stop:` the runs of this thread end with DeadlinePassed once another thread calls `now`: at the next
+    operator or turn of a loop."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._options = _graph_options(-1)
+        self._options.log_severity_level = _SILENT  # the runtime takes it for an error
+
+    def now(self) -> None:
+        self.asked = True
+        self._options.terminate = True
+
+    def __enter__(self) -> Self:
+        _thread.options = self._options
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        _thread.options = None
+
+
+@contextlib.contextmanager
+def at_most(seconds: float, what: str) -> Iterator[None]:
+    """Refused if the runs made inside take longer."""
+    stop = Stop()
+    timer = threading.Timer(seconds, stop.now)
+    timer.daemon = True
+    timer.start()
+    try:
+        with stop:
+            yield
+    except DeadlinePassed:
+        raise Refused(f"{what} takes more than {seconds:g} seconds") from None
+    finally:
+        timer.cancel()
+
+
 class Session:
     """A loaded graph: feeds in, arrays out. A run may be made from any thread; it releases the GIL."""
 
@@ -251,7 +300,7 @@ class _Loaded:
         self, bindings: Bindings, outputs: Sequence[str], feeds: Arrays, parameters: Arrays
     ) -> list[NDArray[Any]]:
         try:
-            return bindings.run(tuple(outputs), feeds, parameters)
+            return bindings.run(tuple(outputs), feeds, parameters, _thread.options)
         except RuntimeError as error:  # of the runtime's classes the one that bound runs raise
             if failure_of(str(error), on_cpu=self.device.on_cpu) is not Failure.INPUT:
                 raise
@@ -263,22 +312,25 @@ class _Loaded:
 
     def _run_plainly(self, outputs: Sequence[str], feeds: Arrays, parameters: Arrays) -> list[NDArray[Any]]:
         given: dict[str, Any] = {**feeds, **parameters}
+        options = _thread.options or self._options
         if self._strings or self._bfloat16:
-            return self._run_converted(outputs, given)
-        return list(self._run(outputs, given, self._options))
+            return self._run_converted(outputs, given, options)
+        return list(self._run(outputs, given, options))
 
-    def _run_converted(self, outputs: Sequence[str], given: dict[str, Any]) -> list[NDArray[Any]]:
+    def _run_converted(self, outputs: Sequence[str], given: dict[str, Any], options: Any) -> list[NDArray[Any]]:
         for name in self._strings & given.keys():
             given[name] = _text(name, given[name])
         for name in self._bfloat16 & given.keys():
             words = np.ascontiguousarray(given[name])
             given[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(words, BFLOAT16)
         if self._bfloat16.isdisjoint(outputs):
-            return list(self._session.run(list(outputs), given, self._options))
+            return list(self._session.run(list(outputs), given, options))
         values = {name: _ort_value(value) for name, value in given.items()}
-        return [array_of(value) for value in self._session.run_with_ort_values(list(outputs), values, self._options)]
+        return [array_of(value) for value in self._session.run_with_ort_values(list(outputs), values, options)]
 
     def _explained(self, text: str) -> Exception:
+        if _STOPPED in text:
+            return DeadlinePassed("the deadline passed while the model ran")
         failure = failure_of(text, on_cpu=self.device.on_cpu)
         if failure is Failure.DEVICE:
             self.device.loss.report(self.device.provider, _first_line(text))

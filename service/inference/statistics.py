@@ -29,7 +29,7 @@ class Statistics:
     queue, infer : requests waiting for the model, and runs of it
     rows, executions : rows served, runs made
     batches : runs by their number of rows
-    dropped : requests that were not run, by why: cancelled, deadline, full
+    dropped : requests that were not run, by why: cancelled, deadline, full; or not to the end: stopped
     last_ms : time of the last success, milliseconds since the epoch
     """
 

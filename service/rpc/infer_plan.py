@@ -19,7 +19,7 @@ from service.errors import InvalidRequest, shown
 from service.inference.batcher import Lane
 from service.inference.model import ServedModel, Snapshot
 from service.rpc import classification, infer_request, tensors
-from service.rpc.shared_memory import Regions
+from service.rpc.shared_memory import OwnRegions
 from service.rpc.wire import inference
 
 ID_TAG, RAW_INPUT_TAG, RAW_OUTPUT_TAG = b"\x1a", b"\x3a", b"\x32"
@@ -94,7 +94,7 @@ class Reading(NamedTuple):
     feeds: Sequence[Any]
 
 
-def read(model: ServedModel, request: Any, regions: Regions) -> Reading:
+def read(model: ServedModel, request: Any, regions: OwnRegions) -> Reading:
     """A request, validated in full. InvalidRequest says what is wrong with it."""
     arrays = infer_request.read_inputs(model, request, regions)
     plan = Plan(

@@ -13,7 +13,7 @@ from service.errors import InvalidRequest, shown
 from service.inference.model import ServedModel, Snapshot
 from service.inference.session import TensorSpec
 from service.rpc import tensors
-from service.rpc.shared_memory import Regions
+from service.rpc.shared_memory import OwnRegions
 
 REGION, BYTE_SIZE, OFFSET = "shared_memory_region", "shared_memory_byte_size", "shared_memory_offset"
 
@@ -22,7 +22,7 @@ REGION, BYTE_SIZE, OFFSET = "shared_memory_region", "shared_memory_byte_size", "
 class Place:
     """Where a tensor is in shared memory. The region is looked up at each use: it may be another one by then."""
 
-    regions: Regions
+    regions: OwnRegions
     region: str
     offset: int
     byte_size: int
@@ -37,7 +37,7 @@ class Place:
         self.regions.get(self.region).write(self.offset, self.byte_size, data)
 
 
-def read_inputs(model: ServedModel, request: Any, regions: Regions) -> dict[str, NDArray[Any]]:
+def read_inputs(model: ServedModel, request: Any, regions: OwnRegions) -> dict[str, NDArray[Any]]:
     """The request's inputs, each of the type and shape that the model declares. InvalidRequest otherwise."""
     in_message = [tensor for tensor in request.inputs if REGION not in tensor.parameters]
     if request.raw_input_contents and len(request.raw_input_contents) != len(in_message):
@@ -66,7 +66,7 @@ def read_inputs(model: ServedModel, request: Any, regions: Regions) -> dict[str,
     return arrays
 
 
-def place_of(tensor: Any, what: str, regions: Regions) -> Place | None:
+def place_of(tensor: Any, what: str, regions: OwnRegions) -> Place | None:
     """Where in shared memory an input is or an output goes; None if in the message. InvalidRequest for half a place."""
     if REGION not in tensor.parameters:
         return None
@@ -124,7 +124,7 @@ def sent_typed(request: Any) -> bool:
     return any(tensor.HasField("contents") for tensor in request.inputs)
 
 
-def output_places(request: Any, regions: Regions) -> dict[str, Place]:
+def output_places(request: Any, regions: OwnRegions) -> dict[str, Place]:
     """Where in shared memory outputs go, of those that go there. InvalidRequest for places that do not exist."""
     places = {output.name: place_of(output, f"output {shown(output.name)}", regions) for output in request.outputs}
     found = {name: place for name, place in places.items() if place is not None}

@@ -136,7 +136,7 @@ class Inference:
         call.check_model(request.model_name)
         model = self._repository.get(request.model_name, request.model_version)
         try:
-            reading = infer_plan.read(model, request, self._regions)
+            reading = infer_plan.read(model, request, self._regions.of(call.owner))
         except Exception:
             model.statistics.refused(time.perf_counter_ns() - begun_ns)
             raise

@@ -54,6 +54,11 @@ class Call:
     def id(self) -> str:
         return secrets.token_hex(8)
 
+    @property
+    def owner(self) -> str:
+        """Whose is what the call leaves behind: the token's, all callers' on a server without tokens."""
+        return "" if self.grant is None else self.grant.name
+
     def seconds_left(self) -> float | None:
         return None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 import re
 import stat
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from service.errors import AlreadyExists, InvalidRequest, NotFound, Overloaded, Refused, shown
+from service.errors import AlreadyExists, CalserveError, InvalidRequest, NotFound, Overloaded, Refused, shown
 from service.rpc.methods import Call
 from service.rpc.wire import inference
 
@@ -64,40 +65,45 @@ class Region:
 
 
 class Regions:
-    """The registered regions. `prefixes`: beginnings of the keys that may be, with commas between; empty: none may."""
+    """The registered regions of all callers.
+
+    `prefixes`: beginnings of the keys that may be, with commas between; empty: none may. A region belongs to the token
+    that registered it, and so does its object while it is registered: another token can neither name the one nor open
+    the other.
+    """
 
     def __init__(self, prefixes: str, max_bytes: int) -> None:
         self._prefixes = tuple(filter(None, prefixes.split(",")))
         self._max_bytes = max_bytes
-        self._regions: dict[str, Region] = {}
+        self._regions: dict[tuple[str, str], Region] = {}
 
     @property
     def allowed(self) -> bool:
         return bool(self._prefixes)
 
-    def get(self, name: str) -> Region:
-        """InvalidRequest if no region has this name."""
+    def of(self, owner: str) -> OwnRegions:
+        return OwnRegions(self, owner)
+
+    def release(self, *, all_but: Collection[str] = ()) -> None:
+        """Forget the regions of every owner that is not one of these."""
+        for owner, name in list(self._regions):
+            if owner not in all_but:
+                self.unregister(owner, name)
+
+    def get(self, owner: str, name: str) -> Region:
         self._check_allowed()
-        if name not in self._regions:
+        if (owner, name) not in self._regions:
             raise InvalidRequest(f"no shared memory region {shown(name)} is registered")
-        return self._regions[name]
+        return self._regions[owner, name]
 
-    def all(self) -> list[Region]:
-        return list(self._regions.values())
+    def all(self, owner: str) -> list[Region]:
+        return [region for (its_owner, _), region in self._regions.items() if its_owner == owner]
 
-    def register(self, name: str, key: str, offset: int, byte_size: int) -> None:
-        """Open an object and remember a part of it under a name.
-
-        Raises
-        ------
-        InvalidRequest, AlreadyExists, NotFound, Refused, Overloaded
-            shared memory is off, or a name, key, offset or size cannot be; a name is in use; there is no such object;
-            it cannot be opened; more regions or bytes than may be
-        """
+    def register(self, owner: str, name: str, key: str, offset: int, byte_size: int) -> None:
         self._check_allowed()
         if not 1 <= len(name) <= MAX_NAME_CHARACTERS:
             raise InvalidRequest(f"a region's name has 1 to {MAX_NAME_CHARACTERS} characters, got {len(name)}")
-        if name in self._regions:
+        if (owner, name) in self._regions:
             raise AlreadyExists(f"a shared memory region {shown(name)} is registered already")
         if not 1 <= byte_size <= MAX_REGION_BYTES:
             raise InvalidRequest(f"a region has 1 to {MAX_REGION_BYTES} bytes, got {byte_size}")
@@ -107,13 +113,18 @@ class Regions:
                 f"at most {MAX_REGIONS} regions of {self._max_bytes} bytes together; "
                 f"there are {len(self._regions)} of {held}, and {byte_size} are asked for"
             )
-        self._regions[name] = self._open(name, key, offset, byte_size)
+        self._regions[owner, name] = self._open(owner, name, key, offset, byte_size)
+
+    def unregister(self, owner: str, name: str) -> None:
+        region = self._regions.pop((owner, name), None)
+        if region is not None:
+            os.close(region.descriptor)
 
     def _check_allowed(self) -> None:
         if not self.allowed:
             raise InvalidRequest("shared memory is off on this server; --shared-memory-prefix switches it on")
 
-    def _open(self, name: str, key: str, offset: int, byte_size: int) -> Region:
+    def _open(self, owner: str, name: str, key: str, offset: int, byte_size: int) -> Region:
         found = KEY.fullmatch(key)
         if found is None or not found[1].startswith(self._prefixes):
             raise InvalidRequest(
@@ -121,20 +132,55 @@ class Regions:
                 f"at most 200 in all; got {shown(key)}"
             )
         descriptor = _open_object(found[1])
-        size = _size_of(descriptor)
-        if offset + byte_size > size:
+        try:
+            self._check_object(owner, key, descriptor, offset, byte_size)
+        except CalserveError:
             os.close(descriptor)
-            raise InvalidRequest(
-                f"shared memory object {shown(key)} has {size} bytes; {byte_size} from {offset} on are not in it"
-            )
+            raise
         return Region(name, key, offset, byte_size, descriptor)
+
+    def _check_object(self, owner: str, key: str, descriptor: int, offset: int, byte_size: int) -> None:
+        object_ = os.fstat(descriptor)
+        for (its_owner, _), region in self._regions.items():
+            if its_owner != owner and os.path.samestat(os.fstat(region.descriptor), object_):
+                raise Refused(f"shared memory object {shown(key)} is in use by another token's caller")
+        if offset + byte_size > object_.st_size:
+            raise InvalidRequest(
+                f"shared memory object {shown(key)} has {object_.st_size} bytes; "
+                f"{byte_size} from {offset} on are not in it"
+            )
+
+
+@dataclass(frozen=True)
+class OwnRegions:
+    """The regions of one owner: of a token, or of all callers on a server without tokens."""
+
+    regions: Regions
+    owner: str
+
+    def get(self, name: str) -> Region:
+        """InvalidRequest if no region of this owner has this name."""
+        return self.regions.get(self.owner, name)
+
+    def all(self) -> list[Region]:
+        return self.regions.all(self.owner)
+
+    def register(self, name: str, key: str, offset: int, byte_size: int) -> None:
+        """Open an object and remember a part of it under a name.
+
+        Raises
+        ------
+        InvalidRequest, AlreadyExists, NotFound, Refused, Overloaded
+            shared memory is off, or a name, key, offset or size cannot be; a name is in use; there is no such object;
+            it cannot be opened, or is another owner's; more regions or bytes than may be
+        """
+        self.regions.register(self.owner, name, key, offset, byte_size)
 
     def unregister(self, name: str = "") -> None:
         """Forget a region, or all. One that is not there is none that must go."""
         for region in self.all():
             if name in ("", region.name):
-                del self._regions[region.name]
-                os.close(region.descriptor)
+                self.regions.unregister(self.owner, region.name)
 
 
 @dataclass(frozen=True)
@@ -144,7 +190,7 @@ class SharedMemory:
     regions: Regions
 
     async def system_shared_memory_status(self, request: Any, call: Call) -> Any:
-        found = [region for region in self.regions.all() if request.name in ("", region.name)]
+        found = [region for region in self.regions.of(call.owner).all() if request.name in ("", region.name)]
         if request.name and not found:
             raise NotFound(f"no shared memory region {shown(request.name)} is registered")
         response = inference.SystemSharedMemoryStatusResponse()
@@ -155,11 +201,11 @@ class SharedMemory:
         return response
 
     async def system_shared_memory_register(self, request: Any, call: Call) -> Any:
-        self.regions.register(request.name, request.key, request.offset, request.byte_size)
+        self.regions.of(call.owner).register(request.name, request.key, request.offset, request.byte_size)
         return inference.SystemSharedMemoryRegisterResponse()
 
     async def system_shared_memory_unregister(self, request: Any, call: Call) -> Any:
-        self.regions.unregister(request.name)
+        self.regions.of(call.owner).unregister(request.name)
         return inference.SystemSharedMemoryUnregisterResponse()
 
     async def cuda_shared_memory_status(self, request: Any, call: Call) -> Any:

@@ -102,6 +102,10 @@ class TokenFile:
         found = self._by_digest.get(digest)
         return found if found is not None and hmac.compare_digest(found.digest, digest) else None
 
+    @property
+    def names(self) -> set[str]:
+        return {token.name for token in self._by_digest.values()}
+
     def refresh(self, *, force: bool = False) -> None:
         """Read the file again if it has changed."""
         now = signature(self._path)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from service.errors import DeadlinePassed, InvalidRequest, NotReady, Overloaded
 from service.inference.batcher import SHORT_RUN_NS, Answer, Batcher, Lane, Limits
 from service.inference.company import Company
+from service.inference.pressure import Pressure
 from service.inference.run_costs import MOST_FORMS, Costs, RunCosts
 from service.inference.statistics import Statistics
 
@@ -237,6 +238,39 @@ async def test_a_caller_that_leaves_during_the_run_harms_nobody(model: Model) ->
 
 
 @running
+async def test_a_run_is_ended_when_the_last_of_its_callers_has_left_or_run_out_of_time(model: Model) -> None:
+    batcher = batcher_of(model, short=False)
+    model.go_on.clear()
+    waiting = [submit(batcher, 1), submit(batcher, 2), submit(batcher, 3, deadline=time.monotonic() + 60)]
+    await model.hold()
+    batch = batcher._in_thread
+    assert batch is not None
+    waiting[0].cancel()
+    batcher._look_after(batch)
+    assert not batch.stop.asked
+    waiting[1].cancel()
+    batch.waiting[-1].deadline = time.monotonic()
+    batcher._look_after(batch)
+    assert batch.stop.asked
+    model.go_on.set()
+    await batcher.drain()
+    assert batcher._statistics.dropped["stopped"] == len(batch.waiting)
+
+
+@running
+async def test_closing_ends_the_run_under_way(model: Model) -> None:
+    batcher = batcher_of(model, short=False)
+    model.go_on.clear()
+    submit(batcher, 1)
+    await model.hold()
+    batch = batcher._in_thread
+    batcher.close()
+    assert batch is not None
+    assert batch.stop.asked
+    model.go_on.set()
+
+
+@running
 async def test_a_full_queue_refuses_and_empties_again(model: Model) -> None:
     batcher = batcher_of(model, requests=2)
     waiting = [submit(batcher, 1), submit(batcher, 2)]
@@ -266,6 +300,107 @@ async def test_who_fills_the_queue_gives_way_to_a_caller_with_less(model: Model)
     assert doubled(await modest) == [18]
     outcomes = await asyncio.gather(*greedy, return_exceptions=True)
     assert [isinstance(outcome, Overloaded) for outcome in outcomes] == [False, False, False, True]
+
+
+class Overload(Pressure):
+    """Says that there is overload from the first run on that leaves somebody waiting."""
+
+    def is_high(self) -> bool:
+        return self._high
+
+    def alarm(self, _taken: int, waiting: int) -> bool:
+        before, self._high = self._high, self._high or waiting > 0
+        return self._high and not before
+
+
+def overloaded(model: Model, *, run_ns: Callable[[int], int]) -> Batcher:
+    """Runs of so many rows take so long, by what was learned."""
+    batcher = batcher_of(model, short=False)
+    batcher._pressure = Overload()
+    batcher._pressure._high = True
+    batcher.costs = Costs()
+    for size in range(7):
+        batcher.costs.of(LANE.inputs).learn(2**size, run_ns(2**size))
+    return batcher
+
+
+@running
+async def test_under_overload_one_may_wait_where_each_row_makes_a_run_longer(model: Model) -> None:
+    batcher = overloaded(model, run_ns=lambda rows: rows * 10_000_000)
+    model.go_on.clear()
+    under_way = submit(batcher, 1)
+    await model.hold()
+    waits = submit(batcher, 2)
+    with pytest.raises(Overloaded):
+        submit(batcher, 3)
+    model.go_on.set()
+    assert [doubled(await under_way), doubled(await waits)] == [[2], [4]]
+
+
+@running
+async def test_under_overload_all_may_wait_whom_one_run_of_the_usual_length_takes_along(model: Model) -> None:
+    batcher = overloaded(model, run_ns=lambda rows: 10_000_000 + rows * 50_000)
+    model.go_on.clear()
+    answers = [submit(batcher, 1)]
+    await model.hold()
+    answers += [submit(batcher, n) for n in range(63)]
+    with pytest.raises(Overloaded):
+        [submit(batcher, n) for n in range(65)]
+    model.go_on.set()
+    await asyncio.gather(*answers)
+
+
+@running
+async def test_under_overload_one_may_wait_of_those_that_cannot_share_a_run_or_whose_runs_nobody_knows(
+    model: Model,
+) -> None:
+    alone = LANE._replace(joins=False, inputs=(("x", np.dtype("<f4"), (1, 2)),))
+    for lane, costs in ((alone, 1_500_000), (LANE, None)):
+        batcher = overloaded(model, run_ns=lambda rows: rows)
+        batcher.costs = Costs()
+        if costs:
+            batcher.costs.of(lane.inputs).learn(1, costs)
+        model.go_on.clear()
+        model.entered.clear()
+        answers = [submit(batcher, 1, lane=lane)]
+        await model.hold()
+        answers.append(submit(batcher, 2, lane=lane))
+        with pytest.raises(Overloaded):
+            submit(batcher, 3, lane=lane)
+        model.go_on.set()
+        assert [doubled(answer) for answer in await asyncio.gather(*answers)] == [[2], [4]]
+
+
+@running
+async def test_under_overload_who_asks_for_less_takes_the_place_of_who_asks_for_more(model: Model) -> None:
+    batcher = overloaded(model, run_ns=lambda rows: rows * 10_000_000)
+    model.go_on.clear()
+    submit(batcher, 1)
+    await model.hold()
+    greedy = submit(batcher, 2, caller="greedy")
+    for _ in range(3):
+        with pytest.raises(Overloaded):
+            submit(batcher, 2, caller="greedy")
+    modest = submit(batcher, 3, caller="modest")
+    model.go_on.set()
+    assert doubled(await modest) == [6]
+    with pytest.raises(Overloaded):
+        await greedy
+
+
+@running
+async def test_when_overload_shows_itself_those_who_waited_longest_are_refused(model: Model) -> None:
+    batcher = overloaded(model, run_ns=lambda rows: rows * 10_000_000)
+    batcher.limits = Limits(rows=1, delay_us=1000)
+    batcher._pressure._high = False
+    model.go_on.clear()
+    waiting = [submit(batcher, n) for n in range(6)]
+    await model.hold()
+    refused = await asyncio.gather(*waiting[1:5], return_exceptions=True)
+    assert all(isinstance(error, Overloaded) for error in refused)
+    model.go_on.set()
+    assert [doubled(await waiting[n]) for n in (0, 5)] == [[0], [10]]
+    assert batcher._statistics.dropped == {"full": 4}
 
 
 @running
@@ -333,6 +468,16 @@ def test_the_cost_of_a_run_is_unknown_until_one_was_made_and_falls_faster_than_i
     assert costs.expected_ns(4) == 500
     costs.learn(5, 1500)
     assert costs.expected_ns(4) == 550
+
+
+def test_a_pause_of_the_machine_does_not_make_a_run_long() -> None:
+    costs = RunCosts()
+    costs.learn(1, 20_000)
+    costs.learn(1, 10_000_000)
+    assert costs.expected_ns(1) == 23_000
+    for _ in range(100):
+        costs.learn(1, 1_000_000)
+    assert costs.expected_ns(1) > 900_000
 
 
 def test_costs_are_kept_by_the_form_of_the_inputs_and_forms_are_bounded() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import queue
 import re
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import grpc
 import numpy as np
+import onnx
 import pytest
 from calserve.open_inference import messages
 from calserve.v1 import calibrator_service_pb2 as pb
@@ -25,6 +27,7 @@ from calserve.v1 import resources_pb2 as resources
 from grpc_health.v1 import health_pb2
 from onnx import TensorProto, helper
 
+from service import lifecycle
 from service.errors import Refused
 from service.learning.operations import Operation
 from service.rpc import tokens
@@ -43,7 +46,7 @@ SOON = 5.0
 """Seconds, on a busy machine too: a drain that waits until its time is over takes 30."""
 
 
-def slow() -> object:
+def slow(least: int = 2000) -> onnx.ModelProto:
     """x FP32 [1] -> y FP64 [1]: turns round 2000 + x times, so that even its shortest run is one for a thread."""
     body = helper.make_graph(
         [helper.make_node("Add", ["y", "one"], ["next"]), helper.make_node("Identity", ["go_on"], ["still"])],
@@ -63,7 +66,7 @@ def slow() -> object:
         helper.make_node("Add", ["more", "some"], ["turns"]),
         helper.make_node("Loop", ["turns", "", "zero"], ["y"], body=body),
     ]
-    constants = {"one": np.ones(1), "zero": np.zeros(1), "some": np.array([2000])}
+    constants = {"one": np.ones(1), "zero": np.zeros(1), "some": np.array([least])}
     return models.model(nodes, [("x", TensorProto.FLOAT, [1])], [("y", TensorProto.DOUBLE, [1])], constants)
 
 
@@ -235,17 +238,50 @@ def test_a_signal_while_models_load_ends_it_with_zero(start: Start, tmp_path: Pa
     assert process.end() == 0
 
 
-def test_systemd_is_told_of_readiness_after_the_models_are_warm_and_of_the_stop(start: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_systemd_is_told_of_readiness_after_the_models_are_warm_and_of_the_stop(
+    start: Start, tmp_path: Path, workers: str
+) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(str(tmp_path / "notify"))
         systemd.settimeout(60)
-        process = start(wait=False, NOTIFY_SOCKET=str(tmp_path / "notify"), port=free_port())
+        arguments = ("--workers", workers)
+        process = start(*arguments, wait=False, NOTIFY_SOCKET=str(tmp_path / "notify"), port=free_port())
         assert systemd.recv(100) == b"READY=1"
         with process.channel() as channel:
             channel.unary_unary(INFER)(turns(1))
         process.send(signal.SIGTERM)
         assert systemd.recv(100) == b"STOPPING=1"
     assert process.end() == 0
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_systemds_watchdog_is_told_that_the_loop_turns_until_the_end(
+    start: Start, tmp_path: Path, workers: str
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(60)
+        environment = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "50000"}
+        process = start("--workers", workers, wait=False, port=free_port(), **environment)
+        told = iter(lambda: systemd.recv(100), b"")
+        for awaited in (b"READY=1", b"WATCHDOG=1", b"WATCHDOG=1"):
+            assert awaited in told
+        process.send(signal.SIGTERM)
+        assert b"STOPPING=1" in told
+    assert process.end() == 0
+
+
+@pytest.mark.parametrize("environment", [{}, {"WATCHDOG_USEC": "soon"}, {"WATCHDOG_USEC": "1000", "WATCHDOG_PID": "1"}])
+def test_a_watchdog_that_was_not_asked_for_or_is_another_processs_is_told_nothing(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(lifecycle, "notify", told.append)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    asyncio.run(lifecycle.keep_watchdog())
+    assert not told
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd here")

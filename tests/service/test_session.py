@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -187,3 +191,13 @@ def test_sets_of_outputs_without_end_leave_no_more_than_the_last_ones_bound() ->
         for name, got in zip(order, session.run(order, rows(2)), strict=True):
             np.testing.assert_array_equal(got, expected[name])
     assert len(session._loaded._bindings._any_shape) == 16
+
+
+def test_the_runtime_sends_nothing_about_the_models_away(tmp_path: Path) -> None:
+    """It would keep the name that it gives this machine in the home folder. On the machines of CI it never does."""
+    left = {name: value for name, value in os.environ.items() if name in {"PATH", "PYTHONPATH", "LD_LIBRARY_PATH"}}
+    for code, kept in (("import onnxruntime", True), ("import service.inference.session", False)):
+        home = tmp_path / str(kept)
+        home.mkdir()
+        subprocess.run([sys.executable, "-c", code], env={**left, "HOME": str(home)}, check=True)
+        assert bool(list(home.rglob("*"))) == kept

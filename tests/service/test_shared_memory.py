@@ -6,17 +6,21 @@ import os
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
 from onnx import TensorProto, helper
+from tritonclient._plugin import InferenceServerClientPlugin
 from tritonclient.utils import InferenceServerException, serialize_byte_tensor, shared_memory
 
 from service import errors
+from service.rpc import tokens
 from service.rpc.shared_memory import MAX_REGION_BYTES, MAX_REGIONS, OBJECTS, Regions
 from tests.service import models
 from tests.service.conftest import RunningServer, settings_for
+from tests.service.test_lifecycle import wait_for
 
 PREFIX = "calserve_test_"
 X = models.labelled_rows(5, seed=7)[0]
@@ -299,7 +303,7 @@ def test_there_is_no_cuda_shared_memory(client: triton.InferenceServerClient) ->
 
 
 def test_keys_may_begin_in_several_ways(key: str) -> None:
-    regions = Regions(f"other,{PREFIX}", 10)
+    regions = Regions(f"other,{PREFIX}", 10).of("")
     regions.register("r", key, 0, 1)
     with pytest.raises(errors.InvalidRequest, match=f"a key is 'other' or '{PREFIX}' and then"):
         regions.register("s", "neither", 0, 1)
@@ -308,7 +312,7 @@ def test_keys_may_begin_in_several_ways(key: str) -> None:
 
 
 def test_regions_are_bounded_in_number_and_leave_no_descriptors_behind(key: str) -> None:
-    regions = Regions(PREFIX, MAX_REGION_BYTES)
+    regions = Regions(PREFIX, MAX_REGION_BYTES).of("")
     for number in range(MAX_REGIONS):
         regions.register(str(number), key, 0, 1)
     with pytest.raises(errors.Overloaded, match=f"at most {MAX_REGIONS} regions"):
@@ -320,3 +324,77 @@ def test_regions_are_bounded_in_number_and_leave_no_descriptors_behind(key: str)
     with pytest.raises(errors.NotFound):
         regions.register("r", PREFIX + "nothing", 0, 1)
     assert str(file_of(key)) not in {os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()}
+
+
+class TokenClient(triton.InferenceServerClient):
+    """The stock client with a bearer token in every call."""
+
+    def __init__(self, address: str, token: str) -> None:
+        super().__init__(address)
+        self.register_plugin(BearerToken(token))
+
+
+class BearerToken(InferenceServerClientPlugin):  # type: ignore[misc]  # tritonclient ships no types
+    def __init__(self, token: str) -> None:
+        self._token = token
+
+    def __call__(self, request: Any) -> None:
+        request.headers["authorization"] = f"Bearer {self._token}"
+
+
+@pytest.fixture
+def two_tokens(tmp_path: Path) -> Iterator[tuple[RunningServer, TokenClient, TokenClient]]:
+    models.write(tmp_path / "models", "mlp", models.classifier())
+    file = tmp_path / "tokens.toml"
+    made = [tokens.add(file, name, ["infer"], ["*"], None) for name in ("one", "other")]
+    server = RunningServer(settings_for(tmp_path / "models", token_file=file, shared_memory_prefix=PREFIX))
+    one, other = (TokenClient(server.address, token) for token in made)
+    yield server, one, other
+    one.close()
+    other.close()
+    server.stop()
+
+
+def test_a_region_is_its_tokens_own(two_tokens: tuple[RunningServer, TokenClient, TokenClient], key: str) -> None:
+    _, one, other = two_tokens
+    put(key, 0, X.tobytes())
+    one.register_system_shared_memory("r", key, 4096)
+    assert one.infer("mlp", [input_at("r", 0, X)]).as_numpy("label").shape == (5,)
+    for call in (
+        lambda: other.infer("mlp", [input_at("r", 0, X)]),
+        lambda: other.infer("mlp", [sent(X)], outputs=[output_at("r", 0, 80)]),
+    ):
+        found, message = refusal(call)
+        assert (found, "no shared memory region 'r' is registered" in message) == (INVALID, True)
+    assert not other.get_system_shared_memory_status().regions
+    other.unregister_system_shared_memory()
+    assert list(one.get_system_shared_memory_status().regions) == ["r"]
+
+
+def test_an_object_is_its_tokens_own_while_it_is_registered(
+    two_tokens: tuple[RunningServer, TokenClient, TokenClient], key: str
+) -> None:
+    _, one, other = two_tokens
+    one.register_system_shared_memory("r", key, 4096)
+    one.register_system_shared_memory("again", f"/{key}", 4096)
+    link = file_of(f"{key}_link")
+    link.hardlink_to(file_of(key))
+    try:
+        for name in (key, link.name):
+            found, message = refusal(lambda name=name: other.register_system_shared_memory("mine", name, 10))
+            assert (found, "in use by another token" in message) == ("StatusCode.FAILED_PRECONDITION", True)
+    finally:
+        link.unlink()
+    one.unregister_system_shared_memory()
+    other.register_system_shared_memory("r", key, 10)
+    assert list(other.get_system_shared_memory_status().regions) == ["r"]
+
+
+def test_what_a_revoked_token_registered_is_let_go(
+    two_tokens: tuple[RunningServer, TokenClient, TokenClient], key: str, tmp_path: Path
+) -> None:
+    server, one, other = two_tokens
+    one.register_system_shared_memory("r", key, 4096)
+    tokens.revoke(tmp_path / "tokens.toml", "one")
+    assert wait_for(lambda: not server.app._regions.all("one"))
+    other.register_system_shared_memory("r", key, 4096)
