@@ -1,9 +1,9 @@
 """Conformal prediction: nonconformity scores, thresholds, and what is made of both.
 
 The kinds that are served are in `calibrators.kinds`: `split_conformal`, `class_conditional_conformal`,
-`clustered_conformal`. Here are their parts, and what has no place in a served revision because it needs more than a row:
-thresholds for groups that the caller names (`Thresholds.of`), for shifted inputs (`weighted`), for risks other than
-missing the label (`risk`), for declining to answer (`selective`), and the online learners (`online`).
+`clustered_conformal`. Here are their parts, and what has no place in a served revision because it needs more than a
+row: thresholds for groups that the caller names (`Thresholds.of`), for shifted inputs (`weighted`), for risks other
+than missing the label (`risk`), for declining to answer (`selective`), and the online learners (`online`).
 """
 
 from calibrators.conformal.risk import controlled, false_negative_rates, set_sizes

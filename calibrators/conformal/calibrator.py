@@ -1,12 +1,12 @@
 """What the conformal kinds share: a base calibrator, and sets of labels from its probabilities.
 
-The set of a row holds its label with the probability that was asked for, whatever the model and the base, as long as the
-rows of the calibration set and those served are exchangeable:
+The set of a row holds its label with the probability that was asked for, whatever the model and the base, as long as
+the rows of the calibration set and those served are exchangeable:
 
     P(label in set) >= c,   and <= c + 1/(n + 1) where no two scores are equal
 
-Probability is over the calibration set and the row together, on average over all rows: a given calibration set of n rows
-has its own coverage, Beta(k, n + 1 - k) distributed, and given rows, such as those of one class, may have another.
+Probability is over the calibration set and the row together, on average over all rows: a given calibration set of n
+rows has its own coverage, Beta(k, n + 1 - k) distributed, and given rows, such as those of one class, may have another.
 
 Base and thresholds are one artifact and one revision, so a threshold never stands on probabilities of another fit.
 `predict_proba` is the base's.
@@ -87,6 +87,13 @@ class ConformalCalibrator(Calibrator):
     def signal_shapes(self, n_classes: int) -> dict[str, tuple[int, ...]]:
         return self._base().signal_shapes(n_classes)
 
+    @property
+    def further_outputs(self) -> tuple[str, ...]:
+        return self._base().further_outputs
+
+    def _predict_further(self, logits: Array, **signals: Array) -> dict[str, Array]:
+        return self.base_._predict_further(logits, **signals)
+
     def copies(self, inputs: Array) -> Iterator[Array]:
         return self._base().copies(inputs)
 
@@ -147,20 +154,22 @@ class ConformalCalibrator(Calibrator):
         """(n_groups,) the thresholds at a level."""
         return self.thresholds_.at(self.confidence_level if confidence_level is None else confidence_level)
 
-    def emit_set(self, graph: Graph, probabilities: str) -> str:
-        """Append `sets` at the constructor's confidence level, deterministic; the name of the BOOL [B, K] members.
+    def emit_sets(self, graph: Graph, probabilities: str) -> None:
+        """Append `sets` at the constructor's confidence level, as `prediction_set` and `set_size`.
 
         Raises
         ------
         ValueError
-            for a randomised calibrator, and where a score needs a later operator set than the model's
+            for a randomised calibrator
         """
         if self.randomised:
-            raise ValueError("randomised sets have no graph: it has no number of its own for each row")
+            raise ValueError("randomised sets need a number of its own for each row, which a graph has not")
         cuts = self.score_.emit_cuts(graph, probabilities, self.thresholds(), self.n_classes_)
         if len(self.thresholds_.starts) > 2:
             cuts = graph.node("Gather", cuts, graph.constant(self.group_of_class_), axis=1)
-        return emit_members(graph, probabilities, cuts, allow_empty=self.allow_empty)
+        inside = emit_members(graph, probabilities, cuts, allow_empty=self.allow_empty)
+        graph.further("prediction_set", inside)
+        graph.further("set_size", graph.reduce("ReduceSum", graph.cast(inside, np.int32), keepdims=False))
 
     def _check_shares(self, shares: ArrayLike | None, n_samples: int) -> NDArray[np.float64] | None:
         if (shares is not None) != self.randomised:
@@ -289,8 +298,8 @@ class _Rows:
         return _Rows(self.logits[which], self.y[which], drawn, signals)
 
     def scores(self, base: Calibrator, score: Score) -> NDArray[np.float32]:
-        """(n_samples,) the scores of the labels, a few rows at a time: probabilities of all would need the memory of the
-        logits once more."""
+        """(n_samples,) the scores of the labels, a few rows at a time: probabilities of all would need the memory of
+        the logits once more."""
         found = np.empty(len(self.y), dtype=np.float32)
         for block in blocks(*self.logits.shape):
             rows = self.take(block)

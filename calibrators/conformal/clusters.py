@@ -1,9 +1,9 @@
 """Classes put together whose scores are alike, so that few rows of each give a threshold for all of them.
 
 Ding, Angelopoulos, Bates, Jordan, Tibshirani, "Class-Conditional Conformal Prediction with Many Classes", NeurIPS 2023,
-section 2.3 and appendix B: each class is embedded by quantiles of its true-class scores and the classes are clustered by
-k-means, weighted by the root of their number of rows. Classes with too few rows to have a finite threshold of their own
-form the null cluster, whose threshold is that of all rows.
+section 2.3 and appendix B: each class is embedded by quantiles of its true-class scores and the classes are clustered
+by k-means, weighted by the root of their number of rows. Classes with too few rows to have a finite threshold of their
+own form the null cluster, whose threshold is that of all rows.
 """
 
 from __future__ import annotations

@@ -19,12 +19,12 @@ _ODD = np.uint64(0x9E3779B97F4A7C15)
 _SHIFTS = ((np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)), (np.uint64(27), np.uint64(0x94D049BB133111EB)))
 
 
-def divide(hashes: NDArray[np.uint64], weight: Array, share: float) -> tuple[Array, Array]:
-    """Weights (n_samples,) in the first part, about `share` of the whole, and in the second.
+def divide(hashes: NDArray[np.uint64], weight: Array, share: float, strata: Array | None = None) -> tuple[Array, Array]:
+    """Weights (n_samples,) in the first part, about `share` of the whole (and of each stratum), and in the second.
 
     Whole weights are dealt unit by unit, as if each were a row. A row of a fraction goes to one part.
     """
-    order = np.lexsort((weight, hashes))
+    order = np.lexsort((weight, hashes, np.zeros(len(weight)) if strata is None else strata))
     units = np.floor(share * np.cumsum(weight[order]) + 1e-9)
     dealt = np.minimum(np.diff(units, prepend=0.0), weight[order])
     first = np.empty_like(weight)

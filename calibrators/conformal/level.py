@@ -7,8 +7,8 @@ confidence level c is reached by
 
     k = ceil((n + 1) c)
 
-and by no finite threshold where k > n. In floating point 1 - 0.9 is a little less than 0.1 and ceil makes a whole rank of
-the difference. A level is therefore taken as the decimal fraction that it is written as: 0.9 is 9/10.
+and by no finite threshold where k > n. In floating point 1 - 0.9 is a little less than 0.1 and ceil makes a whole rank
+of the difference. A level is therefore taken as the decimal fraction that it is written as: 0.9 is 9/10.
 """
 
 from __future__ import annotations

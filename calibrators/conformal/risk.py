@@ -84,4 +84,5 @@ def set_sizes(probabilities: ArrayLike, thresholds: ArrayLike, score: str = "lac
     p, grid = np.asarray(to_numpy(probabilities), dtype=np.float32), np.asarray(thresholds, dtype=np.float32)
     cuts = create_score(score).cuts(p, grid)
     ascending = np.sort(p, axis=1)
-    return p.shape[1] - np.stack([np.searchsorted(row, own) for row, own in zip(ascending, cuts, strict=True)])
+    beneath = [np.searchsorted(row, own) for row, own in zip(ascending, cuts, strict=True)]
+    return np.asarray(p.shape[1] - np.stack(beneath))

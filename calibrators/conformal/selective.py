@@ -43,7 +43,7 @@ class Selection:
 
 
 def select(probabilities: ArrayLike, y: ArrayLike, *, target: float, delta: float = 0.05) -> Selection:
-    """The lowest confidence to answer from so that with probability 1 - delta at most `target` of the answers are wrong.
+    """The lowest confidence to answer from so that, with probability 1 - delta, at most `target` of answers are wrong.
 
     Parameters
     ----------

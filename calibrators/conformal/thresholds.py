@@ -16,6 +16,7 @@ between two takes the upper. So up to 65,536 rows are exact, and beyond the cove
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Self
 
 import numpy as np
@@ -68,7 +69,7 @@ class Thresholds:
         groups = np.zeros(len(values), dtype=np.int64) if group is None else np.asarray(group, dtype=np.int64)
         order = np.lexsort((values, groups))
         ends = np.searchsorted(groups[order], np.arange((n_groups or int(groups.max(initial=0)) + 1) + 1))
-        kept = [_kept(values[order[a:b]], weights[order[a:b]]) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        kept = [_kept(values[order[a:b]], weights[order[a:b]]) for a, b in pairwise(ends)]
         starts = np.cumsum([0, *(len(own) for own, _ in kept)])
         return cls(np.concatenate([own for own, _ in kept]), np.concatenate([ranks for _, ranks in kept]), starts)
 

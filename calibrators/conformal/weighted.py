@@ -8,8 +8,8 @@ ratio of densities, served over calibration, the row served has its own threshol
 and an infinite one where the calibration rows do not reach that. Labels must depend on inputs as before.
 
 `domain_weights` estimates w by a classifier that tells served inputs from calibration ones (their section 2.3): with p
-the probability of "served" and as many rows as there are of each, w = p / (1 - p) x n_calibration / n_served. Any factor
-in w cancels. How much is left to go by is the effective number of rows, (sum w)^2 / sum w^2.
+the probability of "served" and as many rows as there are of each, w = p / (1 - p) x n_calibration / n_served. Any
+factor in w cancels. How much is left to go by is the effective number of rows, (sum w)^2 / sum w^2.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def weighted_thresholds(
     reached = np.cumsum(w[order])
     needed = float(as_written(confidence_level)) * (reached[-1] + own)
     places = np.searchsorted(reached, needed * (1 - ROUNDING))
-    return np.append(s[order], np.inf)[places]
+    return np.asarray(np.append(s[order], np.inf)[places])
 
 
 def domain_weights(

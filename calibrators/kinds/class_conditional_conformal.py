@@ -1,12 +1,12 @@
 """class_conditional_conformal: sets that hold the true label as often as asked for each class by itself.
 
-Vovk, "Conditional Validity of Inductive Conformal Predictors", ACML 2012, section 4 (Mondrian, label-conditional): label y
-is in the set where its score is at or below the threshold of the rows of class y alone, so
+Vovk, "Conditional Validity of Inductive Conformal Predictors", ACML 2012, section 4 (Mondrian, label-conditional):
+label y is in the set where its score is at or below the threshold of the rows of class y alone, so
 
     P(label in set | label = y) >= c     for each class y
 
-A class with fewer than c / (1 - c) rows, 9 for c = 0.9, has an infinite threshold and is in every set: with many classes
-and few rows of each the sets hold most of them, and `clustered_conformal` is the better choice.
+A class with fewer than c / (1 - c) rows, 9 for c = 0.9, has an infinite threshold and is in every set: with many
+classes and few rows of each the sets hold most of them, and `clustered_conformal` is the better choice.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Ding, Angelopoulos, Bates, Jordan, Tibshirani, "Class-Conditional Conformal Prediction with Many Classes", NeurIPS 2023.
 Between one threshold for all classes, which serves hard classes badly, and one a class, which few rows of a class make
-useless: the coverage is as asked for each cluster, and for a class up to the distance (Kolmogorov and Smirnov's) between
-its scores and its cluster's. The rule for the classes is in `conformal.clusters`.
+useless: the coverage is as asked for each cluster, and for a class up to the distance (Kolmogorov and Smirnov's)
+between its scores and its cluster's. The rule for the classes is in `conformal.clusters`.
 
 The clustering reads the tuning part, which is K / (75 + K) of the rows of each class if that is more than
 `tuning_share`; where it finds no clusters, one threshold serves all classes.
@@ -62,12 +62,7 @@ class ClusteredConformal(ConformalCalibrator):
 
     def _divide(self, hashes: Array, y: Array, weight: Array, n_classes: int) -> tuple[Array, Array]:
         """Each class is divided by itself."""
-        share = max(self.tuning_share, clustering_share(n_classes))
-        parts = np.empty((2, len(y)))
-        for k in np.unique(y):
-            own = y == k
-            parts[:, own] = divide(hashes[own], weight[own], share)
-        return parts[0], parts[1]
+        return divide(hashes, weight, max(self.tuning_share, clustering_share(n_classes)), strata=y)
 
     def _groups(self, scores: Array, y: Array, tuning: Array, ranking: Array, n_classes: int) -> NDArray[np.int64]:
         """The null cluster is the last group."""

@@ -1,7 +1,7 @@
 """split_conformal: sets of labels that hold the true one as often as asked, on average over all rows.
 
-Papadopoulos, Proedrou, Vovk, Gammerman, "Inductive Confidence Machines for Regression", ECML 2002; the statement and its
-conditions are in `conformal.calibrator`, the scores in `conformal.scores`. One threshold serves all classes.
+Papadopoulos, Proedrou, Vovk, Gammerman, "Inductive Confidence Machines for Regression", ECML 2002; the statement and
+its conditions are in `conformal.calibrator`, the scores in `conformal.scores`. One threshold serves all classes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from calibrators.numerics import Array
 
 
 class SplitConformal(ConformalCalibrator):
-    """{y: s(p, y) <= t}, t the k-th smallest of n calibration scores, k = ceil((n + 1) c). Parameters: as the base class.
+    """{y: s(p, y) <= t}, t the k-th smallest of n calibration scores, k = ceil((n + 1) c); parameters as the base.
 
     Examples
     --------

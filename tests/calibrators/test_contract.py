@@ -30,6 +30,9 @@ Array = NDArray[Any]
 
 PARAMETERS: dict[str, list[dict[str, Any]]] = {
     "adaptive_temperature": [{}, {"form": "sorted"}],
+    "class_conditional_conformal": [{}, {"score": "aps"}],
+    "clustered_conformal": [{}, {"score": "raps", "base": "platt"}],
+    "split_conformal": [{}, {"score": "saps", "allow_empty": False}],
     "beta": [{}, {"form": "am"}, {"form": "ab"}],
     "ensemble_temperature": [{}, {"loss": "brier"}],
     "histogram_binning": [{}, {"strategy": "equal_width"}, {"top_label": True}],

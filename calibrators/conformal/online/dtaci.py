@@ -1,15 +1,15 @@
 """dtaci: adaptive conformal inference with several steps at once, mixed by how well each does lately.
 
-Gibbs and Candes, "Conformal Inference for Online Prediction with Arbitrary Distribution Shifts", JMLR 2024, algorithm 2.
-Each expert i has its step and its level a_i. With b the largest share of misses whose set would have held the label, an
-expert's loss is the pinball loss of a_i at b, and its weight falls with it:
+Gibbs and Candes, "Conformal Inference for Online Prediction with Arbitrary Distribution Shifts", JMLR 2024, algorithm
+2. Each expert i has its step and its level a_i. With b the largest share of misses whose set would have held the label,
+an expert's loss is the pinball loss of a_i at b, and its weight falls with it:
 
     l_i = (1 - c) (b - a_i) - min(0, b - a_i)
     w_i <- (1 - share) w_i exp(-eta l_i) + share mean of these
     a_i <- a_i + step_i (1 - c - [a_i > b])                     set at one of the a_i, drawn by weight
 
-eta follows the losses of the last 500 labels: sqrt((log(2 k 500) + 1) / sum of the mean squared losses), k the number of
-experts. The authors draw at random or take the mean of the a_i. The mean gives up what each expert has, the long-run
+eta follows the losses of the last 500 labels: sqrt((log(2 k 500) + 1) / sum of the mean squared losses), k the number
+of experts. The authors draw at random or take the mean of the a_i. The mean gives up what each expert has, the long-run
 coverage: on elec2 it was .911 for .9. Here the draws follow the fractional parts of n times the golden ratio, which
 spread evenly and are the same when the labels are replayed (.897).
 """

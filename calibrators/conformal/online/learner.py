@@ -1,8 +1,8 @@
 """What the online learners share: a threshold that moves with the labels, and a state that is numbers alone.
 
-Split thresholds hold while rows stay exchangeable with the calibration set. These hold whatever comes: of any sequence of
-scores, however chosen, the share at or below the thresholds tends to the confidence level, because each miss raises the
-next threshold and each hit lowers it. They say nothing of a given row or stretch; local coverage has to be watched.
+Split thresholds hold while rows stay exchangeable with the calibration set. These hold whatever comes: of any sequence
+of scores, however chosen, the share at or below the thresholds tends to the confidence level, because each miss raises
+the next threshold and each hit lowers it. They say nothing of a given row or stretch; local coverage has to be watched.
 
 A learner sees the score of each label that arrives, in order. Its state is a dict of float64 arrays, each step is plain
 arithmetic on them, so the same scores give the same state bit for bit, and a state read back goes on as if nothing had

@@ -1,8 +1,8 @@
 """aps: the probability of all labels that are likelier. Sets that grow with the row's difficulty.
 
-Romano, Sesia, Candes, "Classification with Valid and Adaptive Coverage", NeurIPS 2020, section 2: if p were true, taking
-labels in falling order until their probabilities sum to c would cover each row with probability c, hard or easy. The
-threshold found on the calibration set takes the place of c.
+Romano, Sesia, Candes, "Classification with Valid and Adaptive Coverage", NeurIPS 2020, section 2: if p were true,
+taking labels in falling order until their probabilities sum to c would cover each row with probability c, hard or easy.
+The threshold found on the calibration set takes the place of c.
 
     s = sum of p_k over p_k > p_y, plus u p_y
 
@@ -33,5 +33,4 @@ class AdaptiveSets(Score):
         return found
 
     def emit_profile(self, graph: Graph, v: str, n_classes: int) -> str:
-        del n_classes
-        return emit_before(graph, v)
+        return emit_before(graph, v, n_classes)

@@ -1,8 +1,8 @@
 """lac: minus the label's probability. The smallest sets on average.
 
-Sadinle, Lei, Wasserman, "Least Ambiguous Set-Valued Classifiers with Bounded Error Levels", JASA 2019: among all sets of
-one coverage, {y: p_y >= t} is the smallest on average where p is true. It buys that with hard rows: their sets are too
-small, even empty, while easy ones are covered more often than asked (`metrics.size_stratified_coverage` shows it).
+Sadinle, Lei, Wasserman, "Least Ambiguous Set-Valued Classifiers with Bounded Error Levels", JASA 2019: among all sets
+of one coverage, {y: p_y >= t} is the smallest on average where p is true. It buys that with hard rows: their sets are
+too small, even empty, while easy ones are covered more often than asked (`metrics.size_stratified_coverage` shows it).
 
 The score 1 - p_y of the paper is -p_y here: the same order and the same sets, and float32 keeps small p_y exact.
 """

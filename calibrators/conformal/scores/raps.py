@@ -52,8 +52,9 @@ class RegularisedAdaptiveSets(Score):
         return found
 
     def emit_profile(self, graph: Graph, v: str, n_classes: int) -> str:
-        return graph.node("Add", emit_before(graph, v), graph.constant(self._prices(n_classes)))
+        return graph.node("Add", emit_before(graph, v, n_classes), graph.constant(self._prices(n_classes)))
 
     def _prices(self, n_classes: int) -> Array:
         penalty, free_ranks = self.values
-        return (penalty * np.maximum(np.arange(1, n_classes + 1) - free_ranks, 0)).astype(np.float32)
+        prices: Array = penalty * np.maximum(np.arange(1, n_classes + 1) - free_ranks, 0)
+        return prices.astype(np.float32)

@@ -56,4 +56,5 @@ class SortedAdaptiveSets(Score):
 
     def _steps(self, n_classes: int) -> Array:
         """(rank - 2) weight, 0 for the likeliest."""
-        return (self.values[0] * np.maximum(np.arange(n_classes) - 1, 0)).astype(np.float32)
+        steps: Array = self.values[0] * np.maximum(np.arange(n_classes) - 1, 0)
+        return steps.astype(np.float32)
