@@ -12,6 +12,7 @@ all labels or of none.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
@@ -54,7 +55,7 @@ class OnlineThreshold(ABC):
             if the score is not a finite number
         """
         seen = float(score)
-        if not np.isfinite(seen):
+        if not math.isfinite(seen):
             raise ValueError(f"a score must be a finite number, got {score!r}")
         missed = seen > self.threshold
         self._learn(seen, missed)
@@ -91,7 +92,7 @@ class WindowedThreshold(OnlineThreshold):
     def quantile(self, misses: float) -> float:
         """The threshold that this share of the last scores, and of one more, would miss."""
         recent = self.state["recent"]
-        k = int(np.ceil(np.clip((len(recent) + 1) * (1 - misses), -1, len(recent) + 1)))
+        k = math.ceil(min(max((len(recent) + 1) * (1 - misses), -1.0), len(recent) + 1.0))
         if k > len(recent):
             return float("inf")
         return float(np.partition(recent, k - 1)[k - 1]) if k > 0 else float("-inf")
@@ -99,7 +100,7 @@ class WindowedThreshold(OnlineThreshold):
     def most_misses(self, score: float) -> float:
         """The largest share of misses whose `quantile` is no less than the score (DtACI's beta)."""
         recent = self.state["recent"]
-        return float(1 - (recent < score).sum() / (len(recent) + 1))
+        return 1 - np.count_nonzero(recent < score) / (len(recent) + 1)
 
     def _remember(self, score: float) -> None:
         self.state["recent"] = np.append(self.state["recent"], score)[-self.window :]
