@@ -138,10 +138,12 @@ class ConformalCalibrator(Calibrator):
     def sets(
         self, probabilities: ArrayLike, confidence_level: float | None = None, *, shares: ArrayLike | None = None
     ) -> NDArray[np.bool_]:
-        """The sets of rows whose probabilities `predict_proba` gave."""
+        """The sets of rows whose probabilities (n_samples, n_classes) `predict_proba` gave."""
         self._check_fitted()
         thresholds = self.thresholds(confidence_level)
         p = np.asarray(probabilities, dtype=np.float32)
+        if p.ndim != 2 or p.shape[1] != self.n_classes_:
+            raise ValueError(f"probabilities must have shape (n_samples, {self.n_classes_}), got {p.shape}")
         drawn = self._check_shares(shares, len(p))
         found = np.empty(p.shape, dtype=bool)
         for block in blocks(*p.shape):
@@ -239,7 +241,7 @@ class ConformalCalibrator(Calibrator):
         if self.score_params is not None or not found.parameters:
             return create_score(self.score, self.score_params)
         p = base.predict_proba(rows.logits.astype(np.float32), **rows.signals)
-        candidates = [found(values) for values in found.candidates(p, rows.y, self.confidence_level)]
+        candidates = [found(values) for values in found.candidates(p, rows.y, weight, self.confidence_level)]
         return min(candidates, key=lambda score: _mean_size(score, p, rows, weight, self.confidence_level))
 
     @abstractmethod

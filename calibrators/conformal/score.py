@@ -66,9 +66,9 @@ class Score(ABC):
         del values
 
     @classmethod
-    def candidates(cls, p: Array, y: Array, level: float) -> list[dict[str, float]]:
-        """Parameters worth comparing, seen probabilities (n_samples, n_classes), labels and the confidence level."""
-        del p, y, level
+    def candidates(cls, p: Array, y: Array, weight: Array, level: float) -> list[dict[str, float]]:
+        """Parameters worth comparing on rows of these probabilities (n_samples, n_classes), labels and weights."""
+        del p, y, weight, level
         return [{}]
 
     @abstractmethod

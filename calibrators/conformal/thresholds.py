@@ -82,11 +82,12 @@ class Thresholds:
     def at(self, confidence_level: float) -> NDArray[np.float32]:
         """(n_groups,) the threshold of each group; infinite where it has too few rows for the level."""
         level = check_level(confidence_level)
-        if level not in self._found:
+        found = self._found.get(level)
+        if found is None:
             if len(self._found) >= LEVELS_REMEMBERED:
                 self._found.clear()
-            self._found[level] = self._at(level)
-        return self._found[level]
+            found = self._found[level] = self._at(level)
+        return found
 
     def _at(self, level: float) -> NDArray[np.float32]:
         totals = self.totals

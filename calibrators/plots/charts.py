@@ -343,7 +343,7 @@ def set_chart(
 
 def _coverage_figure(quality: SetQuality) -> Figure:
     curve = quality.curve
-    line = {"type": "scatter", "mode": "lines", "x": [0, 100], "y": [0, 100], "hoverinfo": "skip"}
+    line: Figure = {"type": "scatter", "mode": "lines", "x": [0, 100], "y": [0, 100], "hoverinfo": "skip"}
     line["line"] = {"color": "--quiet", "width": 1, "dash": "dash"}
     dots = _estimates(curve.coverage, curve.levels, "y") | {"x": _percents(curve.levels)}
     dots["hovertext"] = [
@@ -379,9 +379,10 @@ def _strata_figure(quality: SetQuality) -> Figure:
     dots["hovertext"] = [
         f"{_label(one.name)}<br>held {percent(one.coverage.value)} of {one.n_rows:,} rows" for one in strata
     ]
-    line = {"type": "scatter", "mode": "lines", "hoverinfo": "skip", "line": {"color": "--quiet", "dash": "dash"}}
+    line: Figure = {"type": "scatter", "mode": "lines", "hoverinfo": "skip"}
+    line["line"] = {"color": "--quiet", "width": 1, "dash": "dash"}
     line |= {"x": [100 * quality.confidence_level] * 2, "y": [-0.5, len(strata) - 0.5]}
-    names = {"tickvals": list(range(len(strata))), "ticktext": [_label(stratum.name) for stratum in strata]}
+    names: Figure = {"tickvals": list(range(len(strata))), "ticktext": [_label(stratum.name) for stratum in strata]}
     y = _axis(range=[len(strata) - 0.5, -0.5], automargin=True, **names)
     return {"data": [line, dots], "layout": _layout(_axis("Coverage", range=[0, 100], ticksuffix=_PERCENT), y)}
 

@@ -310,6 +310,8 @@ def test_randomised_sets_are_those_of_their_numbers(score: str) -> None:
     for wrong in (None, shares[:5], np.ones(300), np.full(300, np.nan)):
         with pytest.raises(ValueError, match=r"shares|uniform number"):
             fit.predict_set(logits, shares=wrong)
+    with pytest.raises(ValueError, match=r"shape \(n_samples, 6\), got \(3, 5\)"):
+        fit.sets(np.zeros((3, 5)), shares=shares[:3])
     with pytest.raises(ValueError, match="takes no shares"):
         fitted("split_conformal", score=score).predict_set(logits, shares=shares)
 
@@ -364,6 +366,16 @@ def test_given_parameters_of_a_score_are_kept_and_others_are_tuned() -> None:
     p, y = draw(2000, 30, seed=0)
     ranks = 1 + (p > p[np.arange(2000), y][:, None]).sum(axis=1)
     assert abs(tuned.score_.values[1] - np.quantile(ranks, 0.9)) <= 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_weight_of_two_is_the_row_twice_in_everything_that_is_learned(kind: str) -> None:
+    p, y = draw(300, 5)
+    counts = np.random.default_rng(1).integers(1, 4, size=300)
+    weighted = calibrators.create(kind, score="raps").fit(np.log(p), y, sample_weight=counts)
+    repeated = calibrators.create(kind, score="raps").fit(np.repeat(np.log(p), counts, axis=0), np.repeat(y, counts))
+    for name, array in weighted.tensors().items():
+        np.testing.assert_allclose(array, repeated.tensors()[name], atol=1e-6)
 
 
 # ---- dividing rows
@@ -457,3 +469,26 @@ def test_tensors_that_no_fit_gives_are_refused(changed: Any, message: str) -> No
     changed(tensors)
     with pytest.raises(ValueError, match=message):
         calibrators.create("split_conformal", score="raps").set_tensors(tensors)
+
+
+def test_ties_behind_a_binned_base_survive_the_rounding_of_the_graph() -> None:
+    """Where most rows share a few scores, a threshold is one of these, and a last digit would drop all rows that tie."""
+    rng = np.random.default_rng(0)
+    p, y = draw(3000, 3)
+    fit = calibrators.create("split_conformal", base="histogram_binning", base_params={"n_bins": 3}).fit(np.log(p), y)
+    assert isinstance(fit, ConformalCalibrator)
+    assert len(fit.thresholds_.scores) < 60
+    logits = np.log(draw(2000, 3, seed=1)[0]).astype(np.float32)
+    proto = stage(fit, sets=True).proto
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    served = session.run(["prediction_set"], {"logits": logits})[0]
+    numpys = fit.predict_set(logits)
+    np.testing.assert_array_equal(served, numpys)
+    off = fit.predict_proba(logits) * (1 + 4e-7 * rng.choice([-1, 1], size=(2000, 3))).astype(np.float32)
+    np.testing.assert_array_equal(fit.sets(off), numpys)
+
+
+def test_no_rows_have_no_sets() -> None:
+    for kind in KINDS:
+        for score in names():
+            assert fitted(kind, score=score).predict_set(np.zeros((0, 6))).shape == (0, 6)

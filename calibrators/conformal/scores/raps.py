@@ -15,8 +15,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from calibrators.conformal.level import rank as order
 from calibrators.conformal.score import Score, before, emit_before
+from calibrators.conformal.thresholds import Thresholds
 from calibrators.graph import Graph
 from calibrators.numerics import Array
 
@@ -42,9 +42,9 @@ class RegularisedAdaptiveSets(Score):
             raise ValueError(f"free_ranks must be a whole number of 0 or more, got {values['free_ranks']!r}")
 
     @classmethod
-    def candidates(cls, p: Array, y: Array, level: float) -> list[dict[str, float]]:
-        ranks = np.sort(1 + (p > p[np.arange(len(p)), y][:, None]).sum(axis=1))
-        free_ranks = float(ranks[min(order(level, len(ranks)), len(ranks)) - 1])
+    def candidates(cls, p: Array, y: Array, weight: Array, level: float) -> list[dict[str, float]]:
+        ranks = 1 + (p > p[np.arange(len(p)), y][:, None]).sum(axis=1)
+        free_ranks = float(min(Thresholds.of(ranks, weight).at(level)[0], p.shape[1]))
         return [{"penalty": penalty, "free_ranks": free_ranks} for penalty in PENALTIES]
 
     def profile(self, v: Array, share: Array | np.float32) -> Array:

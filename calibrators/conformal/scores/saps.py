@@ -38,8 +38,8 @@ class SortedAdaptiveSets(Score):
             raise ValueError(f"weight must be a finite number of 0 or more, got {values['weight']!r}")
 
     @classmethod
-    def candidates(cls, p: Array, y: Array, level: float) -> list[dict[str, float]]:
-        del p, y, level
+    def candidates(cls, p: Array, y: Array, weight: Array, level: float) -> list[dict[str, float]]:
+        del p, y, weight, level
         return [{"weight": weight} for weight in WEIGHTS]
 
     def profile(self, v: Array, share: Array | np.float32) -> Array:
