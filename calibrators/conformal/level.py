@@ -62,9 +62,10 @@ def needed_weights(confidence_level: float, totals: NDArray[np.float64]) -> NDAr
     A score of weight two counts as two, so of a whole total this is `rank`; else (total + 1) c.
     """
     level = as_written(confidence_level)
-    above, below = level.numerator, level.denominator
-    whole = {float(total): -(-(int(total) + 1) * above // below) for total in np.unique(totals) if total == int(total)}
-    return np.array([whole.get(float(total), float((Fraction(float(total)) + 1) * level)) for total in totals])
+    different, places = np.unique(totals, return_inverse=True)
+    needed = [(Fraction(float(total)) + 1) * level for total in different]
+    whole = [math.ceil(one) if total == int(total) else one for one, total in zip(needed, different, strict=True)]
+    return np.array([float(one) for one in whole])[places]
 
 
 def least_rows(confidence_level: float) -> int:
