@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -291,6 +292,7 @@ def main() -> None:
         "time": lambda: times(peers),
         "served": lambda: served(folder),
     }
+    warnings.filterwarnings("ignore", module="mapie")  # that not every class is among the rows, again and again
     for section in arguments.sections.split(","):
         sections[section]()
 

@@ -88,6 +88,10 @@ class ConformalCalibrator(Calibrator):
         return self._base().signal_shapes(n_classes)
 
     @property
+    def float32_atol(self) -> float:  # type: ignore[override]
+        return self._base().float32_atol
+
+    @property
     def further_outputs(self) -> tuple[str, ...]:
         return self._base().further_outputs
 

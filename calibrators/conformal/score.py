@@ -44,7 +44,7 @@ class Score(ABC):
 
     Attributes
     ----------
-    parameters : names of what `tune` learns, in the order of `values`
+    parameters : names of what is tuned where it is not given, in the order of `values`
     values : (n_parameters,) float64
     """
 

@@ -65,21 +65,18 @@ class ClusteredConformal(ConformalCalibrator):
         return divide(hashes, weight, max(self.tuning_share, clustering_share(n_classes)), strata=y)
 
     def _groups(self, scores: Array, y: Array, tuning: Array, ranking: Array, n_classes: int) -> NDArray[np.int64]:
-        """The null cluster is the last group."""
+        """Group 0 is the null cluster, whether a class belongs to it or not."""
         del ranking
         kept = tuning > 0
-        found = cluster(
-            scores[kept], y[kept], tuning[kept], n_classes, least_rows(self.confidence_level), self.n_clusters
-        )
-        return np.where(found < 0, found.max() + 1, found)
+        least = least_rows(self.confidence_level)
+        return 1 + cluster(scores[kept], y[kept], tuning[kept], n_classes, least, self.n_clusters)
 
     def _thresholds(self, scores: Array, weight: Array, group: Array, n_groups: int) -> Thresholds:
         """Of each cluster its own rows, of the null cluster all rows."""
-        own = group < n_groups - 1
-        every = np.full(len(scores), n_groups - 1)
+        own = group > 0
         return Thresholds.of(
-            np.concatenate([scores[own], scores]),
-            np.concatenate([weight[own], weight]),
-            np.concatenate([group[own], every]),
+            np.concatenate([scores, scores[own]]),
+            np.concatenate([weight, weight[own]]),
+            np.concatenate([np.zeros_like(group), group[own]]),
             n_groups,
         )

@@ -275,10 +275,26 @@ def test_classes_too_few_to_cluster_have_the_threshold_of_all_rows() -> None:
     kept = (y != 3) | (np.arange(len(y)) % 20 == 0)  # three rows of the last class
     fit = calibrators.create("clustered_conformal", base="identity", n_clusters=2).fit(logits[kept], y[kept])
     assert isinstance(fit, ConformalCalibrator)
-    assert fit.group_of_class_[3] == len(fit.thresholds_.starts) - 2
+    assert fit.group_of_class_[3] == 0
     assert fit.group_of_class_[0] == fit.group_of_class_[2] != fit.group_of_class_[1]
     totals = fit.thresholds_.totals
-    assert totals[-1] > totals[:-1].sum()  # all rows, those of the clusters among them
+    assert totals[0] > totals[1:].sum()  # all rows, those of the clusters among them
+
+
+def test_every_cluster_has_the_threshold_of_its_own_rows() -> None:
+    logits, y = hard_and_easy(200, 6, seed=0)
+    fit = calibrators.create("clustered_conformal", base="identity", n_clusters=2).fit(logits, y)
+    assert isinstance(fit, ConformalCalibrator)
+    easy, hard = fit.group_of_class_[0], fit.group_of_class_[1]
+    assert fit.group_of_class_.tolist() == [easy, hard] * 3
+    assert sorted([easy, hard]) == [1, 2]
+    totals = fit.thresholds_.totals
+    assert totals[easy] == totals[hard] == totals[0] / 2
+    new, labels = hard_and_easy(2000, 6, seed=1)
+    hits = covered(fit.predict_set(new), labels)
+    for parity in (0, 1):  # 450 rows for the threshold of each, 6,000 to judge: four standard errors are .06
+        assert abs(hits[labels % 2 == parity].mean() - 0.9) < 0.06
+    assert fit.thresholds()[hard] > fit.thresholds()[easy] + 0.1
 
 
 # ---- what callers meet
