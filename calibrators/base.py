@@ -153,6 +153,12 @@ class Calibrator(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn ship
         shape is another feed and not another session. Each of `further_outputs` is named by `graph.further`.
         """
 
+    def emit_sets(self, graph: Graph, probabilities: str) -> None:
+        """Name the sets of labels that this calibrator makes of its FLOAT [B, K] probabilities, by `graph.further`.
+
+        A server makes them beside its graph, for the confidence level of each request; a graph by itself has one level.
+        """
+
     def copies(self, inputs: Array) -> Iterator[Array]:
         """What acts before the model: from its input to what further runs of it read, whose logits are the `views`."""
         del inputs

@@ -230,7 +230,9 @@ class FusedModel:
         return proto.SerializeToString()
 
 
-def fuse(model: onnx.ModelProto | bytes, calibrator: Calibrator, inspection: Inspection | None = None) -> FusedModel:
+def fuse(
+    model: onnx.ModelProto | bytes, calibrator: Calibrator, inspection: Inspection | None = None, *, sets: bool = True
+) -> FusedModel:
     """The calibrated graph: the model's own outputs, then `probabilities`, `confidence`, `label`, and what further the
     calibrator computes.
 
@@ -239,6 +241,7 @@ def fuse(model: onnx.ModelProto | bytes, calibrator: Calibrator, inspection: Ins
     model : the classifier; not modified
     calibrator : fitted
     inspection : where the logits are; found by `inspect_model` if not given
+    sets : whether the graph makes the calibrator's sets of labels, if it makes any, at its own confidence level
 
     Raises
     ------
@@ -264,7 +267,7 @@ def fuse(model: onnx.ModelProto | bytes, calibrator: Calibrator, inspection: Ins
     logits = LOGITS
     proto.graph.output.append(helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, [None, n_classes]))
     signals = _emit_signals(graph, calibrator, tap, n_nodes)
-    _emit_outputs(graph, calibrator.emit(graph, logits, **signals), n_classes)
+    _emit_outputs(graph, calibrator, calibrator.emit(graph, logits, **signals), sets)
     return FusedModel(proto, graph.parameters, found, own_outputs)
 
 
@@ -283,7 +286,7 @@ def emit_logits(graph: Graph, tap: Tap) -> str:
     return graph.node("Log", graph.node("Max", both, tiny))
 
 
-def stage(calibrator: Calibrator, opset: int = STAGE_OPSET) -> FusedModel:
+def stage(calibrator: Calibrator, opset: int = STAGE_OPSET, *, sets: bool = False) -> FusedModel:
     """The calibrator alone as a graph: inputs `logits` FLOAT [B, K] and the signals that it reads besides, likewise
     under their names; outputs as `fuse` adds them.
 
@@ -297,7 +300,7 @@ def stage(calibrator: Calibrator, opset: int = STAGE_OPSET) -> FusedModel:
         helper.make_graph([], "calibrator", inputs, []), opset_imports=[helper.make_opsetid("", opset)], ir_version=8
     )
     graph = Graph(proto)
-    _emit_outputs(graph, calibrator.emit(graph, "logits", **{name: name for name in signals}), n_classes)
+    _emit_outputs(graph, calibrator, calibrator.emit(graph, "logits", **{name: name for name in signals}), sets)
     tap = Tap("logits", "logits", "the graph's own input")
     return FusedModel(proto, graph.parameters, Inspection("logits", tap, None, "no model", n_classes), {})
 
@@ -355,7 +358,10 @@ def _emit_signals(graph: Graph, calibrator: Calibrator, tap: Tap, n_nodes: int) 
     return {"views": views}
 
 
-def _emit_outputs(graph: Graph, probabilities: str, n_classes: int) -> None:
+def _emit_outputs(graph: Graph, calibrator: Calibrator, probabilities: str, sets: bool) -> None:
+    n_classes = int(calibrator.tensors()["n_classes"])
+    if sets:
+        calibrator.emit_sets(graph, probabilities)
     graph.output(probabilities, "probabilities", TensorProto.FLOAT, (None, n_classes))
     graph.output(graph.reduce("ReduceMax", probabilities, keepdims=False), "confidence", TensorProto.FLOAT, (None,))
     label = graph.node("ArgMax", probabilities, axis=1, keepdims=0)

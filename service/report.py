@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from calibrators import Calibrator
+from calibrators.conformal.calibrator import ConformalCalibrator
 from calibrators.kinds.identity import Identity
 from calibrators.metrics import scores
 from calibrators.numerics import Array, check_labels, check_logits, to_numpy
@@ -18,6 +19,7 @@ from calibrators.plots import (
     html_report,
     reliability_chart,
     risk_coverage_chart,
+    set_chart,
     telling_example,
     temperature_chart,
 )
@@ -25,6 +27,9 @@ from service.client import Client, Inputs, Revision
 from service.errors import InvalidRequest, NotFound
 
 ITSELF = "the model itself"
+
+SET_LEVELS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+"""Confidence levels at which prediction sets are judged."""
 
 
 def html(
@@ -55,6 +60,7 @@ def html(
     }
     served = next((revision.revision for revision in revisions if revision.active), ITSELF)
     compared = {name: probabilities[name] for name in dict.fromkeys((ITSELF, served))}
+    class_names = _class_names(client, model)
     judged = {name: scores(p, y) for name, p in probabilities.items()}
     return html_report(
         model,
@@ -67,10 +73,11 @@ def html(
         charts=[
             reliability_chart(compared, y),
             comparison_chart(judged),
-            classwise_chart(probabilities[served], y, class_names=_class_names(client, model)),
+            classwise_chart(probabilities[served], y, class_names=class_names),
             risk_coverage_chart(compared, y),
             # Rows of one class have no best temperature.
             *([temperature_chart(z, y)] if len(np.unique(y)) > 1 else []),
+            *_set_chart(fitted[served], probabilities[served], y, class_names),
             *_ranking_chart(revisions, served),
         ],
     )
@@ -91,6 +98,16 @@ def _beside(
         raise InvalidRequest(f"revision {revision} reads views, which are made from the model's inputs: pass inputs")
     (images,) = inputs.values() if isinstance(inputs, Mapping) else (inputs,)
     return {"views": np.stack([client.logits(model, copy) for copy in calibrator.copies(to_numpy(images))], axis=1)}
+
+
+def _set_chart(calibrator: Calibrator, p: Array, y: Array, class_names: Sequence[str] | None) -> list[Chart]:
+    """What the sets of the revision that serves hold, if it makes any."""
+    if not isinstance(calibrator, ConformalCalibrator):
+        return []
+    shares = np.random.default_rng(0).random(len(p)) if calibrator.randomised else None
+    levels = sorted({*SET_LEVELS, calibrator.confidence_level})
+    by_level = {level: calibrator.sets(p, level, shares=shares) for level in levels}
+    return [set_chart(by_level, y, confidence_level=calibrator.confidence_level, class_names=class_names)]
 
 
 def _ranking_chart(revisions: Sequence[Revision], served: str) -> list[Chart]:

@@ -24,6 +24,7 @@ from calibrators.plots.classwise import ClassReliability, worst_classes
 from calibrators.plots.comparison import COLUMNS, Ranked, ranked
 from calibrators.plots.reliability import Bins, Reliability, reliabilities
 from calibrators.plots.selective import SETTLED, RiskCoverage, risk_coverages
+from calibrators.plots.sets import SetQuality, set_quality
 from calibrators.plots.temperature import TemperatureLoss, temperature_loss
 
 Figure = dict[str, Any]
@@ -31,6 +32,7 @@ Figure = dict[str, Any]
 
 _STROKES = (("--quiet", "dash"), ("--accent", "solid"), ("--over", "dot"), ("--under", "dashdot"))
 _PERCENT = "\N{NO-BREAK SPACE}%"
+_SQUARE = "aspect-ratio:1"
 _LONGEST_LABEL = 26
 
 
@@ -291,6 +293,120 @@ def _risk_rows(curves: Sequence[RiskCoverage]) -> list[tuple[str, ...]]:
     """The risks at the drawn points nearest to 10 %, 20 %, .. of the rows."""
     at = [np.abs(curves[0].coverage - tenth / 10).argmin() for tenth in range(1, 11)]
     return [(percent(curves[0].coverage[i]), *(percent(curve.risk[i]) for curve in curves)) for i in dict.fromkeys(at)]
+
+
+# -------------------------------------------------------------------------------------------- prediction sets
+
+
+def set_chart(
+    by_level: Mapping[float, ArrayLike],
+    y: ArrayLike,
+    *,
+    confidence_level: float = 0.9,
+    class_names: Sequence[str] | None = None,
+    n_worst: int = 6,
+    level: float = 0.95,
+) -> Chart:
+    """`set_diagram` for the report; same arguments, same errors."""
+    quality = set_quality(by_level, y, confidence_level, class_names, n_worst, level)
+    asked, curve = percent(confidence_level), quality.curve
+    hidden = quality.n_classes - len(quality.by_class)
+    size = f"{curve.sizes[quality.place]:.2f} labels on average, {percent(quality.shares[0])} of the sets empty"
+    return Chart(
+        "Sets of answers that hold the right one",
+        "Instead of one answer the model gives a set of them, as large as it takes to hold the right one as often as "
+        "asked for. Honest sets lie on the dashed line. That is a promise for all rows together: the last panel shows "
+        "whom it fails.",
+        [
+            Panel("Coverage", f"asked for {asked}, the label is {quality.held}", _coverage_figure(quality), _SQUARE),
+            Panel("Size", f"{size}, at {asked}", _size_figure(quality), _SQUARE),
+            Panel(
+                "By size and class", f"classes are {quality.gap:.3f} off on average", _strata_figure(quality), _SQUARE
+            ),
+        ],
+        [
+            ("asked for", "held", "interval", "labels"),
+            *(
+                (percent(one), percent(found.value), _chance(found.low, found.high), f"{labels:.2f}")
+                for one, found, labels in zip(curve.levels, curve.coverage, curve.sizes, strict=True)
+            ),
+        ],
+        key=[
+            ("dot over", "fewer are held than was asked for"),
+            ("dot under", "more are held"),
+            ("dot ink", "as asked, as far as these rows can tell"),
+            ("line share", f"{100 * level:g}{_PERCENT} interval"),
+        ],
+        left_out=f"Coverage by class leaves out the {hidden} classes that are covered best." if hidden > 0 else "",
+    )
+
+
+def _coverage_figure(quality: SetQuality) -> Figure:
+    curve = quality.curve
+    line: Figure = {"type": "scatter", "mode": "lines", "x": [0, 100], "y": [0, 100], "hoverinfo": "skip"}
+    line["line"] = {"color": "--quiet", "width": 1, "dash": "dash"}
+    dots = _estimates(curve.coverage, curve.levels, "y") | {"x": _percents(curve.levels)}
+    dots["hovertext"] = [
+        f"asked for {percent(one)}, held {percent(found.value)}<br>{labels:.2f} labels"
+        for one, found, labels in zip(curve.levels, curve.coverage, curve.sizes, strict=True)
+    ]
+    axis: Figure = {"range": [0, 100], "dtick": 20, "ticksuffix": _PERCENT}
+    x, y = _axis("Confidence level asked for", **axis), _axis("Sets that hold the label (coverage)", **axis)
+    return {"data": [line, dots], "layout": _layout(x, y)}
+
+
+def _size_figure(quality: SetQuality) -> Figure:
+    bars = {
+        "type": "bar",
+        "x": list(range(len(quality.shares))),
+        "y": _percents(quality.shares),
+        "marker": {"color": "--share"},
+        "hovertext": [
+            f"{name} labels<br>{percent(share)} of rows"
+            for name, share in zip(quality.bar_names, quality.shares, strict=True)
+        ],
+        "hovertemplate": "%{hovertext}<extra></extra>",
+    }
+    shown = list(range(0, len(quality.shares), -(-len(quality.shares) // 6)))
+    x = _axis("Labels in the set", tickvals=shown, ticktext=[quality.bar_names[place] for place in shown])
+    return {"data": [bars], "layout": _layout(x, _axis("Rows", ticksuffix=_PERCENT, rangemode="tozero"))}
+
+
+def _strata_figure(quality: SetQuality) -> Figure:
+    strata = quality.by_size + quality.by_class
+    asked = np.full(len(strata), quality.confidence_level)
+    dots = _estimates([stratum.coverage for stratum in strata], asked, "x") | {"y": list(range(len(strata)))}
+    dots["hovertext"] = [
+        f"{_label(one.name)}<br>held {percent(one.coverage.value)} of {one.n_rows:,} rows" for one in strata
+    ]
+    line: Figure = {"type": "scatter", "mode": "lines", "hoverinfo": "skip"}
+    line["line"] = {"color": "--quiet", "width": 1, "dash": "dash"}
+    line |= {"x": [100 * quality.confidence_level] * 2, "y": [-0.5, len(strata) - 0.5]}
+    names: Figure = {"tickvals": list(range(len(strata))), "ticktext": [_label(stratum.name) for stratum in strata]}
+    y = _axis(range=[len(strata) - 0.5, -0.5], automargin=True, **names)
+    return {"data": [line, dots], "layout": _layout(_axis("Coverage", range=[0, 100], ticksuffix=_PERCENT), y)}
+
+
+def _estimates(estimates: Sequence[Estimate], asked: NDArray[np.float64], axis: str) -> Figure:
+    """Dots along one axis with their intervals, coloured by how they compare with what was asked for."""
+    values = np.array([one.value for one in estimates])
+    ends = {
+        "array": _percents(np.array([one.high for one in estimates]) - values),
+        "arrayminus": _percents(values - np.array([one.low for one in estimates])),
+    }
+    colours = [
+        "--over" if one.high < wanted else "--under" if one.low > wanted else "--ink"
+        for one, wanted in zip(estimates, asked, strict=True)
+    ]
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        axis: _percents(values),
+        f"error_{axis}": {"type": "data", "symmetric": False, "color": "--share", "thickness": 4, "width": 0, **ends},
+        "marker": {"color": colours, "size": 9, "opacity": 1},
+        "cliponaxis": False,
+        "hovertemplate": "%{hovertext}<extra></extra>",
+    }
 
 
 # -------------------------------------------------------------------------------------------------- comparison

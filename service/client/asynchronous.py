@@ -191,13 +191,21 @@ class AsyncClient:
         return bytes(await self._read(whole, request))
 
     async def predict(
-        self, model: str, inputs: Inputs, *, outputs: Sequence[str] = (), calibrator: str | None = None
+        self,
+        model: str,
+        inputs: Inputs,
+        *,
+        outputs: Sequence[str] = (),
+        calibrator: str | None = None,
+        confidence_level: float | None = None,
     ) -> Prediction:
         """Run the model on one batch.
 
         `outputs` names what to return (default: everything); `calibrator` a revision, or "none" (default: the active).
+        `confidence_level` is that of the prediction sets of a conformal revision (default: its own).
         """
-        request = requests.infer_request(model, await self._named(model, inputs), outputs, calibrator)
+        columns = await self._named(model, inputs)
+        request = requests.infer_request(model, columns, outputs, calibrator, confidence_level)
         return requests.prediction_of(await self._read(self._inference.ModelInfer, request))
 
     @asynccontextmanager

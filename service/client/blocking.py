@@ -182,13 +182,21 @@ class Client:
         return bytes(self._read(whole, request))
 
     def predict(
-        self, model: str, inputs: Inputs, *, outputs: Sequence[str] = (), calibrator: str | None = None
+        self,
+        model: str,
+        inputs: Inputs,
+        *,
+        outputs: Sequence[str] = (),
+        calibrator: str | None = None,
+        confidence_level: float | None = None,
     ) -> Prediction:
         """Run the model on one batch.
 
         `outputs` names what to return (default: everything); `calibrator` a revision, or "none" (default: the active).
+        `confidence_level` is that of the prediction sets of a conformal revision (default: its own).
         """
-        request = requests.infer_request(model, self._named(model, inputs), outputs, calibrator)
+        columns = self._named(model, inputs)
+        request = requests.infer_request(model, columns, outputs, calibrator, confidence_level)
         return requests.prediction_of(self._read(self._inference.ModelInfer, request))
 
     def logits(self, model: str, inputs: Inputs, *, batch_size: int = 64) -> Array:

@@ -35,7 +35,12 @@ def evaluate_spec(model: str, revision: str, seed: int) -> Any:
 
 
 def infer_request(
-    model: str, columns: Mapping[str, Array], outputs: Sequence[str], calibrator: str | None, request_id: str = ""
+    model: str,
+    columns: Mapping[str, Array],
+    outputs: Sequence[str],
+    calibrator: str | None,
+    confidence_level: float | None = None,
+    request_id: str = "",
 ) -> Any:
     request = inference.ModelInferRequest(model_name=model, id=request_id)
     for name, values in columns.items():
@@ -45,6 +50,8 @@ def infer_request(
         request.outputs.add(name=name)
     if calibrator is not None:
         request.parameters["calibrator"].string_param = calibrator
+    if confidence_level is not None:
+        request.parameters["confidence_level"].double_param = confidence_level
     return request
 
 

@@ -77,6 +77,11 @@ class Prediction:
     def probabilities(self) -> Array:
         return self.outputs["probabilities"]
 
+    @property
+    def prediction_set(self) -> Array:
+        """Of a conformal revision, bool (n_rows, n_classes)."""
+        return self.outputs["prediction_set"]
+
 
 def revision_of(message: resources.Revision) -> Revision:
     return Revision(

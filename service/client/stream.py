@@ -44,11 +44,16 @@ class Stream:
         await asyncio.wait([self._reader])
 
     async def predict(
-        self, inputs: Inputs, *, outputs: Sequence[str] = (), calibrator: str | None = None
+        self,
+        inputs: Inputs,
+        *,
+        outputs: Sequence[str] = (),
+        calibrator: str | None = None,
+        confidence_level: float | None = None,
     ) -> Prediction:
         """As `AsyncClient.predict`. Start many of them together: one alone gains little."""
         columns = requests.named(inputs, self._metadata)
-        request = requests.infer_request(self._model, columns, outputs, calibrator, next(self._ids))
+        request = requests.infer_request(self._model, columns, outputs, calibrator, confidence_level, next(self._ids))
         if self._ended is not None:
             raise self._ended
         answer: asyncio.Future[Prediction] = asyncio.get_running_loop().create_future()

@@ -21,12 +21,14 @@ from calserve.open_inference import messages
 from numpy.typing import NDArray
 
 from calibrators import Calibrator, fuse
+from calibrators.conformal.calibrator import ConformalCalibrator
 from calibrators.graph import LOGITS, PREFIX, FusedModel, check_copies, signature, stage
 from calibrators.inspection import Inspection
 from calibrators.kinds.identity import Identity
 from service.errors import InvalidRequest, Refused
 from service.inference import datatypes
 from service.inference.batcher import Answer, Batcher, Lane, Limits, Run
+from service.inference.prediction_sets import SET_OUTPUTS, SHARES, PredictionSets
 from service.inference.session import Device, Session, TensorSpec
 from service.inference.statistics import Statistics
 from service.inference.warmup import made_up, row_costs, warm_up
@@ -34,23 +36,58 @@ from service.inference.warmup import made_up, row_costs, warm_up
 NO_REVISION = "none"
 """The name of serving the model's own probabilities."""
 
+KEPT_LEVELS = 64
+"""Confidence levels for which a revision's snapshot is kept."""
+
 KEPT_SESSIONS = 4
 """Sessions kept beside the active one, for other kinds and for requests that name a revision."""
 
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """What computes an answer, immutable."""
+    """What computes an answer, immutable; `at_levels` only remembers."""
 
     revision: str
     session: Session
     feeds: Mapping[str, NDArray[Any]]
     own_outputs: Mapping[str, str] = field(default_factory=dict)  # the model's name -> the name it is served under
+    sets: PredictionSets | None = None
+    at_levels: dict[float, Snapshot] = field(default_factory=dict)
+
+    @property
+    def graph_outputs(self) -> list[TensorSpec]:
+        """What the graph computes for callers."""
+        return [spec for spec in self.session.outputs if not spec.name.startswith(PREFIX)]
 
     @property
     def outputs(self) -> list[TensorSpec]:
         """What a request gets that names nothing."""
-        return [spec for spec in self.session.outputs if not spec.name.startswith(PREFIX)]
+        return [*self.graph_outputs, *(self.sets.specs if self.sets else ())]
+
+    def at(self, confidence_level: float) -> Snapshot:
+        """The same with sets of another level; one for all who ask for that level, so that they share runs."""
+        if self.sets is None:
+            raise InvalidRequest(
+                f"parameter 'confidence_level' is for revisions that make prediction sets; {self.revision!r} makes none"
+            )
+        if confidence_level == self.sets.confidence_level:
+            return self
+        if confidence_level not in self.at_levels:
+            if len(self.at_levels) >= KEPT_LEVELS:
+                self.at_levels.clear()
+            sets = replace(self.sets, confidence_level=confidence_level)
+            self.at_levels[confidence_level] = replace(self, sets=sets)
+        return self.at_levels[confidence_level]
+
+    def run(self, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """The values of these outputs, in their order."""
+        if self.sets is None or not self.sets.needed(outputs):
+            return self.session.run_with(outputs, feeds, self.feeds)
+        inputs = {name: array for name, array in feeds.items() if name != SHARES}
+        computed = [name for name in dict.fromkeys([*outputs, "probabilities"]) if name not in SET_OUTPUTS]
+        values = self.session.run_with(computed, inputs, self.feeds)
+        arrays = self.sets.beside(dict(zip(computed, values, strict=True)), feeds.get(SHARES))
+        return [arrays[name] for name in outputs]
 
 
 class ServedModel:
@@ -147,7 +184,9 @@ class ServedModel:
             raise Refused(f"model {self.name!r} has {self.n_classes} classes, the calibrator was fitted on {n_classes}")
         with self._building:
             session, fused = self._session_for(calibrator)
-        return Snapshot(revision, session, stage(calibrator).parameters, fused.own_outputs)
+        conformal = isinstance(calibrator, ConformalCalibrator)
+        sets = PredictionSets(calibrator, calibrator.confidence_level) if conformal else None
+        return Snapshot(revision, session, stage(calibrator).parameters, fused.own_outputs, sets)
 
     def _check_classifier(self) -> None:
         if self.inspection is None:
@@ -156,7 +195,7 @@ class ServedModel:
     def _session_for(self, calibrator: Calibrator) -> tuple[Session, FusedModel]:
         key = signature(calibrator)
         if key not in self._sessions:
-            fused = fuse(self._proto, calibrator, self.inspection)
+            fused = fuse(self._proto, calibrator, self.inspection, sets=False)
             self._sessions[key] = (Session(fused.to_bytes(), self.device), fused)
             while len(self._sessions) > KEPT_SESSIONS:
                 self._sessions.popitem(last=False)
@@ -166,7 +205,10 @@ class ServedModel:
     def export(self, calibrator: Calibrator | None) -> bytes:
         """The model with a calibrator inside (None: its own probabilities), as plain ONNX."""
         self._check_classifier()
-        return fuse(self._proto, calibrator or Identity.of(self.n_classes), self.inspection).export()
+        try:
+            return fuse(self._proto, calibrator or Identity.of(self.n_classes), self.inspection).export()
+        except ValueError as error:
+            raise Refused(f"this revision of model {self.name!r} cannot be exported: {error}") from error
 
     def lane(self, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]], snapshot: Snapshot | None) -> Lane:
         """Where a request waits: beside those that ask for the same of rows of the same form."""
@@ -176,6 +218,8 @@ class ServedModel:
             for spec in self.inputs
             if spec.name in feeds
         )
+        if SHARES in feeds:
+            inputs += ((SHARES, feeds[SHARES].dtype, ()),)
         return Lane(tuple(outputs), snapshot, inputs, self.joins_requests)
 
     async def run(
@@ -220,7 +264,7 @@ class ServedModel:
     ) -> tuple[Snapshot, list[NDArray[Any]]]:
         """One run. The active snapshot is read once: every answer of the run is computed by it."""
         snapshot = asked or self.active
-        return snapshot, snapshot.session.run_with(outputs, feeds, snapshot.feeds)
+        return snapshot, snapshot.run(outputs, feeds)
 
     def _new_batcher(self, limits: Limits) -> Batcher:
         return Batcher(
@@ -287,7 +331,7 @@ class ServedModel:
         inner = [spec.name for spec in snapshot.session.outputs if spec.name.startswith(PREFIX)]
         wanted = [*inner, "probabilities"] if self.is_classifier else [spec.name for spec in self.outputs[:1]]
         if not self.device.on_cpu:  # where each size costs time when it comes first
-            default = [spec.name for spec in snapshot.outputs]
+            default = [spec.name for spec in snapshot.graph_outputs]
             warm_up(snapshot.session, default, snapshot.feeds, self.batcher.limits.rows)
         values = snapshot.session.run_with(wanted, made_up(self.inputs, 1), snapshot.feeds)
         return {name.removeprefix(PREFIX): value for name, value in zip(wanted, values, strict=True)}

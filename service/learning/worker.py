@@ -23,8 +23,9 @@ from sklearn.model_selection import train_test_split
 
 import calibrators
 from calibrators import auto
+from calibrators.conformal.calibrator import ConformalCalibrator
 from calibrators.kinds.identity import Identity
-from calibrators.metrics import Estimate, scores
+from calibrators.metrics import Estimate, coverage, mean_set_size, scores
 from service.learning.job import ARTIFACT, AUTO, GOLDEN, RESULT, JobSpec, Rows
 from service.store.files import write_whole
 
@@ -130,12 +131,22 @@ def compare(calibrator: calibrators.Calibrator, rows: Rows, seed: int) -> dict[s
     """Scores of the model's own probabilities and of the calibrated ones on the same rows."""
     before = Identity.of(rows.logits.shape[1]).predict_proba(rows.logits)
     after = calibrator.predict_proba(**rows.signals)
+    sets = _of_sets(calibrator, after, rows.labels, seed)
     return {
         "row_count": len(rows),
         "level": LEVEL,
         "before": _plain(scores(before, rows.labels, level=LEVEL, seed=seed)),
-        "after": _plain(scores(after, rows.labels, level=LEVEL, seed=seed)),
+        "after": _plain(scores(after, rows.labels, level=LEVEL, seed=seed) | sets),
     }
+
+
+def _of_sets(calibrator: calibrators.Calibrator, p: np.ndarray, y: np.ndarray, seed: int) -> dict[str, Estimate]:
+    """How often the calibrator's sets, if it makes any, hold the label at its own level, and their mean size."""
+    if not isinstance(calibrator, ConformalCalibrator):
+        return {}
+    shares = np.random.default_rng(seed).random(len(p)) if calibrator.randomised else None
+    sets = calibrator.sets(p, shares=shares)
+    return {"set_coverage": coverage(sets, y, level=LEVEL), "mean_set_size": Estimate(mean_set_size(sets))}
 
 
 def golden_rows(calibrator: calibrators.Calibrator, rows: Rows) -> bytes:

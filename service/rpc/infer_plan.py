@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from service.errors import InvalidRequest, shown
 from service.inference.batcher import Lane
 from service.inference.model import ServedModel, Snapshot
+from service.inference.prediction_sets import SHARES, shares_of
 from service.rpc import classification, infer_request, tensors
 from service.rpc.shared_memory import OwnRegions
 from service.rpc.wire import inference
@@ -25,6 +26,7 @@ from service.rpc.wire import inference
 ID_TAG, RAW_INPUT_TAG, RAW_OUTPUT_TAG = b"\x1a", b"\x3a", b"\x32"
 MAX_TEMPLATES = 256
 MAX_VARINT_BYTE = 0x80
+CONFIDENCE_LEVEL = "confidence_level"
 FINAL_RESPONSE = "triton_enable_empty_final_response"
 
 
@@ -38,6 +40,7 @@ class Plan:
     asked : the outputs that it names; none: all that there are
     lane, rows : where it waits for a run, and with how many rows
     revision : what its parameter `calibrator` names
+    confidence_level : of the prediction sets, what its parameter says
     classes : output -> how many of its largest values are asked for instead of it
     typed : whether the answer is in typed contents, as the request was
     places : output -> where it goes in shared memory, of those that go there
@@ -52,6 +55,7 @@ class Plan:
     lane: Lane
     rows: int
     revision: str | None = None
+    confidence_level: float | None = None
     classes: Mapping[str, int] = field(default_factory=dict)
     typed: bool = False
     final: bool = False
@@ -60,17 +64,20 @@ class Plan:
     plain: bool = False
     replies: dict[Any, Any] = field(default_factory=dict)
 
-    def settle(self, snapshot: Snapshot) -> None:
+    def settle(self, snapshot: Snapshot) -> Snapshot:
         """Fix what is computed: what was asked for, or all that this snapshot has. InvalidRequest for what it has not.
 
         Where not every snapshot computes it, it is this one that does, though another be active when the run is made.
+        Returns it, with the sets of the confidence level that was asked for.
         """
+        snapshot = snapshot if self.confidence_level is None else snapshot.at(self.confidence_level)
         specs = infer_request.choose_outputs(self.model, snapshot, self.asked)
         self.datatypes = {spec.name: spec.datatype for spec in specs}
         self.plain = not (self.typed or self.classes or self.places or "BYTES" in self.datatypes.values())
         computed = dict.fromkeys([*self.datatypes, "confidence"] if self.model.is_classifier else self.datatypes)
         common = computed.keys() <= set(self.model.common_outputs)
         self.lane = self.lane._replace(outputs=tuple(computed), snapshot=None if common else snapshot)
+        return snapshot
 
     @property
     def divided(self) -> bool:
@@ -103,15 +110,35 @@ def read(model: ServedModel, request: Any, regions: OwnRegions) -> Reading:
         model.lane((), arrays, None),
         model.row_count(arrays),
         _revision(request),
+        _confidence_level(request),
         _classes(request),
         infer_request.sent_typed(request),
         wants_final(request),
         infer_request.output_places(request, regions),
     )
+    own_id = id_field(request.id)
     if plan.revision is None:  # else it is settled by the snapshot of the revision, when that is there
-        plan.settle(model.active)
+        add_shares(arrays, plan, plan.settle(model.active), own_id)
+        plan.lane = model.lane(plan.lane.outputs, arrays, plan.lane.snapshot)
     feeds = [np.ascontiguousarray(arrays[name]) for name, _, _ in plan.lane.inputs]
-    return Reading(plan, id_field(request.id), feeds)
+    return Reading(plan, own_id, feeds)
+
+
+def add_shares(arrays: dict[str, NDArray[Any]], plan: Plan, snapshot: Snapshot, own_id: bytes) -> None:
+    """Where sets are randomised, the numbers of a request's rows beside its inputs."""
+    if snapshot.sets is not None and snapshot.sets.drawn(plan.lane.outputs):
+        arrays[SHARES] = shares_of(own_id, plan.rows)
+
+
+def _confidence_level(request: Any) -> float | None:
+    if CONFIDENCE_LEVEL not in request.parameters:
+        return None
+    level = tensors.parameter_value(request.parameters[CONFIDENCE_LEVEL])
+    if not isinstance(level, float) or not 0 < level < 1:
+        raise InvalidRequest(
+            f"parameter {CONFIDENCE_LEVEL!r} must be a double strictly between 0 and 1, got {shown(level)}"
+        )
+    return level
 
 
 def _revision(request: Any) -> str | None:

@@ -78,6 +78,9 @@ def _say(response: Any, plan: Plan, run: Run, final: bool) -> None:
     """The answer's parameters: what computed it."""
     if plan.model.is_classifier:
         response.parameters["calibrator_revision"].CopyFrom(tensors.string_parameter(run.snapshot.revision))
+    sets = run.snapshot.sets
+    if sets is not None and sets.needed(plan.lane.outputs):
+        response.parameters["confidence_level"].double_param = sets.confidence_level
     response.parameters["provider"].CopyFrom(tensors.string_parameter(run.snapshot.session.provider))
     if final:
         response.parameters["triton_final_response"].bool_param = True

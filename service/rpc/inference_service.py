@@ -153,11 +153,11 @@ class Inference:
     async def _run(self, reading: Reading, deadline: float, caller: Callable[[], str]) -> Answer:
         """A request that names a revision, or has more rows than a run takes."""
         plan = reading.plan
-        snapshot = plan.lane.snapshot
+        snapshot, arrays = plan.lane.snapshot, plan.arrays(reading.feeds)
         if plan.revision is not None:
-            snapshot = await self._revisions.snapshot(plan.model, plan.revision)
-            plan.settle(snapshot)
-        return await plan.model.run(plan.lane.outputs, plan.arrays(reading.feeds), snapshot, deadline, caller)
+            snapshot = plan.settle(await self._revisions.snapshot(plan.model, plan.revision))
+            infer_plan.add_shares(arrays, plan, snapshot, reading.id_field)
+        return await plan.model.run(plan.lane.outputs, arrays, snapshot, deadline, caller)
 
 
 def _check_confidence(answer: Answer, reading: Reading) -> None:

@@ -31,9 +31,12 @@ Array = NDArray[Any]
 PARAMETERS: dict[str, list[dict[str, Any]]] = {
     "adaptive_temperature": [{}, {"form": "sorted"}],
     "beta": [{}, {"form": "am"}, {"form": "ab"}],
+    "class_conditional_conformal": [{}, {"score": "aps", "base": "histogram_binning", "base_params": {"n_bins": 5}}],
+    "clustered_conformal": [{}, {"score": "raps", "base": "platt"}],
     "ensemble_temperature": [{}, {"loss": "brier"}],
     "histogram_binning": [{}, {"strategy": "equal_width"}, {"top_label": True}],
     "isotonic": [{}, {"method": "accuracy_preserving"}],
+    "split_conformal": [{}, {"score": "saps", "allow_empty": False}],
 }
 """Variants of a kind, where its defaults alone would leave arithmetic untested."""
 

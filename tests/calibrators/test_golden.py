@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from calibrators.conformal import Thresholds, create_score
+from calibrators.conformal.score import members
 from calibrators.kinds.dirichlet import DirichletCalibration
 from calibrators.kinds.platt import PlattScaling
 from calibrators.kinds.venn_abers import VennAbers
@@ -35,7 +37,7 @@ def binary(scores: Array) -> Array:
 
 def test_every_record_says_where_it_comes_from() -> None:
     names = sorted(path.stem for path in GOLDEN.glob("*.json"))
-    assert names == ["dirichletcal", "libsvm", "venn-abers"]
+    assert names == ["crepes", "dirichletcal", "libsvm", "mapie", "torchcp", "venn-abers"]
     for name in names:
         assert recorded(name).keys() >= PROVENANCE
         assert recorded(name)["command"].endswith(f" {name}")
@@ -73,3 +75,52 @@ def test_venn_abers_is_the_authors_package() -> None:
     np.testing.assert_allclose(p0, record["expected"]["p0"], atol=1e-6)
     np.testing.assert_allclose(p1, record["expected"]["p1"], atol=1e-6)
     np.testing.assert_allclose(calibrator.predict_proba(logits[40:])[:, 1], record["expected"]["merged"], atol=1e-6)
+
+
+# ---- conformal prediction, 200 rows to calibrate on and 30 to make sets of
+
+PARAMETERS = {"raps": {"penalty": 0.05, "free_ranks": 2}}
+SHARES = {"aps": 1.0, "raps": 1.0}
+"""TorchCP without randomness counts the whole of the label's own mass."""
+
+
+def conformal_sets(record: dict[str, Any], name: str, level: float, *, by_class: bool) -> Array:
+    p, y = (np.array(record["input"][key]) for key in ("p", "y"))
+    score = create_score(name, PARAMETERS.get(name))
+    shares = np.full(len(p), SHARES[name]) if name in SHARES else None
+    cut = None if shares is None else shares[200:]
+    scores = score.of_labels(p[:200], y[:200], None if shares is None else shares[:200])
+    thresholds = Thresholds.of(scores, group=y[:200] if by_class else None).at(level)
+    rows = p[200:].astype(np.float32)
+    return members(rows, score.cuts(rows, thresholds, cut), allow_empty=True)
+
+
+PEERS = [
+    *(("torchcp", score, kind) for score in ("lac", "margin") for kind in ("split", "class_conditional")),
+    *(("crepes", "lac", kind) for kind in ("split", "class_conditional")),
+    ("mapie", "lac", "split"),
+]
+AT_LEVELS = [(*peer, level) for peer in PEERS for level in (0.8, 0.9, 0.95)] + [
+    # At higher levels some thresholds are 1, which every last label's whole mass ties with: TorchCP leaves these ties to
+    # the rounding of its sums, here they are in.
+    ("torchcp", score, kind, 0.8)
+    for score in ("aps", "raps")
+    for kind in ("split", "class_conditional")
+]
+
+
+@pytest.mark.parametrize(("peer", "name", "kind", "level"), AT_LEVELS)
+def test_sets_are_those_of_other_implementations(peer: str, name: str, kind: str, level: float) -> None:
+    record = recorded(peer)
+    found = conformal_sets(record, name, level, by_class=kind == "class_conditional")
+    np.testing.assert_array_equal(found, np.array(record["expected"][name][kind][str(level)], dtype=bool))
+
+
+@pytest.mark.parametrize("name", ["lac", "aps", "raps", "margin"])
+def test_scores_are_torchcps(name: str) -> None:
+    record = recorded("torchcp")
+    p = np.array(record["input"]["p"])[200:]
+    score = create_score(name, PARAMETERS.get(name))
+    shares = np.full(len(p), SHARES[name]) if name in SHARES else None
+    found = np.stack([score.of_labels(p, np.full(len(p), k), shares) for k in range(p.shape[1])], axis=1)
+    np.testing.assert_allclose(found + (name == "lac"), record["expected"][name]["scores"], atol=1e-6)

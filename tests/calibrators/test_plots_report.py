@@ -31,11 +31,14 @@ from calibrators.plots import (
     html_report,
     reliability_chart,
     risk_coverage_chart,
+    set_chart,
+    set_diagram,
     telling_example,
     temperature_chart,
 )
 from calibrators.plots._page import COLOURS
 from calibrators.plots.report import Share
+from calibrators.plots.sets import set_quality
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 EVIL = "<script>alert('x')</script> & \"co\" {title} <b>"
@@ -51,6 +54,7 @@ def overconfident(n_samples: int, n_classes: int, seed: int) -> tuple[Array, Arr
 
 LOGITS, Y = overconfident(2000, 4, seed=0)
 BEFORE, AFTER = softmax(LOGITS), softmax(LOGITS / 3)
+HELD = {level: (1 - level) / 2 <= AFTER for level in (0.5, 0.8, 0.9)}
 SCORES = {"none": scores(BEFORE, Y), "temperature": scores(AFTER, Y)}
 
 
@@ -61,6 +65,7 @@ def every_chart(names: dict[str, Array], class_names: list[str] | None = None) -
         classwise_chart(AFTER, Y, class_names=class_names, n_panels=3),
         risk_coverage_chart(names, Y),
         temperature_chart(LOGITS, Y),
+        set_chart(HELD, Y, class_names=class_names, n_worst=3),
     ]
 
 
@@ -461,3 +466,49 @@ def test_at_the_ends_the_confidence_is_named_by_its_limit(confidence: float, wor
         p[:] = 1 / 101
     example = telling_example(p, p, np.zeros(60, dtype=int))
     assert f"made with {words} confidence" in Page(report(example=example)).text
+
+
+def test_a_set_chart_shows_what_the_sets_hold() -> None:
+    chart = set_chart(HELD, Y, n_worst=3)
+    curve = by_mode(chart.panels[0], "markers")[0]
+    held = [float(HELD[level][np.arange(len(Y)), Y].mean()) for level in HELD]
+    assert curve["x"] == pytest.approx([50, 80, 90])
+    assert curve["y"] == pytest.approx([100 * one for one in held])
+    sizes = HELD[0.9].sum(axis=1)
+    (bars,) = chart.panels[1].figure["data"]
+    assert bars["y"] == pytest.approx(100 * np.bincount(sizes) / len(Y))
+    assert f"{sizes.mean():.2f} labels on average" in chart.panels[1].caption
+    strata = by_mode(chart.panels[2], "markers")[0]
+    worst = min(float(HELD[0.9][k == Y, k].mean()) for k in range(4))
+    assert 100 * worst == pytest.approx(strata["x"][-3])  # the first of the three worst classes
+    assert chart.left_out == "Coverage by class leaves out the 1 classes that are covered best."
+    assert [row[0] for row in chart.numbers[1:]] == [
+        "50\N{NO-BREAK SPACE}%",
+        "80\N{NO-BREAK SPACE}%",
+        "90\N{NO-BREAK SPACE}%",
+    ]
+
+
+def test_the_files_panels_show_the_same() -> None:
+    figure = set_diagram(HELD, Y, n_worst=3)
+    chart = set_chart(HELD, Y, n_worst=3)
+    dots = [c.get_offsets()[0] for c in figure.axes[0].collections if type(c).__name__ == "PathCollection"]
+    assert [100 * dot[1] for dot in dots] == pytest.approx(by_mode(chart.panels[0], "markers")[0]["y"])
+    heights = [100 * patch.get_height() for patch in figure.axes[1].patches]
+    assert heights == pytest.approx(chart.panels[1].figure["data"][0]["y"])
+    with pytest.raises(ValueError, match=r"must hold the sets of level 0\.7, got \[0\.5, 0\.8, 0\.9\]"):
+        set_diagram(HELD, Y, confidence_level=0.7)
+    with pytest.raises(ValueError, match="n_worst must be at least 1"):
+        set_chart(HELD, Y, n_worst=0)
+
+
+def test_many_sizes_share_bars_and_the_empty_set_has_its_own() -> None:
+    rng = np.random.default_rng(0)
+    sets = rng.random((200, 300)) < rng.random((200, 1))
+    sets[:5] = False
+    quality = set_quality({0.9: sets}, rng.integers(0, 300, size=200), 0.9, None, 3, 0.95)
+    assert (quality.first[0], quality.last[0], quality.first[1]) == (0, 0, 1)
+    assert len(quality.shares) <= 26
+    assert quality.shares[0] == (sets.sum(axis=1) == 0).mean()
+    assert quality.shares.sum() == pytest.approx(1)
+    assert (quality.first[1:] == quality.last[:-1] + 1).all()

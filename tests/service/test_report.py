@@ -70,6 +70,22 @@ def test_rows_of_one_class_have_no_best_temperature_and_still_a_report(client: C
     assert "judged on 300 others" in text
 
 
+@pytest.mark.parametrize("randomised", [False, True])
+def test_the_sets_of_the_revision_that_serves_are_judged(client: Client, randomised: bool) -> None:
+    params = {"score": "aps", "randomised": randomised, "confidence_level": 0.85}
+    revision = client.fit("mlp", "split_conformal", logits=LOGITS[FIT], labels=LABELS[FIT], **params)
+    heading = "Sets of answers that hold the right one"
+    assert heading not in words(html(client, "mlp", labels=LABELS[TEST], logits=LOGITS[TEST]))
+    client.activate("mlp", revision.revision)
+    text = words(html(client, "mlp", labels=LABELS[TEST], logits=LOGITS[TEST]))
+    assert heading in text
+    assert "asked for 85 %, the label is held by" in text
+    assert revision.held_out is not None
+    held = revision.held_out.after["set_coverage"]
+    assert 0.7 < held.low < held.value < held.high < 1
+    assert 1 < revision.held_out.after["mean_set_size"].value < 4
+
+
 def test_a_model_without_revisions_and_rows_of_no_use_are_refused(client: Client) -> None:
     with pytest.raises(errors.NotFound, match="no revisions to report on"):
         html(client, "mlp", labels=LABELS, logits=LOGITS)

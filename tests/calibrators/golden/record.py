@@ -1,6 +1,6 @@
 """Records what other implementations say, for `test_golden.py` to compare with.
 
-    python tests/calibrators/golden/record.py [libsvm] [dirichletcal] [venn-abers]
+    python tests/calibrators/golden/record.py [libsvm] [dirichletcal] [venn-abers] [torchcp] [mapie] [crepes]
 
 writes one JSON file a tool into this folder: tool, version, command, date, input, expected. It needs the tools
 (`benchmarks/peers.txt`); the tests need only the files. Inputs are rounded to six digits, so that they read back exactly.
@@ -108,10 +108,105 @@ def venn_abers() -> dict[str, Any]:
     }
 
 
+# ---- conformal prediction: 200 rows with scores of their labels, 30 more whose sets are asked for
+
+CONFIDENCE_LEVELS = (0.8, 0.9, 0.95)
+
+
+def _conformal_rows() -> tuple[Any, Any]:
+    logits, y = overconfident_rows(230, 5)
+    p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    return p.round(6), y
+
+
+def torchcp() -> dict[str, Any]:
+    import torch
+    from torchcp.classification.predictor import ClassConditionalPredictor, SplitPredictor
+    from torchcp.classification.score import APS, LAC, RAPS, Margin
+
+    p, y = _conformal_rows()
+    rows, labels = torch.tensor(p), torch.tensor(y)
+    scores = {
+        "lac": LAC(score_type="identity"),
+        "aps": APS(score_type="identity", randomized=False),
+        "raps": RAPS(score_type="identity", randomized=False, penalty=0.05, kreg=2),
+        "margin": Margin(score_type="identity"),
+    }
+    expected: dict[str, Any] = {}
+    for name, score in scores.items():
+        expected[name] = {"scores": score(rows[200:].clone()).tolist()}
+        for kind, cls in (("split", SplitPredictor), ("class_conditional", ClassConditionalPredictor)):
+            sets = {}
+            for level in CONFIDENCE_LEVELS:
+                predictor = cls(score)
+                predictor.calculate_threshold(rows[:200].clone(), labels[:200], 1 - level)
+                sets[str(level)] = predictor.predict_with_logits(rows[200:].clone()).int().tolist()
+            expected[name][kind] = sets
+    return {"input": {"p": p.tolist(), "y": y.tolist()}, "expected": expected}
+
+
+class _AsItIs:
+    """A classifier for MAPIE whose probabilities are its input."""
+
+    def __init__(self, n_classes: int) -> None:
+        self.classes_ = np.arange(n_classes)
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return True
+
+    def fit(self, *_: Any) -> Any:
+        return self
+
+    def predict(self, X: Any) -> Any:
+        return X.argmax(axis=1)
+
+    def predict_proba(self, X: Any) -> Any:
+        return X
+
+
+def mapie() -> dict[str, Any]:
+    from mapie.classification import SplitConformalClassifier
+
+    p, y = _conformal_rows()
+    peer = SplitConformalClassifier(
+        _AsItIs(p.shape[1]), confidence_level=list(CONFIDENCE_LEVELS), conformity_score="lac", prefit=True
+    )
+    peer.conformalize(p[:200], y[:200])
+    sets = peer.predict_set(p[200:])[1]
+    by_level = {str(level): sets[:, :, i].astype(int).tolist() for i, level in enumerate(CONFIDENCE_LEVELS)}
+    return {"input": {"p": p.tolist(), "y": y.tolist()}, "expected": {"lac": {"split": by_level}}}
+
+
+def crepes() -> dict[str, Any]:
+    from crepes import ConformalClassifier
+
+    p, y = _conformal_rows()
+    alphas, all_alphas = 1 - p[:200][np.arange(200), y[:200]], 1 - p[200:]
+    split = ConformalClassifier().fit(alphas)
+    by_class = ConformalClassifier().fit(alphas, bins=y[:200])
+    bins = np.tile(np.arange(p.shape[1]), (30, 1))
+    sets: dict[str, Any] = {"split": {}, "class_conditional": {}}
+    for level in CONFIDENCE_LEVELS:
+        found = split.predict_set(all_alphas, confidence=level, smoothing=False)
+        sets["split"][str(level)] = np.asarray(found).astype(int).tolist()
+        found = np.stack(
+            [
+                by_class.predict_set(all_alphas[:, [k]], bins[:, k], confidence=level, smoothing=False)[:, 0]
+                for k in range(p.shape[1])
+            ],
+            axis=1,
+        )
+        sets["class_conditional"][str(level)] = found.astype(int).tolist()
+    return {"input": {"p": p.tolist(), "y": y.tolist()}, "expected": {"lac": sets}}
+
+
 TOOLS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "libsvm": ("libsvm-official", libsvm),
     "dirichletcal": ("dirichletcal", dirichletcal),
     "venn-abers": ("venn-abers", venn_abers),
+    "torchcp": ("torchcp", torchcp),
+    "mapie": ("mapie", mapie),
+    "crepes": ("crepes", crepes),
 }
 
 
