@@ -16,6 +16,8 @@ READ_ONLY = "STORE_READ_ONLY"
 """The reason of every refusal to write: the disk is full, or an error of it has not been mended yet."""
 BUSY_SECONDS = 30.0
 """How long a write waits for another process's: workers of one server share the store."""
+LOG_PAGES = 4000
+"""Pages of the write-ahead log that are written back together: 16 MB."""
 _NUMBERS = {"NORMAL": 1, "FULL": 2}
 
 
@@ -46,6 +48,7 @@ def open_database(path: Path, what: str, schema: str, version: int) -> Connectio
 
 def _make_durable(connection: Connection, what: str) -> None:
     connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute(f"PRAGMA wal_autocheckpoint={LOG_PAGES}")
     connection.execute(f"PRAGMA synchronous={SYNCHRONOUS}")
     durable = tuple(connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous"))
     if durable != ("wal", _NUMBERS[SYNCHRONOUS]):
