@@ -19,12 +19,14 @@ from service.inference.device_loss import DeviceLoss
 from service.inference.repository import Repository, folders
 from service.inference.session import Device
 from service.learning.following import Following
+from service.learning.journalling import Journalling
 from service.learning.loading import Loading, Poll
 from service.learning.operations import Limits, Operations
 from service.learning.revisions import Revisions
 from service.lifecycle import Signals, end_process, notify
 from service.rpc.access import Access, check_complete
 from service.rpc.calibrator_service import CalibratorService
+from service.rpc.feedback_service import FeedbackService
 from service.rpc.forward import Forward
 from service.rpc.grpc_front import ConnectionLimits, GrpcFront
 from service.rpc.health import PROCESS, READY, Health
@@ -43,6 +45,9 @@ from service.rpc.wire import INFERENCE_SERVICE
 from service.settings import Settings, is_local
 from service.store.blobs import Blobs
 from service.store.catalogue import Catalogue
+from service.store.journal import Journal
+from service.store.journal_tables import Retention
+from service.store.labels import Labels
 from service.supervisor import Member
 from service.web.http import HttpServer, Page, text
 from service.web.metrics import Metrics, ModelState
@@ -81,6 +86,11 @@ class App:
         self._forward = None if self._learns or member is None else Forward(member.learner_socket, self._following.look)
         self._loading = Loading(self.repository, self._revisions, self._tell_health)
         self._poll = Poll(self.repository, self._loading, settings.poll_seconds)
+        retention = Retention(86400 * settings.journal_days, settings.journal_bytes)
+        self._journal = Journal(
+            settings.store, retention, queue_bytes=settings.journal_queue_bytes, learns=self._learns
+        )
+        self._feedback = FeedbackService(self.repository, self._journal, Labels(self._journal))
         self._regions = Regions(settings.shared_memory_prefix, settings.shared_memory_bytes)
         self._operations = Operations(self._catalogue, blobs, settings.store / "jobs", _limits(settings))
         self._metrics = Metrics(self._model_states, lambda: self._health.serving(READY), lambda: self._device.loss.lost)
@@ -108,6 +118,7 @@ class App:
         if not is_local(self.settings.host) and not (self._access and self.settings.tls_cert):
             log.warning("host %s is reached by other machines, and --insecure is set", self.settings.host)
         self._http.start()
+        self._journal.start()
         self._watch = asyncio.create_task(self._keep_watch())
         if self._member is None:
             self.port = await self._front.start(self.settings.host, self.settings.port)
@@ -146,6 +157,7 @@ class App:
         self._regions.unregister()
         self._http.stop()
         self.repository.close()
+        await asyncio.to_thread(self._journal.close)
         self._catalogue.close()
         if self._lock:
             self._lock.close()
@@ -184,7 +196,8 @@ class App:
 
     def _methods(self) -> Iterable[Method]:
         deadline = self.settings.default_deadline_seconds
-        inference = Inference(self.repository, self._revisions, self._health, self._regions, deadline)
+        journalling = Journalling(self._journal, self.settings.journal)
+        inference = Inference(self.repository, self._revisions, self._health, self._regions, deadline, journalling)
         methods = [
             *methods_of(
                 INFERENCE_SERVICE,
@@ -194,16 +207,20 @@ class App:
                 ProcessSettings(self.repository),
                 inference,
             ),
-            *self._calibrator_methods(),
+            *self._learners_methods(),
             *self._health.methods(),
         ]
         services = {method.path.split("/")[1] for method in methods}
         return [*methods, *Reflection([*services, *Reflection.SERVICES]).methods()]
 
-    def _calibrator_methods(self) -> list[Method]:
-        """The learner's own; of another worker, passed on to it."""
-        methods = CalibratorService(self.repository, self._revisions, self._operations).methods()
-        return [self._forward.method(method) for method in methods] if self._forward else methods
+    def _learners_methods(self) -> list[Method]:
+        """The learner's own; of another worker, passed on to it. Labels may name what this worker answered just now."""
+        calibrators = CalibratorService(self.repository, self._revisions, self._operations).methods()
+        feedback = self._feedback.methods()
+        if self._forward is None:
+            return [*calibrators, *feedback]
+        passed_on = [self._forward.method(method) for method in calibrators]
+        return [*passed_on, *(self._forward.method(method, self._journal.flush) for method in feedback)]
 
     def _extensions(self) -> list[str]:
         """Triton's words for what this server does, as it is set up."""
