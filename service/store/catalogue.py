@@ -213,6 +213,20 @@ class Catalogue:
             (number,) = self._connection.execute("PRAGMA data_version").fetchone()
         return int(number)
 
+    def problems(self) -> Iterator[str]:
+        """What is wrong with the rows, in words."""
+        for kind in (RevisionRow, ActivationRow, OperationRow):
+            with self._lock:
+                rows = self._connection.execute(f"SELECT row, crc FROM {kind.table}").fetchall()  # noqa: S608
+            damaged = sum(zlib.crc32(text.encode()) != crc for text, crc in rows)
+            if damaged:
+                yield f"{damaged} rows of the catalogue's table {kind.table} are damaged: their checksums differ"
+
+    def blobs(self) -> set[str]:
+        """The digests of all blobs that revisions use."""
+        rows = self._read(RevisionRow, "SELECT row, crc FROM revisions WHERE deleted = 0", ())
+        return {digest for row in rows for digest in row.blobs}
+
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with self._lock:

@@ -38,7 +38,11 @@ FLUSH_SECONDS = 0.25
 MOST_REQUESTS_IN_PACK = 4096
 OVERHEAD_BYTES = 400
 """What a waiting request takes besides its numbers."""
+LOST = ("full", "disk")
+"""Why a prediction is not kept: too many wait, or the disk has failed."""
 PRUNE_SECONDS = 10.0
+KEY_SECONDS = 30 * 86400.0
+"""After this ids and receipts are signed with a new key. Old keys are known as long as what they signed may be kept."""
 
 
 class OpenStream:
@@ -51,8 +55,11 @@ class OpenStream:
         self.lost_rows: Counter[str] = Counter()  # why -> how many
         self.kept_rows = self.told_lost = 0
         self._journal, self._next = journal, 0
-        self._key = journal.keys.newest
-        self._ids = IdMaker(self._key, row.stream)
+        self.use_newest_key()
+
+    def use_newest_key(self) -> None:
+        key = self._journal.keys.newest
+        self._signing = (key, IdMaker(key, self.row.stream))
 
     def append(self, request: Answered) -> int | None:
         """The request's number in the stream; None if there is no room, which is counted."""
@@ -64,10 +71,10 @@ class OpenStream:
         return number
 
     def prediction_id(self, number: int) -> bytes:
-        return self._ids.make(number)
+        return self._signing[1].make(number)
 
     def receipt(self, number: int, request: Answered) -> bytes:
-        return receipts.issue(self._key, self.row, number, request)
+        return receipts.issue(self._signing[0], self.row, number, request)
 
 
 class Journal:
@@ -178,6 +185,7 @@ class Journal:
     def write_waiting(self, connection: Connection) -> None:
         """Write what was appended, inside a transaction of the writer's."""
         self._flush_at = None
+        self.keys.refresh()
         for stream in self._streams:
             waiting = [stream.waiting.popleft() for _ in range(len(stream.waiting))]
             if waiting:
@@ -235,6 +243,9 @@ class Journal:
         if self._prune_at <= now:
             more = prune(connection, self.retention)
             self._prune_at = now if more else now + PRUNE_SECONDS
+            if self.keys.rotate(KEY_SECONDS, 2 * KEY_SECONDS + self.retention.seconds):
+                for stream in self._streams:
+                    stream.use_newest_key()
 
 
 def size_of(request: Answered) -> int:

@@ -61,7 +61,7 @@ class Retention:
     """What is kept: predictions no older than this, with their labels, and no more bytes than that."""
 
     seconds: float = 7 * 86400.0
-    bytes: int = 1 << 30
+    bytes: float = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def find_stream(connection: Connection, stream: int) -> StreamRow | None:
 
 def prune(connection: Connection, retention: Retention, most: int = PRUNED_TOGETHER) -> bool:
     """Forget the oldest packs, with their labels, of those that are too old or too many; whether there are more."""
-    oldest_ms = int(1000 * (time.time() - retention.seconds))
+    oldest_ms = 1000 * (time.time() - retention.seconds)
     query = f"SELECT {PACK_COLUMNS} FROM packs ORDER BY pack LIMIT ?"  # noqa: S608
     packs = [PackRow(*found) for found in connection.execute(query, (most,))]
     over = used_bytes(connection) > retention.bytes

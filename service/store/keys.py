@@ -89,9 +89,14 @@ class Keys:
         return True
 
     def get(self, number: int) -> Key | None:
-        if number not in self._keys and signature(self._path) != self._seen:
-            self._read()
+        if number not in self._keys:
+            self.refresh()
         return self._keys.get(number)
+
+    def refresh(self) -> None:
+        """Read the file again if it has changed."""
+        if signature(self._path) != self._seen:
+            self._read()
 
     def _read(self) -> None:
         self._seen = signature(self._path)

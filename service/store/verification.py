@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from service.errors import Damaged
 from service.store.database import Connection
 from service.store.journal_tables import PACK_COLUMNS, PackRow, checksum, label_checksum
 
-_ROWS = {
+ROWS = {
     "readers": "SELECT model, reader, number, pack, row, record, state, crc FROM readers",
     "releases": "SELECT model, reader, number, pack, row, record, crc FROM releases",
     "streams": "SELECT stream, model, version, digest, class_count, start_time, crc FROM streams",
@@ -27,14 +28,19 @@ def problems(connection: Connection) -> Iterator[str]:
     try:
         yield from _in_packs(connection)
         yield from _in_labels(connection)
-        for table, query in _ROWS.items():
-            bad = sum(checksum(*values) != crc for *values, crc in connection.execute(query))
+        for table, query in ROWS.items():
+            bad = sum(checksum_of(values) != values[-1] for values in connection.execute(query))
             if bad:
                 yield f"{bad} rows of the journal's table {table} are damaged: their checksums differ"
     except sqlite3.OperationalError:
         raise
     except sqlite3.DatabaseError as error:
         yield f"the journal cannot be read: {error}"
+
+
+def checksum_of(values: Sequence[Any]) -> int:
+    """The checksum that a row of `ROWS` must end in."""
+    return checksum(*values[:-1])
 
 
 def damaged_packs(connection: Connection) -> Iterator[PackRow]:
@@ -45,13 +51,13 @@ def damaged_packs(connection: Connection) -> Iterator[PackRow]:
             yield row
 
 
-def damaged_labels(connection: Connection) -> Iterator[tuple[int, int, int]]:
-    """Their keys: stream, number, row."""
+def damaged_labels(connection: Connection) -> Iterator[tuple[str, tuple[int, int, int]]]:
+    """Which table each is in, and its key there: stream, number, row."""
     for table in ("labels", "conflicts"):
         query = f"SELECT stream, number, row, label, producer, record, crc FROM {table}"  # noqa: S608
         for *values, crc in connection.execute(query):
             if label_checksum(*values) != crc:
-                yield values[0], values[1], values[2]
+                yield table, (values[0], values[1], values[2])
 
 
 def _in_packs(connection: Connection) -> Iterator[str]:
