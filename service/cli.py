@@ -448,9 +448,11 @@ def _journal_commands(commands: Any) -> None:
     command = _add_store(
         actions, "prune", journal_prune, "forget old predictions with their labels (while no server runs)"
     )
-    command.add_argument("--days", type=float, required=True, help="what is older is forgotten")
-    command.add_argument("--bytes", type=int, help="and the oldest, while the journal has more bytes than this")
-    command.add_argument("--damaged", action="store_true", help="and what is not what was written")
+    everything = float("inf")
+    command.add_argument("--days", type=float, default=everything, help="forget what is older")
+    text = "forget the oldest, while the journal takes more than this"
+    command.add_argument("--bytes", type=float, default=everything, help=text)
+    command.add_argument("--damaged", action="store_true", help="forget what is not what was written")
     _add_store(actions, "verify", journal_verify, "compare every checksum; exit code 3 if one differs")
     _add_store(commands, "doctor", doctor, "check the whole store and say what is wrong; exit code 3 if anything is")
 

@@ -6,6 +6,8 @@ WAL with `synchronous=FULL`, asserted: with NORMAL a power cut loses what was ac
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from service.errors import Damaged, NotReady, Refused
@@ -44,6 +46,15 @@ def open_database(path: Path, what: str, schema: str, version: int) -> Connectio
             raise Damaged(f"the {what} {path.name} cannot be read: {error}") from error
         raise
     return connection
+
+
+@contextmanager
+def reading_errors(what: str) -> Iterator[None]:
+    """What cannot be read is Damaged."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        raise Damaged(f"the {what} cannot be read: {error}; see `calserve doctor`") from error
 
 
 def _make_durable(connection: Connection, what: str) -> None:

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from service.store import receipts
-from service.store.database import Connection, open_database
+from service.store.database import Connection, open_database, reading_errors
 from service.store.journal_tables import (
     SCHEMA,
     SCHEMA_VERSION,
@@ -97,6 +97,7 @@ class Journal:
         queue_bytes: int = 64 << 20,
         learns: bool = True,
     ) -> None:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.path, self.retention, self._learns = folder / "journal.sqlite", retention or Retention(), learns
         self.keys = Keys(folder / "journal.keys", may_write=learns)
         self._queue_bytes, self._added, self._taken = queue_bytes, 0, 0
@@ -201,7 +202,8 @@ class Journal:
                 self._read_connection.execute("PRAGMA query_only=ON")
             self._read_connection.execute("BEGIN")
             try:
-                yield self._read_connection
+                with reading_errors("journal"):
+                    yield self._read_connection
             finally:
                 self._read_connection.execute("COMMIT")
 

@@ -98,7 +98,7 @@ class PackRow(NamedTuple):
 
 
 PACK_COLUMNS = ", ".join(PackRow._fields)
-_LABEL = struct.Struct("<IQIIIQ")
+_LABEL = struct.Struct("<6q")
 
 
 def checksum(*values: object) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 from service.errors import CalserveError, Damaged, Refused
 from service.store.blobs import Blobs
 from service.store.catalogue import Catalogue
-from service.store.database import Connection, open_database
+from service.store.database import Connection, open_database, reading_errors
 from service.store.journal_tables import (
     PACK_COLUMNS,
     SCHEMA,
@@ -64,9 +64,10 @@ def export(store: Path, model: str) -> Iterator[dict[str, Any]]:
     query = f"SELECT {columns} FROM packs JOIN streams ON streams.stream = packs.stream WHERE model = ? ORDER BY pack"  # noqa: S608
     keys, connection = Keys(store / KEYS, may_write=False), open_journal(store)
     try:
-        for found in connection.execute(query, (model,)).fetchall():
-            for part in pairs_of(connection, PackRow(*found)):
-                yield from _rows(part, IdMaker(keys.newest, part.stream.stream))
+        with reading_errors("journal"):
+            for found in connection.execute(query, (model,)).fetchall():
+                for part in pairs_of(connection, PackRow(*found)):
+                    yield from _rows(part, IdMaker(keys.newest, part.stream.stream))
     finally:
         connection.close()
 

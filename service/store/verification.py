@@ -32,8 +32,6 @@ def problems(connection: Connection) -> Iterator[str]:
             bad = sum(checksum_of(values) != values[-1] for values in connection.execute(query))
             if bad:
                 yield f"{bad} rows of the journal's table {table} are damaged: their checksums differ"
-    except sqlite3.OperationalError:
-        raise
     except sqlite3.DatabaseError as error:
         yield f"the journal cannot be read: {error}"
 
