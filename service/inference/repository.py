@@ -65,9 +65,8 @@ class ModelFolder:
         )
         journal = settings.pop("journal", "")
         if journal and journal not in JOURNAL_MODES:
-            raise Refused(
-                f"calserve.toml of model {path.name!r}: journal must be {', '.join(JOURNAL_MODES)}; got {journal!r}"
-            )
+            words = ", ".join(JOURNAL_MODES)
+            raise Refused(f"calserve.toml of model {path.name!r}: journal must be one of {words}; got {journal!r}")
         return cls(path, config, settings, _read_labels(path, labels), journal)
 
     def versions(self) -> list[str]:

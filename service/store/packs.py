@@ -30,6 +30,7 @@ LONGEST_CALLER_ID = 127
 
 Floats = NDArray[np.float32]
 Whole = NDArray[np.uint32]
+LONGEST_MS = 2**32 - 1
 _HEAD = struct.Struct("<HII?")
 _WIDTHS: dict[int, Any] = {1: np.dtype("<u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4")}
 
@@ -162,7 +163,7 @@ class Pack:
 
     def encode(self) -> bytes:
         begun = int(self.times_ms[0])
-        after = np.maximum(self.times_ms - begun, 0)  # a clock may have been set back
+        after = np.clip(self.times_ms - begun, 0, LONGEST_MS)  # a clock may have been set
         head = _HEAD.pack(
             self.kept.logits.shape[1], len(self.row_counts), len(self.kept), self.kept.classes is not None
         )

@@ -195,7 +195,7 @@ class _Recorder:
 
         return truncate
 
-    def _sync(self, real: Any) -> Callable[..., int]:
+    def _sync(self, _real: Any) -> Callable[..., int]:
         def sync(file: int, flags: int) -> int:
             path = self._names[file]
             if code := self.disk.fail("sync", path):
