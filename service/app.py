@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from http import HTTPStatus
 from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import IO, Self
+from typing import Self
 
 from service.cores import threads_per_run, usable_cores
-from service.errors import Refused
 from service.inference.batcher import Limits as QueueLimits
 from service.inference.device_loss import DeviceLoss
 from service.inference.repository import Repository, folders
 from service.inference.session import Device
 from service.learning.following import Following
+from service.learning.journalling import Journalling
 from service.learning.loading import Loading, Poll
 from service.learning.operations import Limits, Operations
 from service.learning.revisions import Revisions
 from service.lifecycle import Signals, end_process, keep_watchdog, notify
 from service.rpc.access import Access, check_complete
 from service.rpc.calibrator_service import CalibratorService
+from service.rpc.feedback_service import FeedbackService
 from service.rpc.forward import Forward
 from service.rpc.grpc_front import ConnectionLimits, GrpcFront
 from service.rpc.health import PROCESS, READY, Health
@@ -39,13 +39,17 @@ from service.rpc.shared_memory import Regions, SharedMemory
 from service.rpc.streams import StreamLimits, Streams
 from service.rpc.tls import CertificateFiles
 from service.rpc.tokens import TokenFile
-from service.rpc.wire import INFERENCE_SERVICE
+from service.rpc.wire import FEEDBACK_SERVICE, INFERENCE_SERVICE
 from service.settings import Settings, is_local
 from service.store.blobs import Blobs
 from service.store.catalogue import Catalogue
+from service.store.journal import LOST, Journal
+from service.store.journal_tables import Retention
+from service.store.labels import Labels, Result
+from service.store.lock import lock_store
 from service.supervisor import Member
 from service.web.http import HttpServer, Page, text
-from service.web.metrics import Metrics, ModelState
+from service.web.metrics import JournalState, Metrics, ModelState
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +73,7 @@ class App:
         self._access = Access(self._tokens) if self._tokens else None
         certificates = _certificates(settings)
         self._device = _device(settings)
-        self._lock = _lock_store(settings.store) if self._learns else None
+        self._lock = lock_store(settings.store) if self._learns else None
         self._catalogue = Catalogue(settings.store / "catalogue.sqlite")
         blobs = Blobs(settings.store / "blobs")
         self.repository = Repository(
@@ -81,9 +85,19 @@ class App:
         self._forward = None if self._learns or member is None else Forward(member.learner_socket, self._following.look)
         self._loading = Loading(self.repository, self._revisions, self._tell_health)
         self._poll = Poll(self.repository, self._loading, settings.poll_seconds)
+        retention = Retention(86400 * settings.journal_days, settings.journal_bytes)
+        self._journal = Journal(
+            settings.store, retention, queue_bytes=settings.journal_queue_bytes, learns=self._learns
+        )
+        self._feedback = FeedbackService(self.repository, self._journal, Labels(self._journal))
         self._regions = Regions(settings.shared_memory_prefix, settings.shared_memory_bytes)
         self._operations = Operations(self._catalogue, blobs, settings.store / "jobs", _limits(settings))
-        self._metrics = Metrics(self._model_states, lambda: self._health.serving(READY), lambda: self._device.loss.lost)
+        self._metrics = Metrics(
+            self._model_states,
+            lambda: self._health.serving(READY),
+            lambda: self._device.loss.lost,
+            self._journal_state,
+        )
         self._streams = Streams(_stream_limits(settings))
         limits = replace(_connection_limits(settings), shared_port=member is not None)
         self._front = GrpcFront(self._guarded_methods(), limits, certificates)
@@ -108,6 +122,7 @@ class App:
         if not is_local(self.settings.host) and not (self._access and self.settings.tls_cert):
             log.warning("host %s is reached by other machines, and --insecure is set", self.settings.host)
         self._http.start()
+        self._journal.start()
         self._watch = asyncio.create_task(self._keep_watch())
         if self._member is None:
             self.port = await self._front.start(self.settings.host, self.settings.port)
@@ -146,6 +161,7 @@ class App:
         self._regions.release()
         self._http.stop()
         self.repository.close()
+        await asyncio.to_thread(self._journal.close)
         self._catalogue.close()
         if self._lock:
             self._lock.close()
@@ -162,6 +178,8 @@ class App:
             await asyncio.sleep(WATCH_SECONDS)
             try:
                 self.reload(force=False)
+                if self._health.serving(FEEDBACK_SERVICE.full_name) != self._journal.writer.writable:
+                    await self._tell_health()
                 if not self._device.usable:
                     await self._tell_health(*self.repository.names())
             except Exception:
@@ -179,13 +197,15 @@ class App:
     async def _tell_health(self, *names: str) -> None:
         """Say which of these models serve, and whether all do."""
         if not self._health.drained.is_set():
+            await self._health.set(FEEDBACK_SERVICE.full_name, serving=self._journal.writer.writable)
             for name in names:
                 await self._health.set(name, serving=self._device.usable and self.repository.serves(name))
             await self._health.set(READY, serving=self._device.usable and self.repository.ready)
 
     def _methods(self) -> Iterable[Method]:
         deadline = self.settings.default_deadline_seconds
-        inference = Inference(self.repository, self._revisions, self._health, self._regions, deadline)
+        journalling = Journalling(self._journal, self.settings.journal)
+        inference = Inference(self.repository, self._revisions, self._health, self._regions, deadline, journalling)
         methods = [
             *methods_of(
                 INFERENCE_SERVICE,
@@ -195,16 +215,20 @@ class App:
                 ProcessSettings(self.repository),
                 inference,
             ),
-            *self._calibrator_methods(),
+            *self._learners_methods(),
             *self._health.methods(),
         ]
         services = {method.path.split("/")[1] for method in methods}
         return [*methods, *Reflection([*services, *Reflection.SERVICES]).methods()]
 
-    def _calibrator_methods(self) -> list[Method]:
-        """The learner's own; of another worker, passed on to it."""
-        methods = CalibratorService(self.repository, self._revisions, self._operations).methods()
-        return [self._forward.method(method) for method in methods] if self._forward else methods
+    def _learners_methods(self) -> list[Method]:
+        """The learner's own; of another worker, passed on to it. Labels may name what this worker answered just now."""
+        calibrators = CalibratorService(self.repository, self._revisions, self._operations).methods()
+        feedback = self._feedback.methods()
+        if self._forward is None:
+            return [*calibrators, *feedback]
+        passed_on = [self._forward.method(method) for method in calibrators]
+        return [*passed_on, *(self._forward.method(method, self._journal.flush) for method in feedback)]
 
     def _extensions(self) -> list[str]:
         """Triton's words for what this server does, as it is set up."""
@@ -228,6 +252,19 @@ class App:
             )
             for model in list(self.repository.models())
         ]
+
+    def _journal_state(self) -> JournalState:
+        kept: Counter[str] = Counter()
+        lost: Counter[tuple[str, str]] = Counter()
+        for stream in self._journal.streams():
+            kept[stream.row.model] += stream.kept_rows
+            for why in LOST:
+                lost[stream.row.model, why] += stream.lost_rows[why]
+        labels = {str(result): self._feedback.counts[result] for result in Result}
+        writer = self._journal.writer
+        return JournalState(
+            writer.writable, self._journal.bytes(), self._journal.queued_bytes, writer.commits, kept, lost, labels
+        )
 
     def _pages(self) -> dict[str, Page]:
         def ready() -> tuple[HTTPStatus, str, bytes]:
@@ -333,15 +370,3 @@ def _queue_limits(settings: Settings) -> QueueLimits:
         rows=settings.max_batch_rows,
         delay_us=settings.max_queue_delay_us,
     )
-
-
-def _lock_store(store: Path) -> IO[bytes]:
-    """Hold the data directory: two servers writing one store would each undo the other."""
-    store.mkdir(parents=True, exist_ok=True, mode=0o700)
-    file = (store / "lock").open("wb")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise Refused("another calserve server holds this data directory") from None
-    return file

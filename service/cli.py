@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, fields
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -223,6 +223,61 @@ def report(arguments: argparse.Namespace) -> None:
     Console().print(f"{arguments.out}: open it in a browser; it needs no network")
 
 
+def label(arguments: argparse.Namespace) -> None:
+    from service.console import counts_table
+    from service.journal_files import send_labels
+
+    with _client(arguments) as client:
+        Console().print(counts_table("label", send_labels(client, arguments.model, arguments.csv)))
+
+
+def journal_inspect(arguments: argparse.Namespace) -> None:
+    from service.console import journal_table
+    from service.store.maintenance import contents
+
+    Console().print(journal_table(contents(arguments.data_dir)))
+
+
+def journal_export(arguments: argparse.Namespace) -> None:
+    from service.journal_files import write_rows
+    from service.store.maintenance import export as rows
+
+    Console().print(f"{arguments.out}: {write_rows(rows(arguments.data_dir, arguments.model), arguments.out)} rows")
+
+
+def journal_prune(arguments: argparse.Namespace) -> None:
+    from service.store.journal_tables import Retention
+    from service.store.maintenance import forget, forget_damaged
+
+    if arguments.damaged:
+        for problem in forget_damaged(arguments.data_dir):
+            Console().print(f"forgotten: {escape(problem)}")
+    given = forget(arguments.data_dir, Retention(86400 * arguments.days, arguments.bytes))
+    Console().print(f"{given} bytes are given back")
+
+
+def journal_verify(arguments: argparse.Namespace) -> None:
+    from service.store.maintenance import journal_problems
+
+    _tell(journal_problems(arguments.data_dir), "the journal")
+
+
+def doctor(arguments: argparse.Namespace) -> None:
+    from service.store.maintenance import store_problems
+
+    _tell(store_problems(arguments.data_dir), "the store")
+
+
+def _tell(problems: Iterable[str], what: str) -> None:
+    """Exit code 3 if there are any."""
+    found = list(problems)
+    for problem in found:
+        Console().print(f"[bold red]damaged:[/] {escape(problem)}", soft_wrap=True)
+    if found:
+        sys.exit(3)
+    Console().print(f"{what} is what was written")
+
+
 def delete(arguments: argparse.Namespace) -> None:
     with _client(arguments) as client:
         client.delete(arguments.model, arguments.revision)
@@ -285,7 +340,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="calserve", description="Honest probabilities for deployed ONNX classifiers.")
     parser.add_argument("--version", action="version", version=f"calserve {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_serving_commands, _token_commands, _fitting_commands, _choosing_commands, _sharing_commands):
+    for add in (
+        _serving_commands,
+        _token_commands,
+        _fitting_commands,
+        _choosing_commands,
+        _sharing_commands,
+        _journal_commands,
+    ):
         add(commands)
     return parser
 
@@ -370,6 +432,36 @@ def _sharing_commands(commands: Any) -> None:
     command = _add_client(commands, "report", report, "judge all revisions on labelled rows, as an HTML page", "model")
     _add_data(command)
     command.add_argument("--out", type=Path, required=True, help="the file to write")
+
+
+def _journal_commands(commands: Any) -> None:
+    command = _add_client(commands, "label", label, "send labels for predictions that were served before", "model")
+    text = "columns prediction_id or receipt, label or class_name, perhaps row; named in the first line"
+    command.add_argument("--csv", type=Path, required=True, metavar="FILE", help=text)
+    text = "look at the journal of predictions and labels, or keep it in order (needs no server)"
+    parser = commands.add_parser("journal", help=text, description=text)
+    actions = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_store(actions, "inspect", journal_inspect, "what it has of each model")
+    command = _add_store(actions, "export", journal_export, "write a model's predictions with their labels into a file")
+    command.add_argument("model")
+    command.add_argument("--out", type=Path, required=True, help="the file to write, .csv or .parquet (needs pyarrow)")
+    command = _add_store(
+        actions, "prune", journal_prune, "forget old predictions with their labels (while no server runs)"
+    )
+    everything = float("inf")
+    command.add_argument("--days", type=float, default=everything, help="forget what is older")
+    text = "forget the oldest, while the journal takes more than this"
+    command.add_argument("--bytes", type=float, default=everything, help=text)
+    command.add_argument("--damaged", action="store_true", help="forget what is not what was written")
+    _add_store(actions, "verify", journal_verify, "compare every checksum; exit code 3 if one differs")
+    _add_store(commands, "doctor", doctor, "check the whole store and say what is wrong; exit code 3 if anything is")
+
+
+def _add_store(commands: Any, name: str, command: Callable[..., None], text: str) -> argparse.ArgumentParser:
+    parser = _add(commands, name, command, text)
+    text = "the server's data directory: <model repository>.calserve unless it was told else"
+    parser.add_argument("--data-dir", type=Path, required=True, help=text)
+    return parser
 
 
 def _add(commands: Any, name: str, command: Callable[..., None], text: str) -> argparse.ArgumentParser:

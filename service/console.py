@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from datetime import UTC
+from datetime import UTC, datetime
 
 from rich import box
 from rich.markup import escape
@@ -14,6 +14,7 @@ from calibrators.inspection import Inspection
 from calibrators.metrics import Estimate
 from service.client import Evaluation, Model, Revision
 from service.rpc.tokens import Token
+from service.store.maintenance import Contents
 
 SHOWN_SCORES = {
     "accuracy": "accuracy",
@@ -124,6 +125,29 @@ def inspection_table(name: str, inspection: Inspection) -> Table:
     }
     for what, found in rows.items():
         table.add_row(what, escape(found))
+    return table
+
+
+def counts_table(what: str, counts: Mapping[str, int]) -> Table:
+    table = Table()
+    table.add_column(what)
+    table.add_column("how many", justify="right")
+    for name, count in counts.items():
+        table.add_row(name, f"{count:,}")
+    return table
+
+
+def journal_table(contents: Iterable[Contents]) -> Table:
+    """What the journal has of each model."""
+    table = Table()
+    for heading in ("model", "predictions", "labels", "conflicts", "lost", "from (UTC)", "to (UTC)"):
+        table.add_column(heading, justify="right" if heading[0] in "plc" else "left")
+    for found in contents:
+        counts = (f"{count:,}" for count in (found.predictions, found.labels, found.conflicts, found.lost))
+        times = (
+            f"{datetime.fromtimestamp(ms / 1000, UTC):%Y-%m-%d %H:%M}" for ms in (found.oldest_ms, found.newest_ms)
+        )
+        table.add_row(found.model, *counts, *times)
     return table
 
 

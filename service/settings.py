@@ -16,6 +16,7 @@ from service.errors import Refused
 
 ENVIRONMENT_PREFIX = "CALSERVE_"
 MODEL_CONTROLS = ("none", "explicit", "poll")
+JOURNAL_MODES = ("off", "async", "sync")
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,10 @@ class Settings:
     stream_seconds: float = 3600.0
     stream_messages: int = 10_000_000
     stream_bytes: int = 256 << 30
+    journal: str = "async"
+    journal_days: float = 7.0
+    journal_bytes: int = 1 << 30
+    journal_queue_bytes: int = 64 << 20
     fit_processes: int = 1
     fit_seconds: float = 3600.0
     fit_memory_bytes: int = 8 << 30
@@ -74,6 +79,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.model_control not in MODEL_CONTROLS:
             raise Refused(f"model_control must be one of {', '.join(MODEL_CONTROLS)}, got {self.model_control!r}")
+        if self.journal not in JOURNAL_MODES:
+            raise Refused(f"journal must be one of {', '.join(JOURNAL_MODES)}, got {self.journal!r}")
         if self.load_model and self.model_control != "explicit":
             raise Refused("load_model is for model_control explicit; otherwise every model of the repository is loaded")
         for name in ("port", "metrics_port"):
@@ -100,6 +107,9 @@ class Settings:
             "stream_seconds",
             "stream_messages",
             "stream_bytes",
+            "journal_days",
+            "journal_bytes",
+            "journal_queue_bytes",
             "fit_processes",
             "fit_seconds",
         ):
@@ -191,6 +201,10 @@ HELP = {
     "stream_seconds": "longest time a stream of requests may last",
     "stream_messages": "most messages of one stream",
     "stream_bytes": "most bytes of one stream",
+    "journal": "whether predictions are kept for labels that come later: off, async or sync; of a model: calserve.toml",
+    "journal_days": "how long predictions and their labels are kept",
+    "journal_bytes": "most bytes of the journal; the oldest predictions are forgotten beyond that",
+    "journal_queue_bytes": "predictions that wait to be written; further ones are counted as lost",
     "fit_processes": "fits that may run at once, each in its own process",
     "fit_seconds": "longest time a fit may take",
     "fit_memory_bytes": "most memory (address space) a fit may use",

@@ -15,7 +15,18 @@ from service.client.asynchronous import AsyncClient
 from service.client.blocking import Client
 from service.client.failures import Retries
 from service.client.requests import Inputs
-from service.client.results import Evaluation, Model, Prediction, Revision
+from service.client.results import Evaluation, Model, Prediction, Revision, StoredPrediction
 from service.client.stream import Stream
 
-__all__ = ["AsyncClient", "Client", "Evaluation", "Inputs", "Model", "Prediction", "Retries", "Revision", "Stream"]
+__all__ = [
+    "AsyncClient",
+    "Client",
+    "Evaluation",
+    "Inputs",
+    "Model",
+    "Prediction",
+    "Retries",
+    "Revision",
+    "StoredPrediction",
+    "Stream",
+]

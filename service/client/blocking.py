@@ -10,6 +10,7 @@ from typing import Any, Self
 import grpc
 import numpy as np
 from calserve.v1 import calibrator_service_pb2 as pb
+from calserve.v1 import feedback_service_pb2 as feedback
 from calserve.v1 import resources_pb2 as resources
 from grpc_health.v1 import health_pb2
 from numpy.typing import ArrayLike
@@ -23,9 +24,20 @@ from service.client.connection import Pem, Security
 from service.client.failures import DEFAULT_RETRIES, Retries, translated, translation
 from service.client.following import POLL_SECONDS, Following, progress_bars
 from service.client.requests import Inputs
-from service.client.results import Array, Evaluation, Model, Prediction, Revision, evaluation_of, model_of, revision_of
+from service.client.results import (
+    Array,
+    Evaluation,
+    Model,
+    Prediction,
+    Revision,
+    StoredPrediction,
+    evaluation_of,
+    model_of,
+    revision_of,
+    stored_prediction_of,
+)
 from service.rpc.health import READY
-from service.rpc.wire import CALIBRATOR_SERVICE, HEALTH_SERVICE, INFERENCE_SERVICE, inference
+from service.rpc.wire import CALIBRATOR_SERVICE, FEEDBACK_SERVICE, HEALTH_SERVICE, INFERENCE_SERVICE, inference
 
 
 class Client:
@@ -58,8 +70,9 @@ class Client:
     ) -> None:
         security = Security(token, root_certificates, certificate, private_key, tls)
         self._channel = security.channel(grpc, address)
-        self._calibrators, self._inference, self._health = (
-            security.stub(self._channel, service) for service in (CALIBRATOR_SERVICE, INFERENCE_SERVICE, HEALTH_SERVICE)
+        self._calibrators, self._feedback, self._inference, self._health = (
+            security.stub(self._channel, service)
+            for service in (CALIBRATOR_SERVICE, FEEDBACK_SERVICE, INFERENCE_SERVICE, HEALTH_SERVICE)
         )
         self._show_progress, self._timeout, self._retries = show_progress, timeout_seconds, retries
 
@@ -189,15 +202,51 @@ class Client:
         outputs: Sequence[str] = (),
         calibrator: str | None = None,
         confidence_level: float | None = None,
+        receipt: bool = False,
     ) -> Prediction:
         """Run the model on one batch.
 
         `outputs` names what to return (default: everything); `calibrator` a revision, or "none" (default: the active).
         `confidence_level` is that of the prediction sets of a conformal revision (default: its own).
+        With `receipt` the answer brings what to send back with labels that must find their prediction whatever happens.
         """
         columns = self._named(model, inputs)
-        request = requests.infer_request(model, columns, outputs, calibrator, confidence_level)
+        request = requests.infer_request(model, columns, outputs, calibrator, confidence_level, receipt=receipt)
         return requests.prediction_of(self._read(self._inference.ModelInfer, request))
+
+    def label(
+        self,
+        model: str,
+        prediction_ids: Sequence[str],
+        labels: ArrayLike,
+        *,
+        rows: ArrayLike | None = None,
+        receipts: Sequence[str] | None = None,
+    ) -> builtins.list[str]:
+        """Say which classes came true; return what became of each label, in order.
+
+        Labels that are `recorded` survive a crash of the server. Sending them again is safe: they are then `duplicate`.
+        Others are `conflict` (another label is there, and stays), `unknown`, `expired` or `invalid_class`.
+
+        Parameters
+        ----------
+        prediction_ids : of the predictions; or the ids that you gave the requests
+        labels : class indices, or class names
+        rows : which row of each prediction is meant (default: its first)
+        receipts : of the predictions, if you asked for them; empty for those without
+        """
+        results: builtins.list[str] = []
+        with progress_bars(self._show_progress) as progress:
+            sending = progress.add_task(f"labels of {model}", total=len(prediction_ids))
+            for request in requests.label_requests(model, prediction_ids, labels, rows, receipts):
+                results += requests.results_of(self._read(self._feedback.RecordLabels, request))
+                progress.update(sending, completed=len(results))
+        return results
+
+    def get_prediction(self, model: str, prediction_id: str, row: int = 0) -> StoredPrediction:
+        """One row as it was served, from the server's journal. NotFound if it is not there, or no longer."""
+        request = feedback.GetPredictionRequest(model=model, prediction_id=prediction_id, row=row)
+        return stored_prediction_of(self._read(self._feedback.GetPrediction, request))
 
     def logits(self, model: str, inputs: Inputs, *, batch_size: int = 64) -> Array:
         """The logits (n_samples, n_classes) that the model's calibrators read, computed by the server batch by batch.

@@ -7,7 +7,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
 from calserve.v1 import calibrator_service_pb2 as pb
+from calserve.v1 import feedback_service_pb2 as feedback
 from calserve.v1 import resources_pb2 as resources
 from numpy.typing import ArrayLike
 
@@ -18,6 +20,8 @@ from service.rpc import tensors
 from service.rpc.wire import inference
 
 CHUNK_BYTES = 1 << 20
+LABELS_PER_MESSAGE = 10_000
+RESULTS = {number: name.removeprefix("LABEL_RESULT_").lower() for name, number in feedback.LabelResult.items()}
 
 Inputs: TypeAlias = ArrayLike | Mapping[str, ArrayLike]
 
@@ -41,6 +45,8 @@ def infer_request(
     calibrator: str | None,
     confidence_level: float | None = None,
     request_id: str = "",
+    *,
+    receipt: bool = False,
 ) -> Any:
     request = inference.ModelInferRequest(model_name=model, id=request_id)
     for name, values in columns.items():
@@ -52,6 +58,8 @@ def infer_request(
         request.parameters["calibrator"].string_param = calibrator
     if confidence_level is not None:
         request.parameters["confidence_level"].double_param = confidence_level
+    if receipt:
+        request.parameters["receipt"].bool_param = True
     return request
 
 
@@ -60,7 +68,10 @@ def prediction_of(response: Any) -> Prediction:
         output.name: tensors.from_raw(output.name, output.datatype, output.shape, raw)
         for output, raw in zip(response.outputs, response.raw_output_contents, strict=True)
     }
-    return Prediction(arrays, response.parameters["calibrator_revision"].string_param or "none")
+    said = {
+        name: response.parameters[name].string_param for name in ("calibrator_revision", "prediction_id", "receipt")
+    }
+    return Prediction(arrays, said["calibrator_revision"] or "none", said["prediction_id"], said["receipt"])
 
 
 def named(inputs: Inputs, metadata: Any = None) -> dict[str, Array]:
@@ -115,6 +126,49 @@ def in_chunks(spec: Any, columns: Mapping[str, Array], sent: Callable[[int], obj
             message.data = tensors.to_raw(part)
         yield type(spec)(rows=rows)
         sent(min(start + step, total))
+
+
+def label_requests(
+    model: str,
+    prediction_ids: Sequence[str],
+    labels: Sequence[int] | Sequence[str] | ArrayLike,
+    rows: ArrayLike | None,
+    receipts: Sequence[str] | None,
+) -> Iterator[feedback.RecordLabelsRequest]:
+    """The labels in messages of a bounded size. InvalidRequest unless the columns are of one length."""
+    columns = {"prediction_ids": list(prediction_ids), "labels": np.asarray(labels).tolist()}
+    if rows is not None:
+        columns["rows"] = np.asarray(rows).tolist()
+    if receipts is not None:
+        columns["receipts"] = list(receipts)
+    lengths = {name: len(column) for name, column in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise errors.InvalidRequest(f"the columns have different numbers of labels: {lengths}")
+    for start in range(0, len(prediction_ids), LABELS_PER_MESSAGE):
+        part = {name: column[start : start + LABELS_PER_MESSAGE] for name, column in columns.items()}
+        yield feedback.RecordLabelsRequest(model=model, labels=_labels(**part))
+
+
+def _labels(
+    prediction_ids: Sequence[str],
+    labels: Sequence[int | str],
+    rows: Sequence[int] | None = None,
+    receipts: Sequence[str] | None = None,
+) -> Iterator[feedback.Label]:
+    for index, (prediction_id, label) in enumerate(zip(prediction_ids, labels, strict=True)):
+        message = feedback.Label(prediction_id=prediction_id, row=rows[index] if rows else 0)
+        if isinstance(label, str):
+            message.class_name = label
+        else:
+            message.class_index = label
+        if receipts:
+            message.receipt = receipts[index]
+        yield message
+
+
+def results_of(response: feedback.RecordLabelsResponse) -> list[str]:
+    """What became of each label: recorded, duplicate, conflict, unknown, expired or invalid_class."""
+    return [RESULTS[result] for result in response.results]
 
 
 def in_batches(columns: Mapping[str, Array], batch_size: int) -> Sequence[dict[str, Array]]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeAlias
 
+import numpy as np
+from calserve.v1 import feedback_service_pb2 as feedback
 from calserve.v1 import resources_pb2 as resources
 from numpy.typing import NDArray
 
@@ -68,10 +70,16 @@ class Model:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Outputs by name, and which revision computed the probabilities."""
+    """Outputs by name, and which revision computed the probabilities.
+
+    `prediction_id` is what labels name, empty if the server does not keep the prediction; `receipt` is there if it was
+    asked for.
+    """
 
     outputs: dict[str, Array]
     calibrator_revision: str
+    prediction_id: str = ""
+    receipt: str = ""
 
     @property
     def probabilities(self) -> Array:
@@ -81,6 +89,47 @@ class Prediction:
     def prediction_set(self) -> Array:
         """Of a conformal revision, bool (n_rows, n_classes)."""
         return self.outputs["prediction_set"]
+
+
+@dataclass(frozen=True)
+class StoredPrediction:
+    """One row as it was served, from the server's journal.
+
+    `logits` and `probabilities` are those of `classes`: all in order, or of many the most probable first. `label` is
+    the class that came true, None while it is not known.
+    """
+
+    model: str
+    model_version: str
+    model_digest: str
+    calibrator_revision: str
+    online_state: int
+    time: datetime
+    class_count: int
+    classes: Array
+    logits: Array
+    probabilities: Array
+    confidence: float
+    predicted: int
+    label: int | None
+
+
+def stored_prediction_of(message: feedback.StoredPrediction) -> StoredPrediction:
+    return StoredPrediction(
+        model=message.model,
+        model_version=message.model_version,
+        model_digest=message.model_digest,
+        calibrator_revision=message.calibrator_revision,
+        online_state=message.online_state,
+        time=message.time.ToDatetime(tzinfo=UTC),
+        class_count=message.class_count,
+        classes=np.array(message.classes or range(message.class_count), np.int64),
+        logits=np.array(message.logits, np.float32),
+        probabilities=np.array(message.probabilities, np.float32),
+        confidence=message.confidence,
+        predicted=message.predicted,
+        label=message.label if message.HasField("label") else None,
+    )
 
 
 def revision_of(message: resources.Revision) -> Revision:

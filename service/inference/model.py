@@ -102,6 +102,7 @@ class ServedModel:
     active : the snapshot of the next batch
     config : what config.pbtxt says (inference.ModelConfig), empty without one
     statistics : what was served so far
+    journal : whether its predictions are kept: off, async or sync; empty: as the server is set
     """
 
     def __init__(
@@ -116,8 +117,9 @@ class ServedModel:
         config: Any = None,
         class_names: Sequence[str] = (),
         limits: Limits | None = None,
+        journal: str = "",
     ) -> None:
-        self.name, self.version, self.digest = name, version, digest
+        self.name, self.version, self.digest, self.journal = name, version, digest, journal
         self.device, self.inspection = device, inspection
         self.config = messages.ModelConfig() if config is None else config
         self.class_names, self.max_batch_size = tuple(class_names), int(self.config.max_batch_size)

@@ -37,7 +37,8 @@ log = logging.getLogger(__name__)
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,127}")
 VERSION = re.compile(r"[1-9][0-9]{0,17}")
 SIGNAL_KEYS = ("logits", "log_odds", "probabilities", "probability", "features")
-TOML_KEYS = (*SIGNAL_KEYS, "labels")
+TOML_KEYS = (*SIGNAL_KEYS, "labels", "journal")
+JOURNAL_MODES = ("off", "async", "sync")
 LOAD_SECONDS = 600.0
 """A model may loop for ever on the rows that are made up for its first runs; an engine for a GPU takes minutes."""
 
@@ -50,6 +51,7 @@ class ModelFolder:
     config: Any  # inference.ModelConfig
     signals: dict[str, str]  # tensor names written in calserve.toml
     class_names: tuple[str, ...]
+    journal: str = ""  # off, async or sync; empty: as the server is set
 
     @property
     def name(self) -> str:
@@ -63,7 +65,11 @@ class ModelFolder:
         labels = settings.pop("labels", None) or next(
             (o.label_filename for o in config.output if o.label_filename), None
         )
-        return cls(path, config, settings, _read_labels(path, labels))
+        journal = settings.pop("journal", "")
+        if journal and journal not in JOURNAL_MODES:
+            words = ", ".join(JOURNAL_MODES)
+            raise Refused(f"calserve.toml of model {path.name!r}: journal must be one of {words}; got {journal!r}")
+        return cls(path, config, settings, _read_labels(path, labels), journal)
 
     def versions(self) -> list[str]:
         """The versions that the policy selects (default: the latest), ascending; Refused if there is none."""
@@ -292,6 +298,7 @@ class Repository:
             config=folder.config,
             class_names=folder.class_names,
             limits=self.limits,
+            journal=folder.journal,
         )
 
 

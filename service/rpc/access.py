@@ -17,7 +17,7 @@ from service.rpc.tokens import EVERY_MODEL, Role, Token, TokenFile
 OPEN: frozenset[Role] = frozenset()
 """For callers without a token too: says whether something serves, and nothing else."""
 ANY = frozenset(Role)
-INFER, FIT, OPERATE = frozenset({Role.INFER}), frozenset({Role.FIT}), frozenset({Role.OPERATE})
+INFER, LABEL, FIT, OPERATE = (frozenset({role}) for role in (Role.INFER, Role.LABEL, Role.FIT, Role.OPERATE))
 FIT_OR_OPERATE = FIT | OPERATE
 
 _ROLES = {
@@ -61,6 +61,11 @@ _ROLES = {
         "DeleteRevision": OPERATE,
         "ActivateRevision": OPERATE,
         "RollBack": OPERATE,
+    },
+    "calserve.v1.FeedbackService": {
+        "RecordLabels": LABEL,
+        "ImportLabels": LABEL,
+        "GetPrediction": LABEL | OPERATE,
     },
 }
 ROLES = {f"/{service}/{name}": roles for service, methods in _ROLES.items() for name, roles in methods.items()}

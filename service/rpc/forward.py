@@ -27,16 +27,20 @@ class Forward:
         self._address, self._after = f"unix:{socket}", after
         self._channel: grpc.aio.Channel | None = None
 
-    def method(self, method: Method) -> Method:
-        """The same method, carried out by the learner."""
-        return replace(method, handler=self._many(method) if method.server_streaming else self._one(method))
+    def method(self, method: Method, before: Callable[[], Awaitable[None]] | None = None) -> Method:
+        """The same method, carried out by the learner; `before` is awaited before it is asked."""
+        return replace(method, handler=self._many(method) if method.server_streaming else self._one(method, before))
 
     async def close(self) -> None:
         if self._channel is not None:
             await self._channel.close()
 
-    def _one(self, method: Method) -> Callable[[Any, Call], Awaitable[bytes]]:
+    def _one(
+        self, method: Method, before: Callable[[], Awaitable[None]] | None
+    ) -> Callable[[Any, Call], Awaitable[bytes]]:
         async def one(request: Any, call: Call) -> bytes:
+            if before is not None:
+                await before()
             with _relayed():
                 answer: bytes = await self._call(method, request, call)
             await self._after()

@@ -19,14 +19,17 @@ from service.errors import InvalidRequest, shown
 from service.inference.batcher import Lane
 from service.inference.model import ServedModel, Snapshot
 from service.inference.prediction_sets import SHARES, shares_of
+from service.learning.journalling import NEEDED, TELLING, Journalling, ModelJournal
 from service.rpc import classification, infer_request, tensors
 from service.rpc.shared_memory import OwnRegions
 from service.rpc.wire import inference
+from service.store.packs import LONGEST_CALLER_ID
 
 ID_TAG, RAW_INPUT_TAG, RAW_OUTPUT_TAG = b"\x1a", b"\x3a", b"\x32"
 MAX_TEMPLATES = 256
 MAX_VARINT_BYTE = 0x80
 CONFIDENCE_LEVEL = "confidence_level"
+RECEIPT = "receipt"
 FINAL_RESPONSE = "triton_enable_empty_final_response"
 
 
@@ -45,6 +48,8 @@ class Plan:
     typed : whether the answer is in typed contents, as the request was
     places : output -> where it goes in shared memory, of those that go there
     final : whether a stream's answer says that it is the last one of its request
+    journal : where its predictions are kept, if they are
+    receipt : whether the answer brings a receipt of them
     datatypes : the outputs of the answer, in order, once `settle` has fixed them
     plain : whether the answer is numbers, sent raw
     replies : the answer's bytes around its values, by the layout of the run and what is said in it
@@ -59,6 +64,8 @@ class Plan:
     classes: Mapping[str, int] = field(default_factory=dict)
     typed: bool = False
     final: bool = False
+    journal: ModelJournal | None = None
+    receipt: bool = False
     places: Mapping[str, infer_request.Place] = field(default_factory=dict)
     datatypes: Mapping[str, str] = field(default_factory=dict)
     plain: bool = False
@@ -74,7 +81,10 @@ class Plan:
         specs = infer_request.choose_outputs(self.model, snapshot, self.asked)
         self.datatypes = {spec.name: spec.datatype for spec in specs}
         self.plain = not (self.typed or self.classes or self.places or "BYTES" in self.datatypes.values())
-        computed = dict.fromkeys([*self.datatypes, "confidence"] if self.model.is_classifier else self.datatypes)
+        if TELLING.isdisjoint(self.datatypes):
+            self.journal = None
+        besides = ["confidence"] if self.model.is_classifier else []
+        computed = dict.fromkeys([*self.datatypes, *besides, *(NEEDED if self.journal else ())])
         common = computed.keys() <= set(self.model.common_outputs)
         self.lane = self.lane._replace(outputs=tuple(computed), snapshot=None if common else snapshot)
         return snapshot
@@ -101,7 +111,7 @@ class Reading(NamedTuple):
     feeds: Sequence[Any]
 
 
-def read(model: ServedModel, request: Any, regions: OwnRegions) -> Reading:
+def read(model: ServedModel, request: Any, regions: OwnRegions, journalling: Journalling | None = None) -> Reading:
     """A request, validated in full. InvalidRequest says what is wrong with it."""
     arrays = infer_request.read_inputs(model, request, regions)
     plan = Plan(
@@ -114,6 +124,8 @@ def read(model: ServedModel, request: Any, regions: OwnRegions) -> Reading:
         _classes(request),
         infer_request.sent_typed(request),
         wants_final(request),
+        None if journalling is None else journalling.of(model),
+        _wants_receipt(request),
         infer_request.output_places(request, regions),
     )
     own_id = id_field(request.id)
@@ -171,6 +183,15 @@ def _positive_integer(output: Any) -> int:
 def wants_final(request: Any) -> bool:
     """Whether a stream's answer is to say that it is the last one of its request."""
     return FINAL_RESPONSE in request.parameters and bool(tensors.parameter_value(request.parameters[FINAL_RESPONSE]))
+
+
+def _wants_receipt(request: Any) -> bool:
+    if RECEIPT not in request.parameters:
+        return False
+    value = tensors.parameter_value(request.parameters[RECEIPT])
+    if not isinstance(value, bool):
+        raise InvalidRequest(f"parameter {RECEIPT!r} must be true or false, got {shown(value)}")
+    return value
 
 
 class _Template(NamedTuple):
@@ -250,6 +271,11 @@ def id_field(request_id: str) -> bytes:
     """The field `id` of a request or an answer as bytes; nothing if it is empty."""
     encoded = request_id.encode()
     return ID_TAG + varint(len(encoded)) + encoded if encoded else b""
+
+
+def own_id(field: bytes) -> bytes:
+    """The id that a field holds; nothing of one that is too long to be kept."""
+    return field[2:] if len(field) <= LONGEST_CALLER_ID + 2 else b""
 
 
 def varint(value: int) -> bytes:

@@ -10,22 +10,26 @@ from service.inference.batcher import Answer, Run
 from service.rpc import classification, infer_request, tensors
 from service.rpc.infer_plan import RAW_OUTPUT_TAG, Plan, varint
 from service.rpc.wire import inference
+from service.store.keys import ID_CHARACTERS
 
 MAX_REPLIES = 64
 """Layouts of answers kept for one plan; a revision or a shape that comes new makes a new one."""
 
 
-def encode(plan: Plan, answer: Answer, id_field: bytes, *, final: bool = False) -> bytes:
-    """A ModelInferResponse: the bytes that every such answer has, and between them this one's id and values."""
+def encode(plan: Plan, answer: Answer, id_field: bytes, said: bytes = b"", *, final: bool = False) -> bytes:
+    """A ModelInferResponse: the bytes that every such answer has, and between them this one's id and values.
+
+    `said` are parameters of this answer alone, as bytes of the message.
+    """
     run, start, stop = answer
     if not plan.plain:
-        return _spelled(plan, answer, id_field, final)
+        return _spelled(plan, answer, id_field + said, final)
     key = (run.layout, final)
     reply = plan.replies.get(key)
     if reply is None:
         reply = _remember(plan, key, _around(plan, answer, final))
     before, after, tags = reply
-    parts = [before, id_field, after]
+    parts = [before, id_field, said, after]
     for name, tag in tags:
         parts += (tag, run.raw(name, start, stop))
     return b"".join(parts)
@@ -50,10 +54,21 @@ def _around(plan: Plan, answer: Answer, final: bool) -> tuple[bytes, bytes, list
     return head.SerializeToString(), rest.SerializeToString(), tags
 
 
-def _spelled(plan: Plan, answer: Answer, id_field: bytes, final: bool) -> bytes:
+def parameter(name: str, value: bytes) -> bytes:
+    """A parameter of an answer whose value is text, as bytes of the message."""
+    response = inference.ModelInferResponse()
+    response.parameters[name].string_param = value.decode()
+    return bytes(response.SerializeToString())
+
+
+PREDICTION_ID = parameter("prediction_id", bytes(ID_CHARACTERS))[:-ID_CHARACTERS]
+"""What stands before a prediction's id, which is always of one length."""
+
+
+def _spelled(plan: Plan, answer: Answer, own_fields: bytes, final: bool) -> bytes:
     """The same, field by field, for what has no fixed length: strings, classes, typed contents."""
     response = inference.ModelInferResponse(model_name=plan.model.name, model_version=plan.model.version)
-    response.MergeFromString(id_field)
+    response.MergeFromString(own_fields)
     _say(response, plan, answer.run, final)
     arrays = {name: answer.part(name) for name in plan.datatypes}
     for name, k in plan.classes.items():

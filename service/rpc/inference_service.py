@@ -13,11 +13,12 @@ import numpy as np
 from service.errors import CalserveError, InvalidRequest, NotReady, Refused
 from service.inference.batcher import Answer
 from service.inference.repository import Repository
+from service.learning.journalling import Journalling, ModelJournal
 from service.learning.revisions import Revisions
 from service.rpc import infer_plan
 from service.rpc.health import Health
-from service.rpc.infer_plan import Reading, Templates, varint
-from service.rpc.infer_response import encode
+from service.rpc.infer_plan import RECEIPT, Plan, Reading, Templates, own_id, varint
+from service.rpc.infer_response import PREDICTION_ID, encode, parameter
 from service.rpc.methods import Call, parse
 from service.rpc.shared_memory import Regions
 from service.rpc.status import status_of
@@ -48,9 +49,11 @@ class Inference:
         health: Health,
         regions: Regions,
         default_deadline_seconds: float,
+        journalling: Journalling | None = None,
     ) -> None:
         self._repository, self._revisions, self._health = repository, revisions, health
         self._regions, self._default_deadline_seconds = regions, default_deadline_seconds
+        self._journalling = journalling
         self._templates, self._known_at = Templates(), -1
 
     async def model_infer_bytes(self, data: bytes, call: Call) -> bytes:
@@ -106,7 +109,8 @@ class Inference:
             answer = begun.answer if isinstance(begun.answer, Answer) else await begun.answer
             if plan.model.is_classifier and not answer.run.finite("confidence"):
                 _check_confidence(answer, begun.reading)
-            reply = encode(plan, answer, begun.reading.id_field, final=in_stream and plan.final)
+            said = b"" if plan.journal is None else await _keep(plan.journal, plan, answer, begun.reading.id_field)
+            reply = encode(plan, answer, begun.reading.id_field, said, final=in_stream and plan.final)
         except Exception:
             plan.model.statistics.refused(time.perf_counter_ns() - begun.begun_ns)
             raise
@@ -136,7 +140,7 @@ class Inference:
         call.check_model(request.model_name)
         model = self._repository.get(request.model_name, request.model_version)
         try:
-            reading = infer_plan.read(model, request, self._regions.of(call.owner))
+            reading = infer_plan.read(model, request, self._regions.of(call.owner), self._journalling)
         except Exception:
             model.statistics.refused(time.perf_counter_ns() - begun_ns)
             raise
@@ -158,6 +162,16 @@ class Inference:
             snapshot = plan.settle(await self._revisions.snapshot(plan.model, plan.revision))
             infer_plan.add_shares(arrays, plan, snapshot, reading.id_field)
         return await plan.model.run(plan.lane.outputs, arrays, snapshot, deadline, caller)
+
+
+async def _keep(journal: ModelJournal, plan: Plan, answer: Answer, id_field: bytes) -> bytes:
+    """Append an answer to the journal; what it says of that, as bytes of the message."""
+    prediction_id, receipt = journal.keep(answer, own_id(id_field), receipt=plan.receipt)
+    if not prediction_id:
+        return b""
+    if journal.waits:
+        await journal.flush()
+    return PREDICTION_ID + prediction_id + (parameter(RECEIPT, receipt) if receipt else b"")
 
 
 def _check_confidence(answer: Answer, reading: Reading) -> None:

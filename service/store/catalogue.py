@@ -1,7 +1,6 @@
 """The catalogue: which revisions exist, which one is active and was before, which operations run. SQLite.
 
-WAL with `synchronous=FULL`, asserted at the start: with NORMAL a power cut loses what was acknowledged. Every row
-carries a CRC of its content, verified when it is read, because SQLite's own checks do not protect content.
+Every row carries a CRC of its content, verified when it is read, because SQLite's own checks do not protect content.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
-from service.errors import Damaged, NotFound, NotReady, Refused, shown
+from service.errors import Damaged, NotFound, NotReady, shown
+from service.store.database import READ_ONLY, open_database
 
 SCHEMA_VERSION = 1
 SCHEMA = """
@@ -119,12 +119,7 @@ class Catalogue:
 
     def __init__(self, path: Path) -> None:
         self._lock = threading.Lock()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-            self._prepare()
-        except sqlite3.DatabaseError as error:
-            raise Damaged(f"the catalogue {path.name} cannot be read: {error}") from error
+        self._connection = open_database(path, "catalogue", SCHEMA, SCHEMA_VERSION)
 
     def close(self) -> None:
         with self._lock:
@@ -218,23 +213,19 @@ class Catalogue:
             (number,) = self._connection.execute("PRAGMA data_version").fetchone()
         return int(number)
 
-    def _prepare(self) -> None:
-        connection = self._connection
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=FULL")
-        durable = (
-            connection.execute("PRAGMA journal_mode").fetchone()[0],
-            connection.execute("PRAGMA synchronous").fetchone()[0],
-        )
-        if durable != ("wal", 2):
-            raise Refused(f"the catalogue needs journal_mode=wal and synchronous=FULL, got {durable}")
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
-        if version > SCHEMA_VERSION:
-            raise Refused(
-                f"the store was written by a newer calserve (schema {version}, this one knows {SCHEMA_VERSION})"
-            )
-        if version == 0:
-            connection.executescript(f"BEGIN;{SCHEMA}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
+    def problems(self) -> Iterator[str]:
+        """What is wrong with the rows, in words."""
+        for kind in (RevisionRow, ActivationRow, OperationRow):
+            with self._lock:
+                rows = self._connection.execute(f"SELECT row, crc FROM {kind.table}").fetchall()  # noqa: S608
+            damaged = sum(zlib.crc32(text.encode()) != crc for text, crc in rows)
+            if damaged:
+                yield f"{damaged} rows of the catalogue's table {kind.table} are damaged: their checksums differ"
+
+    def blobs(self) -> set[str]:
+        """The digests of all blobs that revisions use."""
+        rows = self._read(RevisionRow, "SELECT row, crc FROM revisions WHERE deleted = 0", ())
+        return {digest for row in rows for digest in row.blobs}
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -247,7 +238,7 @@ class Catalogue:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
                 if isinstance(error, sqlite3.OperationalError):  # disk full, input/output error, read-only
-                    raise NotReady("the store cannot be written now", reason="STORE_READ_ONLY") from error
+                    raise NotReady("the store cannot be written now", reason=READ_ONLY) from error
                 raise
 
     def _read(self, kind: type[R], query: str, arguments: tuple[Any, ...]) -> list[R]:

@@ -36,15 +36,40 @@ class ModelState:
     dropped: Mapping[str, int]
 
 
+@dataclass(frozen=True)
+class JournalState:
+    """The journal of predictions and labels, as this process sees it.
+
+    Attributes
+    ----------
+    writable : whether it can be written; otherwise labels are refused and predictions lost
+    kept, lost : rows of predictions by model; by model and why
+    labels : what became of labels -> how many
+    """
+
+    writable: bool
+    bytes: int
+    queued_bytes: int
+    commits: int
+    kept: Mapping[str, int]
+    lost: Mapping[tuple[str, str], int]
+    labels: Mapping[str, int]
+
+
 class Metrics:
     """Counters of calls, and the state of the models read when somebody asks."""
 
     def __init__(
-        self, models: Callable[[], Iterable[ModelState]], ready: Callable[[], bool], device_lost: Callable[[], bool]
+        self,
+        models: Callable[[], Iterable[ModelState]],
+        ready: Callable[[], bool],
+        device_lost: Callable[[], bool],
+        journal: Callable[[], JournalState],
     ) -> None:
         self._registry = CollectorRegistry()
         self._calls: dict[str, CallCounts] = {}
         self._registry.register(_Calls(self._calls))
+        self._registry.register(_Journal(journal))
         self._registry.register(_State(models, ready, device_lost))
 
     def recorder(self, path: str) -> Callable[[str, float], None]:
@@ -128,3 +153,32 @@ class _State(Collector):
             for why, count in list(state.dropped.items()):
                 dropped.add_metric([*name, why], count)
         yield from (active, queued, rows, runs, dropped)
+
+
+class _Journal(Collector):
+    def __init__(self, state: Callable[[], JournalState]) -> None:
+        self._state = state
+
+    def collect(self) -> Iterator[Metric]:
+        state = self._state()
+        for name, text, value in (
+            ("store_writable", "1 while labels can be recorded and predictions kept.", float(state.writable)),
+            ("journal_bytes", "What the journal takes on the disk.", state.bytes),
+            ("journal_queued_bytes", "Predictions that wait to be written.", state.queued_bytes),
+        ):
+            yield GaugeMetricFamily(f"calserve_{name}", text, value=value)
+        yield CounterMetricFamily("calserve_journal_commits", "Transactions of the journal.", value=state.commits)
+        kept = CounterMetricFamily("calserve_journal_rows", "Rows of predictions kept.", labels=["model"])
+        for model, rows in state.kept.items():
+            kept.add_metric([model], rows)
+        lost = CounterMetricFamily(
+            "calserve_journal_lost_rows",
+            "Rows of predictions not kept: the queue was full, or the disk failed.",
+            labels=["model", "why"],
+        )
+        for (model, why), rows in state.lost.items():
+            lost.add_metric([model, why], rows)
+        labels = CounterMetricFamily("calserve_labels", "Labels that came, by what became of them.", labels=["result"])
+        for result, count in state.labels.items():
+            labels.add_metric([result], count)
+        yield from (kept, lost, labels)

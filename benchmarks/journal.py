@@ -1,0 +1,194 @@
+"""What the journal costs and what it can take.
+
+    python -m benchmarks.journal [--rounds 7] [--labels 1000000] [--only cost,labels,opening,bytes] [--quick]
+
+The cost is the server's processor time a request with `--journal async` and `sync`, to that of the same server with
+`off`, by turns (see benchmarks.serving). The rest is measured on the disk that holds the temporary folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import os
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.load import Load
+from benchmarks.serving import Bench, Case, in_turn, say, show
+from benchmarks.serving_models import MODELS
+from service.client import AsyncClient, Client
+from service.store.journal import Journal
+from service.store.labels import Labels, NewLabel, Result
+from service.store.packs import Answered
+from service.store.reading import Reader
+
+MODES = ("off", "async", "sync")
+CASES = (Case("unary", 1), Case("unary", 16), Case("unary", 64), Case("stream", 16))
+SINGLE_CALLERS, SINGLE_SECONDS = 128, 4.0
+BATCH, ROWS_EACH = 10_000, 500
+
+
+def cost(bench: Bench) -> list[list[str]]:
+    """A row a case: microseconds with the journal off, then the others' ratio to that in the same round."""
+    model = MODELS["mlp"]
+    found: dict[tuple[Case, str], list[tuple[float, float]]] = {}
+    with ExitStack() as stack:
+        running = {mode: stack.enter_context(bench.start_bare(model, extra=["--journal", mode])) for mode in MODES}
+        for turn in range(bench.rounds):
+            say(f"round {turn + 1} of {bench.rounds}")
+            for case in CASES:
+                for mode in in_turn(list(MODES), turn):
+                    cpu, seen = bench.measure(running[mode], case)
+                    found.setdefault((case, mode), []).append((cpu, seen.right / seen.seconds))
+    table = [["load", "off: us", *(f"{mode}: {what}" for mode in MODES[1:] for what in ("CPU", "answers/s"))]]
+    for case in CASES:
+        off = found[case, "off"]
+        ratios = [
+            statistics.median(one[figure] / base[figure] for one, base in zip(found[case, mode], off, strict=True))
+            for mode in MODES[1:]
+            for figure in (0, 1)
+        ]
+        table.append([case.name, f"{statistics.median(cpu for cpu, _ in off):.0f}", *(f"{r:.3f}" for r in ratios)])
+    return table
+
+
+def labels(bench: Bench) -> Iterator[list[str]]:
+    """Over the wire: single labels of many callers, then batches of one."""
+    model = MODELS["mlp"]
+    with bench.start_bare(model) as running, Client(running.address, show_progress=False) as client:
+        inputs = model.rows(ROWS_EACH)
+        ids = [client.predict(model.name, inputs).prediction_id for _ in range(400)]
+        places = list(itertools.product(ids, range(ROWS_EACH)))
+        single = iter(places[: len(places) // 2])
+        acknowledged, pauses = asyncio.run(singly(running.address, model.name, single))
+        yield ["single labels acknowledged/s over the wire", f"{acknowledged / SINGLE_SECONDS:,.0f}"]
+        yield ["their p50 and p99, ms", " / ".join(f"{1000 * np.percentile(pauses, q):.1f}" for q in (50, 99))]
+        batch = places[len(places) // 2 :]
+        begun = time.perf_counter()
+        names, rows = zip(*batch, strict=True)
+        results = Counter(client.label(model.name, names, [1] * len(batch), rows=rows))
+        yield ["labels/s over the wire, in batches", f"{results['recorded'] / (time.perf_counter() - begun):,.0f}"]
+
+
+async def singly(address: str, model: str, places: Iterator[tuple[str, int]]) -> tuple[int, list[float]]:
+    """How many labels were acknowledged in the time, each in a call of its own, and how long each took."""
+    end, pauses = time.perf_counter() + SINGLE_SECONDS, []
+    async with AsyncClient(address, show_progress=False) as client:
+
+        async def caller() -> None:
+            while (begun := time.perf_counter()) < end and (place := next(places, None)):
+                if await client.label(model, [place[0]], [1], rows=[place[1]]) == ["recorded"]:
+                    pauses.append(time.perf_counter() - begun)
+
+        await asyncio.gather(*(caller() for _ in range(SINGLE_CALLERS)))
+    return len(pauses), pauses
+
+
+@contextmanager
+def journal(folder: Path) -> Iterator[Journal]:
+    opened = Journal(folder, queue_bytes=1 << 40)
+    opened.start()
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def filled(opened: Journal, count: int, n_classes: int, own_ids: bool = False) -> Callable[[int], str]:
+    """Predictions of one row; gives the id of each."""
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((1000, 1, n_classes)).astype(np.float32)
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=2, keepdims=True)
+    stream = opened.open_stream("m", "1", "0" * 64, n_classes)
+    begun = int(1000 * time.time())
+    for index in range(count):
+        caller_id = b"%020d" % index if own_ids else b""
+        at = index % 1000
+        stream.append(Answered(begun + index, "temperature-1", 0, logits[at], probabilities[at], caller_id))
+        if index % 1000 == 999:
+            opened.writer.write_now(opened.write_waiting)
+    opened.writer.write_now(opened.write_waiting)
+    return lambda number: stream.prediction_id(number).decode()
+
+
+def record_all(opened: Journal, id_of: Callable[[int], str], count: int) -> tuple[int, float, float]:
+    """A label for each prediction, in batches: how many were recorded, in how many seconds, of the processor too."""
+    joined, recorded, seconds, cpu = Labels(opened), 0, 0.0, 0.0
+    for start in range(0, count, BATCH):
+        batch = [NewLabel(id_of(number), 0, 1) for number in range(start, min(count, start + BATCH))]
+        begun, used = time.perf_counter(), time.process_time()
+        became = opened.writer.write_now(partial(joined.record, model="m", producer="", labels=batch))
+        seconds, cpu = seconds + time.perf_counter() - begun, cpu + time.process_time() - used
+        recorded += became.count(Result.RECORDED)
+    return recorded, seconds, cpu
+
+
+def opening(folder: Path, count: int) -> Iterator[list[str]]:
+    """Batches straight into the journal, then a start with so many labels, and the rate of a reader."""
+    with journal(folder) as opened:
+        recorded, seconds, cpu = record_all(opened, filled(opened, count, 10), count)
+        yield ["labels/s into the journal, in batches", f"{recorded / seconds:,.0f}"]
+        yield ["processor us a label", f"{1e6 * cpu / recorded:.1f}"]
+    begun = time.perf_counter()
+    with journal(folder) as opened:
+        yield [f"seconds to open and verify {count:,} predictions and labels", f"{time.perf_counter() - begun:.1f}"]
+        begun, read = time.perf_counter(), 0
+        reader = Reader(opened, "m", "benchmark", 0.0)
+        while cohort := reader.read():
+            reader.commit(cohort)
+            read += sum(map(len, cohort.pairs))
+        yield ["pairs/s of a reader that commits each 10,000", f"{read / (time.perf_counter() - begun):,.0f}"]
+
+
+def sizes(folder: Path, count: int = 100_000) -> Iterator[list[str]]:
+    """Bytes a row on the disk."""
+    for name, n_classes, own_ids, with_labels in (
+        ("10 classes", 10, False, False),
+        ("10 classes, callers' own ids of 20 characters", 10, True, False),
+        ("10 classes, with labels", 10, False, True),
+        ("1000 classes", 1000, False, False),
+    ):
+        place = folder / name
+        with journal(place) as opened:
+            id_of = filled(opened, count, n_classes, own_ids)
+            if with_labels:
+                record_all(opened, id_of, count)
+        yield [f"bytes a prediction: {name}", f"{(place / 'journal.sqlite').stat().st_size / count:.0f}"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--labels", type=int, default=1_000_000)
+    parser.add_argument("--only", default="cost,labels,opening,bytes")
+    parser.add_argument("--quick", action="store_true", help="to see that all of it runs")
+    chosen = parser.parse_args()
+    cores = sorted(os.sched_getaffinity(0))
+    server, client = {cores[0]}, {cores[-1]}
+    rounds, seconds = (2, 0.4) if chosen.quick else (chosen.rounds, 1.5)
+    with tempfile.TemporaryDirectory() as folder, Load(client) as load:
+        place = Path(folder)
+        bench = Bench(load, seconds, rounds, client, server, {}, [], place, "")
+        parts: dict[str, Callable[[], Sequence[Any]]] = {
+            "cost": lambda: cost(bench),
+            "labels": lambda: [["what", "measured"], *labels(bench)],
+            "opening": lambda: [["what", "measured"], *opening(place / "opening", chosen.labels)],
+            "bytes": lambda: [["what", "measured"], *sizes(place)],
+        }
+        for name in chosen.only.split(","):
+            show(name, parts[name]())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""From answers to the journal: which models' predictions are kept, and how sure a caller can be of it.
+
+off      nothing is kept, and no label can come
+async    an answer is kept within a quarter of a second of being given; a crash loses those
+sync     an answer is given when it is kept, and refused with STORE_READ_ONLY where it cannot be
+"""
+
+from __future__ import annotations
+
+import time
+from enum import StrEnum
+from typing import TypeAlias
+from weakref import WeakKeyDictionary
+
+from calibrators.graph import FURTHER_OUTPUTS, LOGITS
+from service.errors import NotReady
+from service.inference.batcher import Answer
+from service.inference.model import ServedModel
+from service.store.database import READ_ONLY
+from service.store.journal import Journal, OpenStream
+from service.store.packs import Answered
+
+PROBABILITIES = "probabilities"
+NEEDED = (LOGITS, PROBABILITIES)
+"""Outputs that a run must compute for its rows to be kept."""
+TELLING = {PROBABILITIES, "confidence", "label", *FURTHER_OUTPUTS}
+"""An answer without any of these says nothing that a label could prove wrong."""
+
+
+class Mode(StrEnum):
+    OFF = "off"
+    ASYNC = "async"
+    SYNC = "sync"
+
+
+class ModelJournal:
+    """Where one served model's answers go."""
+
+    def __init__(self, journal: Journal, stream: OpenStream, *, waits: bool) -> None:
+        self.waits = waits
+        self._journal, self._stream = journal, stream
+
+    def keep(self, answer: Answer, caller_id: bytes, *, receipt: bool = False) -> tuple[bytes, bytes]:
+        """Append an answer's rows; the prediction's id and, if asked for, its receipt. Both are empty if there is no
+        room, or are no rows."""
+        run, start, stop = answer
+        if start == stop:
+            return b"", b""
+        request = Answered(
+            time.time_ns() // 1_000_000,
+            run.snapshot.revision,
+            0,
+            run.part(LOGITS, start, stop),
+            run.part(PROBABILITIES, start, stop),
+            caller_id,
+        )
+        number = self._stream.append(request)
+        if number is None:
+            if self.waits:
+                raise NotReady("the prediction cannot be kept now, which its model asks for", reason=READ_ONLY)
+            return b"", b""
+        return self._stream.prediction_id(number), self._stream.receipt(number, request) if receipt else b""
+
+    async def flush(self) -> None:
+        """Return when the answers appended so far are on the disk. NotReady if they cannot be written."""
+        await self._journal.flush()
+
+
+ByModel: TypeAlias = WeakKeyDictionary[ServedModel, ModelJournal | None]
+
+
+class Journalling:
+    """Which models' answers are kept, and where. For the event loop."""
+
+    def __init__(self, journal: Journal, default: str) -> None:
+        self._journal, self._default = journal, Mode(default)
+        self._by_model: ByModel = WeakKeyDictionary()
+
+    def of(self, model: ServedModel) -> ModelJournal | None:
+        """Where a model's answers go, None if they are not kept."""
+        if model not in self._by_model:
+            self._by_model[model] = self._opened(model)
+        return self._by_model[model]
+
+    def _opened(self, model: ServedModel) -> ModelJournal | None:
+        mode = Mode(model.journal or self._default)
+        if mode is Mode.OFF or not model.is_classifier:
+            return None
+        stream = self._journal.open_stream(model.name, model.version, model.digest, model.n_classes)
+        return ModelJournal(self._journal, stream, waits=mode is Mode.SYNC)

@@ -1,0 +1,208 @@
+"""The journal's tables, and what is done in them inside a transaction."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+import time
+import zlib
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import NamedTuple
+
+from service.errors import Damaged
+from service.store.database import Connection
+from service.store.packs import Pack
+
+SCHEMA_VERSION = 1
+SCHEMA = """
+CREATE TABLE streams (
+    stream INTEGER PRIMARY KEY, model TEXT NOT NULL, version TEXT NOT NULL, digest TEXT NOT NULL,
+    class_count INTEGER NOT NULL, start_time REAL NOT NULL, crc INTEGER NOT NULL, pruned INTEGER NOT NULL DEFAULT 0
+) STRICT;
+CREATE TABLE packs (
+    pack INTEGER PRIMARY KEY AUTOINCREMENT, stream INTEGER NOT NULL, first INTEGER NOT NULL, last INTEGER NOT NULL,
+    rows INTEGER NOT NULL, lost INTEGER NOT NULL, time_ms INTEGER NOT NULL, revisions TEXT NOT NULL,
+    payload BLOB NOT NULL, crc INTEGER NOT NULL
+) STRICT;
+CREATE INDEX packs_by_stream ON packs (stream, first);
+CREATE TABLE caller_ids (
+    hash INTEGER NOT NULL, stream INTEGER NOT NULL, number INTEGER NOT NULL, PRIMARY KEY (hash, stream, number)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE records (record INTEGER PRIMARY KEY AUTOINCREMENT, time REAL NOT NULL) STRICT;
+CREATE TABLE producers (producer INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE) STRICT;
+CREATE TABLE labels (
+    stream INTEGER NOT NULL, number INTEGER NOT NULL, row INTEGER NOT NULL, label INTEGER NOT NULL,
+    producer INTEGER NOT NULL, record INTEGER NOT NULL, crc INTEGER NOT NULL, PRIMARY KEY (stream, number, row)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX labels_by_record ON labels (record);
+CREATE TABLE conflicts (
+    stream INTEGER NOT NULL, number INTEGER NOT NULL, row INTEGER NOT NULL, label INTEGER NOT NULL,
+    producer INTEGER NOT NULL, record INTEGER NOT NULL, crc INTEGER NOT NULL, PRIMARY KEY (stream, number, row, label)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE readers (
+    model TEXT NOT NULL, reader TEXT NOT NULL, number INTEGER NOT NULL, pack INTEGER NOT NULL, row INTEGER NOT NULL,
+    record INTEGER NOT NULL, state BLOB NOT NULL, crc INTEGER NOT NULL, PRIMARY KEY (model, reader)
+) STRICT;
+CREATE TABLE releases (
+    model TEXT NOT NULL, reader TEXT NOT NULL, number INTEGER NOT NULL, pack INTEGER NOT NULL, row INTEGER NOT NULL,
+    record INTEGER NOT NULL, crc INTEGER NOT NULL, PRIMARY KEY (model, reader, number)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT, WITHOUT ROWID;
+INSERT INTO counters VALUES ('stream', 0), ('packs', 0), ('labels', 0);
+"""
+
+PRUNED_TOGETHER = 16
+"""Packs that are forgotten in one transaction: so that nobody waits long for it."""
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What is kept: predictions no older than this, with their labels, and no more bytes than that."""
+
+    seconds: float = 7 * 86400.0
+    bytes: float = 1 << 30
+
+
+@dataclass(frozen=True)
+class StreamRow:
+    """The requests of one served model in one process. Of those before `pruned` nothing is kept any more."""
+
+    stream: int
+    model: str
+    version: str
+    digest: str
+    class_count: int
+    start_time: float
+    pruned: int = 0
+
+    @property
+    def crc(self) -> int:
+        return checksum(self.stream, self.model, self.version, self.digest, self.class_count, self.start_time)
+
+
+class PackRow(NamedTuple):
+    """A pack as the table has it, without its bytes."""
+
+    pack: int
+    stream: int
+    first: int
+    last: int
+    rows: int
+    lost: int
+    time_ms: int
+    revisions: str  # with spaces between; a revision has none
+
+    def crc(self, payload: bytes) -> int:
+        return zlib.crc32(payload, checksum(*self[1:]))
+
+
+PACK_COLUMNS = ", ".join(PackRow._fields)
+_LABEL = struct.Struct("<6q")
+
+
+def checksum(*values: object) -> int:
+    """The CRC of a row's values: whole numbers, times, texts."""
+    return zlib.crc32(repr(values).encode())
+
+
+def label_checksum(stream: int, number: int, row: int, label: int, producer: int, record: int) -> int:
+    return zlib.crc32(_LABEL.pack(stream, number, row, label, producer, record))
+
+
+def caller_hash(model: str, caller_id: bytes) -> int:
+    """Under which a caller's own id is found: a whole number of 63 bits."""
+    digest = blake2b(model.encode() + b"\0" + caller_id, digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
+
+
+def insert_stream(connection: Connection, row: StreamRow) -> None:
+    values = (row.stream, row.model, row.version, row.digest, row.class_count, row.start_time, row.crc)
+    connection.execute("INSERT INTO streams VALUES (?, ?, ?, ?, ?, ?, ?, 0) ON CONFLICT DO NOTHING", values)
+
+
+def append_pack(connection: Connection, stream: StreamRow, pack: Pack, lost: int) -> None:
+    """Write a pack, and under which ids of callers its requests are found. `lost`: rows before it that are not kept."""
+    revisions = " ".join(pack.revisions)
+    payload = pack.encode()
+    row = PackRow(0, stream.stream, pack.first, pack.last, len(pack.kept), lost, int(pack.times_ms[0]), revisions)
+    columns = PACK_COLUMNS.partition(", ")[2]
+    connection.execute(
+        f"INSERT INTO packs ({columns}, payload, crc) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608
+        (*row[1:], payload, row.crc(payload)),
+    )
+    change_counter(connection, "packs", 1)
+    connection.executemany("INSERT INTO caller_ids VALUES (?, ?, ?)", _hashes(stream, pack))
+
+
+def find_pack(connection: Connection, stream: int, number: int) -> PackRow | None:
+    """The pack that holds a request."""
+    query = f"SELECT {PACK_COLUMNS} FROM packs WHERE stream = ? AND first <= ? ORDER BY first DESC LIMIT 1"  # noqa: S608
+    found = connection.execute(query, (stream, number)).fetchone()
+    return PackRow(*found) if found is not None and number <= found[3] else None
+
+
+def load_pack(connection: Connection, row: PackRow) -> Pack:
+    """A pack's content, verified."""
+    payload, crc = connection.execute("SELECT payload, crc FROM packs WHERE pack = ?", (row.pack,)).fetchone()
+    if row.crc(payload) != crc:
+        raise Damaged(f"pack {row.pack} of the journal is damaged: its checksum differs; see `calserve doctor`")
+    return Pack.decode(row.first, row.time_ms, row.revisions.split(" "), payload)
+
+
+def find_stream(connection: Connection, stream: int) -> StreamRow | None:
+    query = "SELECT stream, model, version, digest, class_count, start_time, pruned, crc FROM streams WHERE stream = ?"
+    found = connection.execute(query, (stream,)).fetchone()
+    if found is None:
+        return None
+    row = StreamRow(*found[:7])
+    if row.crc != found[7]:
+        raise Damaged(f"stream {stream} of the journal is damaged: its checksum differs; see `calserve doctor`")
+    return row
+
+
+def prune(connection: Connection, retention: Retention, most: int = PRUNED_TOGETHER) -> bool:
+    """Forget the oldest packs, with their labels, of those that are too old or too many; whether there are more."""
+    oldest_ms = 1000 * (time.time() - retention.seconds)
+    query = f"SELECT {PACK_COLUMNS} FROM packs ORDER BY pack LIMIT ?"  # noqa: S608
+    packs = [PackRow(*found) for found in connection.execute(query, (most,))]
+    over = used_bytes(connection) > retention.bytes
+    forgotten = packs if over else [pack for pack in packs if pack.time_ms < oldest_ms]
+    for pack in forgotten:
+        forget_pack(connection, pack)
+    return bool(forgotten) and len(forgotten) == most
+
+
+def forget_pack(connection: Connection, pack: PackRow) -> None:
+    """Delete a pack, the labels of its predictions and its callers' ids. Its ids are expired from now on."""
+    stream = find_stream(connection, pack.stream)
+    if stream is not None:
+        with contextlib.suppress(Damaged):  # ids that cannot be read any more lead nowhere
+            own_ids = _hashes(stream, load_pack(connection, pack))
+            connection.executemany("DELETE FROM caller_ids WHERE hash = ? AND stream = ? AND number = ?", own_ids)
+    range_of = (pack.stream, pack.last)
+    forgotten = connection.execute("DELETE FROM labels WHERE stream = ? AND number <= ?", range_of).rowcount
+    connection.execute("DELETE FROM conflicts WHERE stream = ? AND number <= ?", range_of)
+    connection.execute("DELETE FROM packs WHERE pack = ?", (pack.pack,))
+    connection.execute("UPDATE streams SET pruned = ? WHERE stream = ?", (pack.last + 1, pack.stream))
+    change_counter(connection, "packs", -1)
+    change_counter(connection, "labels", -forgotten)
+
+
+def _hashes(stream: StreamRow, pack: Pack) -> list[tuple[int, int, int]]:
+    """Under which hash each request with a caller's own id is found."""
+    ids = enumerate(pack.caller_ids, pack.first)
+    return [(caller_hash(stream.model, own), stream.stream, number) for number, own in ids if own]
+
+
+def used_bytes(connection: Connection) -> int:
+    pages, free, size = (
+        connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
+    )
+    return int((pages - free) * size)
+
+
+def change_counter(connection: Connection, name: str, change: int) -> int:
+    connection.execute("UPDATE counters SET value = value + ? WHERE name = ?", (change, name))
+    (value,) = connection.execute("SELECT value FROM counters WHERE name = ?", (name,)).fetchone()
+    return int(value)

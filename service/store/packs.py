@@ -1,0 +1,209 @@
+"""Predictions as they are kept: a pack is the requests that one stream answered one after the other.
+
+A row each would cost an index entry, a row header and a checksum for forty bytes of content; a pack has these once for
+hundreds. Its columns, one after the other, little endian:
+
+of each request   rows, milliseconds since the pack's time, revision (its place in the pack's list), state number,
+                  length of the caller's own id; then the ids
+of each row       the classes that are kept, unless all are; their logits; their probabilities; log of the sum of the
+                  exponentials of the logits that are not kept, unless all are
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.errors import Damaged
+
+ALL_UP_TO = 64
+"""Classes of which every logit and probability is kept ..."""
+MOST_PROBABLE = 32
+"""... and beyond, how many are: those that are served as most probable."""
+LONGEST_CALLER_ID = 127
+"""A caller's own id that is longer is not kept: the server's is there."""
+
+Floats = NDArray[np.float32]
+Whole = NDArray[np.uint32]
+LONGEST_MS = 2**32 - 1
+_HEAD = struct.Struct("<HII?")
+_WIDTHS: dict[int, Any] = {1: np.dtype("<u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4")}
+
+
+class Answered(NamedTuple):
+    """One request as it was answered: its rows' logits and probabilities, all classes of them."""
+
+    time_ms: int
+    revision: str
+    state: int
+    logits: Floats
+    probabilities: Floats
+    caller_id: bytes = b""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Rows of logits and probabilities: of all classes, or of the most probable.
+
+    Attributes
+    ----------
+    classes : (rows, kept) which classes they are, most probable first; None: all, in their order
+    rest : (rows,) log-sum-exp of the logits that are not kept; None: all are
+    """
+
+    logits: Floats
+    probabilities: Floats
+    classes: Whole | None = None
+    rest: Floats | None = None
+
+    @classmethod
+    def of(cls, logits: Floats, probabilities: Floats) -> Self:
+        """What is kept of all classes' values."""
+        if logits.shape[1] <= ALL_UP_TO:
+            return cls(logits, probabilities)
+        classes = np.argpartition(-probabilities, MOST_PROBABLE, axis=1)[:, :MOST_PROBABLE]
+        classes.sort(axis=1)  # of equals the first class comes first, as in the output `label`
+        order = np.argsort(-np.take_along_axis(probabilities, classes, 1), axis=1, kind="stable")
+        classes = np.take_along_axis(classes, order, 1)
+        others = logits.astype(np.float64)
+        np.put_along_axis(others, classes, -np.inf, 1)
+        largest = others.max(axis=1)
+        rest = largest + np.log(np.exp(others - largest[:, None]).sum(axis=1))
+        own, served = (np.take_along_axis(values, classes, 1) for values in (logits, probabilities))
+        return cls(own, served, classes.astype(np.uint32), rest.astype(np.float32))
+
+    @property
+    def label(self) -> NDArray[np.int64]:
+        """The class that was served as most probable."""
+        first = np.argmax(self.probabilities, axis=1) if self.classes is None else self.classes[:, 0]
+        return first.astype(np.int64)
+
+    @property
+    def confidence(self) -> Floats:
+        highest: Floats = self.probabilities.max(axis=1)
+        return highest
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+    def rows(self, chosen: slice | NDArray[np.intp]) -> Kept:
+        rest = None if self.rest is None else self.rest[chosen]
+        classes = None if self.classes is None else self.classes[chosen]
+        return Kept(self.logits[chosen], self.probabilities[chosen], classes, rest)
+
+    def encode(self) -> list[bytes]:
+        columns = [self.classes, self.logits, self.probabilities, self.rest]
+        return [np.ascontiguousarray(column).tobytes() for column in columns if column is not None]
+
+    @classmethod
+    def decode(cls, data: bytes, start: int, rows: int, kept: int, *, partial: bool) -> Self:
+        def column(dtype: str, *shape: int) -> NDArray[np.generic]:
+            nonlocal start
+            values = np.frombuffer(data, dtype, int(np.prod(shape)), start).reshape(shape)
+            start += values.nbytes
+            return values
+
+        classes = column("<u4", rows, kept) if partial else None
+        logits, probabilities = column("<f4", rows, kept), column("<f4", rows, kept)
+        return cls(logits, probabilities, classes, column("<f4", rows) if partial else None)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Requests `first`, `first + 1`, ... of a stream.
+
+    Attributes
+    ----------
+    row_counts, times_ms, revision_indices, states : of each request
+    caller_ids : of each request, or none at all
+    kept : of each row
+    """
+
+    first: int
+    revisions: tuple[str, ...]
+    row_counts: Whole
+    times_ms: NDArray[np.int64]
+    revision_indices: Whole
+    states: Whole
+    kept: Kept
+    caller_ids: Sequence[bytes] = field(default=())
+
+    @classmethod
+    def of(cls, first: int, requests: Sequence[Answered]) -> Self:
+        revisions = tuple(dict.fromkeys(request.revision for request in requests))
+        places = {revision: place for place, revision in enumerate(revisions)}
+        ids = [request.caller_id if len(request.caller_id) <= LONGEST_CALLER_ID else b"" for request in requests]
+        return cls(
+            first,
+            revisions,
+            np.array([len(request.logits) for request in requests], np.uint32),
+            np.array([request.time_ms for request in requests], np.int64),
+            np.array([places[request.revision] for request in requests], np.uint32),
+            np.array([request.state for request in requests], np.uint32),
+            Kept.of(
+                np.concatenate([request.logits for request in requests], dtype=np.float32),
+                np.concatenate([request.probabilities for request in requests], dtype=np.float32),
+            ),
+            ids if any(ids) else (),
+        )
+
+    @property
+    def last(self) -> int:
+        return self.first + len(self.row_counts) - 1
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """The first row of each request."""
+        return np.cumsum(self.row_counts, dtype=np.int64) - self.row_counts
+
+    def encode(self) -> bytes:
+        begun = int(self.times_ms[0])
+        after = np.clip(self.times_ms - begun, 0, LONGEST_MS)  # a clock may have been set
+        head = _HEAD.pack(
+            self.kept.logits.shape[1], len(self.row_counts), len(self.kept), self.kept.classes is not None
+        )
+        lengths = [len(caller_id) for caller_id in self.caller_ids] or [0] * len(self.row_counts)
+        columns: list[NDArray[Any]] = [self.row_counts, after, self.revision_indices, self.states, np.array(lengths)]
+        return b"".join([head, *map(_column, columns), *self.caller_ids, *self.kept.encode()])
+
+    @classmethod
+    def decode(cls, first: int, time_ms: int, revisions: Sequence[str], data: bytes) -> Self:
+        """Damaged if the bytes are not as long as they say: a checksum is verified before, so this is a writer's."""
+        try:
+            kept, count, rows, partial = _HEAD.unpack_from(data)
+            position, columns = _HEAD.size, []
+            for _ in range(5):
+                column, position = _read_column(data, position, count)
+                columns.append(column)
+            row_counts, after, revision_indices, states, lengths = columns
+            ends = position + np.cumsum(lengths, dtype=np.int64)
+            ids = [data[end - length : end] for end, length in zip(ends.tolist(), lengths.tolist(), strict=True)]
+            content = Kept.decode(data, int(ends[-1]), rows, kept, partial=partial)
+        except (ValueError, struct.error, IndexError) as error:
+            raise Damaged("a pack of predictions in the journal cannot be read") from error
+        times = time_ms + after.astype(np.int64)
+        return cls(
+            first, tuple(revisions), row_counts, times, revision_indices, states, content, ids if any(ids) else ()
+        )
+
+
+def _column(values: NDArray[np.generic]) -> bytes:
+    """A whole number a request, in as few bytes as the largest takes; none where all are the same."""
+    numbers = values.astype(np.uint32)
+    if (numbers == numbers[0]).all():
+        return b"\0" + numbers[:1].astype("<u4").tobytes()
+    width = next(width for width in _WIDTHS if int(numbers.max()) < 1 << 8 * width)
+    return bytes([width]) + numbers.astype(_WIDTHS[width]).tobytes()
+
+
+def _read_column(data: bytes, position: int, count: int) -> tuple[Whole, int]:
+    width, position = data[position], position + 1
+    if width == 0:
+        return np.full(count, int.from_bytes(data[position : position + 4], "little"), np.uint32), position + 4
+    end = position + width * count
+    return np.frombuffer(data[position:end], _WIDTHS.get(width, "<u4"), count).astype(np.uint32), end

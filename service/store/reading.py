@@ -1,0 +1,296 @@
+"""Reading the journal: one model's predictions with their labels, in their order, behind a watermark.
+
+Where labels of mistakes come later than others, whatever is read in the order of their arrival is wrong. So a
+prediction is passed when its label is there, or has been waited for long enough, and nothing behind it is passed before
+it. What is said besides: which labels came after their prediction was passed, how many never came, how many predictions
+were never kept.
+
+A reader's position is written together with the state that was computed up to it. Which labels were there at each
+step is written too, so that `replay` gives again exactly what `read` gave.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.errors import Damaged, Stale
+from service.store.database import Connection
+from service.store.journal import Journal
+from service.store.journal_tables import (
+    PACK_COLUMNS,
+    PackRow,
+    StreamRow,
+    checksum,
+    find_pack,
+    find_stream,
+    load_pack,
+)
+from service.store.packs import Kept, Pack
+
+NO_LABEL = -1
+MOST_ROWS = 10_000
+LAST = 1 << 62
+
+
+class Position(NamedTuple):
+    """How far a reader is: rows of packs before this row of this pack are passed, with the labels of records so far."""
+
+    pack: int = 0
+    row: int = 0
+    record: int = 0
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Rows that one revision computed for one model file, with their labels, in the order in which they were answered.
+
+    Attributes
+    ----------
+    times_ms, states : of each row: when it was answered, by which state of the online calibrator (0: none)
+    kept : its logits and the probabilities that were served
+    labels : (rows,) the class that came true; -1: its label did not come in time
+    producers : (rows,) who sent it, a number; 0: nobody
+    numbers, rows : which request of the stream, and which row of it: with the stream the row's name
+    """
+
+    stream: StreamRow
+    revision: str
+    times_ms: NDArray[np.int64]
+    states: NDArray[np.uint32]
+    kept: Kept
+    labels: NDArray[np.int64]
+    producers: NDArray[np.int64]
+    numbers: NDArray[np.int64]
+    rows: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def chosen(self, rows: slice | NDArray[np.intp]) -> Pairs:
+        columns = ("times_ms", "states", "labels", "producers", "numbers", "rows")
+        return replace(self, kept=self.kept.rows(rows), **{name: getattr(self, name)[rows] for name in columns})
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """One step of a reader, from a position to the next.
+
+    Attributes
+    ----------
+    pairs : what was passed, in order; of rows without a label the label is -1
+    late : labels that came after their prediction was passed, in the order of the journal
+    missing : rows that were passed without a label
+    dropped : rows that were answered and never kept, of those that are known
+    """
+
+    number: int
+    begin: Position
+    end: Position
+    pairs: Sequence[Pairs]
+    late: Sequence[Pairs]
+    dropped: int
+
+    @property
+    def missing(self) -> int:
+        return sum(int((part.labels == NO_LABEL).sum()) for part in self.pairs)
+
+    def __bool__(self) -> bool:
+        """Whether there is anything in it to learn from, or to number."""
+        return bool(self.pairs or self.late)
+
+
+class Reader:
+    """A named reader of one model's journal. Its methods are for any thread but the event loop's, one at a time.
+
+    `wait_seconds` is how long a label is waited for.
+    """
+
+    def __init__(self, journal: Journal, model: str, name: str, wait_seconds: float) -> None:
+        self._journal, self._model, self._name, self._wait_ms = journal, model, name, int(1000 * wait_seconds)
+        self._nothing_late: tuple[Position, int] = Position(), 0
+
+    def state(self) -> tuple[Position, int, bytes]:
+        """Position, number of steps and the state that was committed with them; of a new reader all are empty."""
+        with self._journal.reading() as connection:
+            return _state(connection, self._model, self._name)
+
+    def read(self, most_rows: int = MOST_ROWS) -> Cohort:
+        """The next step, empty if nothing can be passed. It is read again until it is committed."""
+        with self._journal.reading() as connection:
+            begin, number, _ = _state(connection, self._model, self._name)
+            (record,) = connection.execute("SELECT coalesce(max(record), 0) FROM records").fetchone()
+            end = self._watermark(connection, begin, max(record, begin.record), most_rows)
+            searched = self._nothing_late[1] if self._nothing_late[0] == begin else begin.record
+            cohort = self._cohort(connection, number + 1, begin, end, searched)
+        if not cohort:  # labels of other models may come for days
+            self._nothing_late = begin, end.record
+        return cohort
+
+    def commit(self, cohort: Cohort, state: bytes = b"") -> None:
+        """Write the position and the state, both or neither. Stale if another has committed this step."""
+        self._journal.writer.write_now(lambda connection: self.write(connection, cohort, state))
+
+    def write(self, connection: Connection, cohort: Cohort, state: bytes) -> None:
+        """The same inside a transaction of the journal's writer: for those who wait in an event loop."""
+        begin, number, _ = _state(connection, self._model, self._name)
+        if (begin, number + 1) != (cohort.begin, cohort.number):
+            raise Stale(f"reader {self._name!r} of model {self._model!r} is elsewhere by now; read again")
+        place = (self._model, self._name, cohort.number, *cohort.end)
+        connection.execute(
+            "INSERT INTO readers VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (model, reader) DO UPDATE SET number = "
+            "excluded.number, pack = excluded.pack, row = excluded.row, record = excluded.record, "
+            "state = excluded.state, crc = excluded.crc",
+            (*place, state, checksum(*place, state)),
+        )
+        connection.execute("INSERT INTO releases VALUES (?, ?, ?, ?, ?, ?, ?)", (*place, checksum(*place)))
+
+    def replay(self) -> Iterator[Cohort]:
+        """Every step that was committed, as it was, as far as its predictions are still kept."""
+        query = (
+            "SELECT model, reader, number, pack, row, record, crc FROM releases WHERE model = ? AND reader = ? "
+            "ORDER BY number"
+        )
+        with self._journal.reading() as connection:
+            steps = connection.execute(query, (self._model, self._name)).fetchall()
+        begin = Position()
+        for *place, crc in steps:
+            if checksum(*place) != crc:
+                raise Damaged(f"a step of reader {self._name!r} is damaged: its checksum differs")
+            end = Position(*place[3:])
+            with self._journal.reading() as connection:
+                yield self._cohort(connection, place[2], begin, end, begin.record)
+            begin = end
+
+    def _watermark(self, connection: Connection, begin: Position, record: int, most_rows: int) -> Position:
+        """The position after the last row that may be passed, of labels up to `record`."""
+        oldest_ms, at, left = (
+            int(1000 * time.time()) - self._wait_ms,
+            Position(begin.pack, begin.row, record),
+            most_rows,
+        )
+        for row in self._packs(connection, begin, None):
+            pack = load_pack(connection, row)
+            start = begin.row if row.pack == begin.pack else 0
+            labels, _ = _labels_of(connection, row, pack, 0, record)
+            waited_for = (labels == NO_LABEL) & (np.repeat(pack.times_ms, pack.row_counts) > oldest_ms)
+            waited_for[:start] = False
+            passed = int(np.argmax(waited_for)) if waited_for.any() else len(labels)
+            passed = min(passed, start + left)
+            at = Position(row.pack, passed, record)
+            left -= passed - start
+            if passed < len(labels) or left <= 0:
+                break
+        return at
+
+    def _cohort(self, connection: Connection, number: int, begin: Position, end: Position, searched: int) -> Cohort:
+        pairs: list[Pairs] = []
+        dropped = 0
+        for row in self._packs(connection, begin, end):
+            start = begin.row if row.pack == begin.pack else 0
+            stop = end.row if row.pack == end.pack else row.rows
+            dropped += row.lost if start == 0 and stop else 0
+            if start < stop:
+                pairs += pairs_of(connection, row, 0, end.record, slice(start, stop))
+        return Cohort(number, begin, end, pairs, self._late(connection, begin, searched, end.record), dropped)
+
+    def _late(self, connection: Connection, begin: Position, after: int, record: int) -> list[Pairs]:
+        """Labels of the records after the one and up to the other, for rows that were passed at `begin`."""
+        query = (
+            "SELECT DISTINCT labels.stream, number FROM labels JOIN streams ON streams.stream = labels.stream "
+            "WHERE record > ? AND record <= ? AND model = ? ORDER BY labels.stream, number"
+        )
+        places = connection.execute(query, (after, record, self._model)).fetchall()
+        packs: dict[int, PackRow] = {}
+        last: PackRow | None = None
+        for stream, number in places:
+            if last is None or last.stream != stream or number > last.last:
+                last = find_pack(connection, stream, number)
+            if last is not None and (last.pack, 0) < begin[:2]:
+                packs[last.pack] = last
+        late: list[Pairs] = []
+        for number in sorted(packs):
+            row = packs[number]
+            stop = begin.row if number == begin.pack else row.rows
+            for part in pairs_of(connection, row, after, record, slice(0, stop)):
+                came = np.flatnonzero(part.labels != NO_LABEL)
+                late += [part.chosen(came)] if len(came) else []
+        return late
+
+    def _packs(self, connection: Connection, begin: Position, end: Position | None) -> Iterator[PackRow]:
+        """The model's packs from the position on, in the order of the journal."""
+        query = (
+            f"SELECT {', '.join(f'packs.{name}' for name in PACK_COLUMNS.split(', '))} FROM packs "  # noqa: S608
+            "JOIN streams ON streams.stream = packs.stream "
+            "WHERE model = ? AND pack >= ? AND pack <= ? ORDER BY pack"
+        )
+        last = LAST if end is None else end.pack
+        for found in connection.execute(query, (self._model, begin.pack, last)):
+            yield PackRow(*found)
+
+
+def _state(connection: Connection, model: str, name: str) -> tuple[Position, int, bytes]:
+    query = "SELECT model, reader, number, pack, row, record, state, crc FROM readers WHERE model = ? AND reader = ?"
+    found = connection.execute(query, (model, name)).fetchone()
+    if found is None:
+        return Position(), 0, b""
+    *values, crc = found
+    if checksum(*values) != crc:
+        raise Damaged(f"the state of reader {name!r} is damaged: its checksum differs; see `calserve doctor`")
+    return Position(*values[3:6]), values[2], values[6]
+
+
+def _labels_of(
+    connection: Connection, row: PackRow, pack: Pack, after: int, record: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Label and producer of each row of a pack, of labels after the one record and up to the other."""
+    labels, producers = np.full(len(pack.kept), NO_LABEL, np.int64), np.zeros(len(pack.kept), np.int64)
+    query = (
+        "SELECT number, row, label, producer FROM labels "
+        "WHERE stream = ? AND number BETWEEN ? AND ? AND record > ? AND record <= ?"
+    )
+    found = connection.execute(query, (row.stream, row.first, row.last, after, record)).fetchall()
+    if found:
+        numbers, rows, values, by = np.array(found, np.int64).T
+        real = rows < pack.row_counts[numbers - row.first]  # a label that came first could name any row
+        places = (pack.starts[numbers - row.first] + rows)[real]
+        labels[places], producers[places] = values[real], by[real]
+    return labels, producers
+
+
+def pairs_of(
+    connection: Connection, row: PackRow, after: int = 0, record: int = LAST, chosen: slice | None = None
+) -> list[Pairs]:
+    """A pack's rows, a part for each stretch that one revision computed; labels after one record, up to another."""
+    stream = find_stream(connection, row.stream)
+    if stream is None:
+        raise Damaged(f"stream {row.stream} of the journal is missing; see `calserve doctor`")
+    pack = load_pack(connection, row)
+    labels, producers = _labels_of(connection, row, pack, after, record)
+    request = np.repeat(np.arange(len(pack.row_counts)), pack.row_counts)
+    whole = Pairs(
+        stream,
+        "",
+        pack.times_ms[request],
+        pack.states[request],
+        pack.kept,
+        labels,
+        producers,
+        pack.first + request,
+        np.arange(len(request)) - pack.starts[request],
+    )
+    revisions = pack.revision_indices[request]
+    ends = [*(np.flatnonzero(np.diff(revisions)) + 1).tolist(), len(request)]
+    parts = []
+    for start, stop in zip([0, *ends], ends, strict=False):
+        revision = pack.revisions[int(revisions[start])]
+        if chosen is not None:
+            start, stop = max(start, chosen.start), min(stop, chosen.stop)
+        if start < stop:
+            parts.append(replace(whole.chosen(slice(start, stop)), revision=revision))
+    return parts

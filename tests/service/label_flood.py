@@ -1,0 +1,49 @@
+"""Records labels as fast as it can and says which were acknowledged; to be killed, or kept from writing.
+
+Each line on standard output: stream, number and class of an acknowledged label, or "refused" and why.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from pathlib import Path
+
+import service.store.writer
+from service.errors import NotReady
+from service.store.labels import NewLabel, Result
+from tests.service.journals import Kept, answered
+
+N_THREADS = 4
+
+
+def main() -> None:
+    service.store.writer.RETRY_SECONDS = 0.05
+    kept, lock = Kept(Path(sys.argv[1])), threading.Lock()
+
+    def say(*words: object) -> None:
+        with lock:
+            sys.stdout.write(" ".join(map(str, words)) + "\n")
+            sys.stdout.flush()
+
+    def flood(seed: int) -> None:
+        while True:
+            with lock:  # a stream is appended to by one thread
+                number = kept.stream.append(answered(seed))
+            if number is None:
+                continue
+            prediction_id, label = kept.stream.prediction_id(number).decode(), number % 4
+            try:
+                (result,) = kept.label([NewLabel(prediction_id, 0, label)])
+            except NotReady as error:
+                say("refused", error.detail_reason)
+            else:
+                assert result is Result.RECORDED
+                say(kept.stream.row.stream, number, label)
+
+    for seed in range(N_THREADS):
+        threading.Thread(target=flood, args=(seed,)).start()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,387 @@
+"""The journal: what is kept comes back, a label is joined once, and readers see each pair once and in order."""
+
+from __future__ import annotations
+
+import asyncio
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import service.store.journal
+from service.errors import Damaged, Stale
+from service.store.database import Connection
+from service.store.journal_tables import Retention, prune, used_bytes
+from service.store.keys import IdMaker, IdReader, Keys
+from service.store.labels import NewLabel, Result
+from service.store.packs import ALL_UP_TO, MOST_PROBABLE, Answered, Pack
+from service.store.reading import NO_LABEL, Cohort, Position, Reader
+from tests.service.journals import MODEL, N_CLASSES, Kept, answered
+
+FOREVER = 1e9
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Iterator[Kept]:
+    kept = Kept(tmp_path)
+    yield kept
+    kept.close()
+
+
+def reader_of(kept: Kept, wait_seconds: float = FOREVER, name: str = "learner") -> Reader:
+    return Reader(kept.journal, MODEL, name, wait_seconds)
+
+
+def seen(cohort: Cohort) -> list[tuple[int, int, int]]:
+    """(number, row, label) of what was passed."""
+    return [
+        row
+        for part in cohort.pairs
+        for row in zip(*(a.tolist() for a in (part.numbers, part.rows, part.labels)), strict=True)
+    ]
+
+
+def late(cohort: Cohort) -> list[tuple[int, int]]:
+    return [row for part in cohort.late for row in zip(part.numbers.tolist(), part.labels.tolist(), strict=True)]
+
+
+requests = st.lists(
+    st.builds(
+        lambda seed, rows, after, revision, state, own: answered(
+            seed, rows, time_ms=10**12 + after, revision=f"r-{revision}", state=state, caller_id=own
+        ),
+        st.integers(0, 10**6),
+        st.integers(1, 5),
+        st.integers(0, 10**7),
+        st.integers(1, 3),
+        st.integers(0, 2**32 - 1),
+        st.binary(max_size=127),
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@given(requests, st.integers(0, 2**40 - 100))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_a_pack_comes_back_as_it_was(given_requests: list[Answered], first: int) -> None:
+    given_requests.sort(key=lambda request: request.time_ms)
+    pack = Pack.of(first, given_requests)
+    again = Pack.decode(first, int(pack.times_ms[0]), pack.revisions, pack.encode())
+    assert again.last == first + len(given_requests) - 1
+    start = 0
+    for index, request in enumerate(given_requests):
+        rows = again.kept.rows(slice(start, start + len(request.logits)))
+        start += len(request.logits)
+        assert (rows.logits == request.logits).all()
+        assert (rows.probabilities == request.probabilities).all()
+        assert again.revisions[again.revision_indices[index]] == request.revision
+        assert (again.times_ms[index], again.states[index]) == (request.time_ms, request.state)
+        assert (again.caller_ids[index] if again.caller_ids else b"") == request.caller_id
+    assert start == len(again.kept)
+
+
+@pytest.mark.parametrize("n_classes", [2, ALL_UP_TO, ALL_UP_TO + 1, 1000])
+def test_of_many_classes_the_most_probable_are_kept_and_the_rest_as_one_number(n_classes: int) -> None:
+    request = answered(1, rows=7, n_classes=n_classes)
+    pack = Pack.of(0, [request])
+    kept = Pack.decode(0, request.time_ms, pack.revisions, pack.encode()).kept
+    assert (kept.label == request.probabilities.argmax(axis=1)).all()
+    assert (kept.confidence == request.probabilities.max(axis=1)).all()
+    if n_classes <= ALL_UP_TO:
+        assert kept.classes is None
+        return
+    assert kept.classes is not None and kept.rest is not None
+    assert kept.logits.shape == (7, MOST_PROBABLE)
+    order = np.argsort(-request.probabilities, axis=1)[:, :MOST_PROBABLE]
+    assert (kept.classes == order).all()
+    assert (kept.logits == np.take_along_axis(request.logits, order, 1)).all()
+    whole = np.log(np.exp(request.logits.astype(np.float64)).sum(axis=1))
+    assert np.allclose(np.logaddexp(np.logaddexp.reduce(kept.logits, axis=1), kept.rest), whole, atol=1e-5)
+
+
+def test_of_equally_probable_classes_the_first_is_the_label_as_in_the_answer() -> None:
+    logits = np.zeros((1, 100), np.float32)
+    kept = Pack.of(0, [Answered(1, "r", 0, logits, np.full((1, 100), 0.01, np.float32))]).kept
+    assert kept.label == [0]
+
+
+def test_a_pack_that_was_cut_short_is_damaged() -> None:
+    pack = Pack.of(0, [answered(1, 3), answered(2, 1)])
+    with pytest.raises(Damaged):
+        Pack.decode(0, 0, pack.revisions, pack.encode()[:-8])
+
+
+def test_an_id_is_read_with_the_key_that_made_it_and_nobody_can_make_one_up(tmp_path: Path) -> None:
+    keys = Keys(tmp_path / "keys")
+    old = IdMaker(keys.newest, 7).make(2**33 + 5).decode()
+    other = Keys(tmp_path / "keys", may_write=False)
+    assert keys.rotate()
+    new = IdMaker(keys.newest, 8).make(1).decode()
+    for known in (keys, other):
+        assert IdReader(known).read([old]) == [(7, 2**33 + 5)]
+        assert IdReader(known).read([old, new, "x", "", old]) == [(7, 2**33 + 5), (8, 1), None, None, (7, 2**33 + 5)]
+    for position in range(len(new)):
+        changed = new[:position] + ("A" if new[position] != "A" else "B") + new[position + 1 :]
+        assert IdReader(keys).read([changed, new]) == [None, (8, 1)]
+    assert IdReader(Keys(tmp_path / "elsewhere")).read([old, new]) == [None, None]
+    assert stat.S_IMODE((tmp_path / "keys").stat().st_mode) == 0o600
+
+
+def test_a_key_is_made_anew_when_it_is_old_and_forgotten_when_nothing_can_bear_it(tmp_path: Path) -> None:
+    keys = Keys(tmp_path / "keys")
+    first = keys.newest
+    assert not keys.rotate(older_than_seconds=60)
+    assert keys.rotate(forget_after_seconds=0)
+    assert keys.get(first.number) is None
+    assert keys.get(keys.newest.number) == keys.newest
+
+
+def test_keys_that_cannot_be_read_are_damaged(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("[{}]")
+    with pytest.raises(Damaged, match="file of keys"):
+        Keys(tmp_path / "keys")
+
+
+def test_what_became_of_a_label_is_said(kept: Kept) -> None:
+    one, three = kept.predict(answered(1), answered(2, rows=3))
+    results = kept.label([NewLabel(one, 0, 1), NewLabel(three, 2, 0), NewLabel(three, 1, 3), NewLabel(one, 0, 1)])
+    assert results == [Result.RECORDED] * 3 + [Result.DUPLICATE]
+    assert kept.label_one(one, 1) is Result.DUPLICATE
+    assert kept.label_one(one, 2) is Result.CONFLICT
+    assert kept.label_one(one, N_CLASSES) is Result.INVALID_CLASS
+    assert kept.label_one(one, -1) is Result.INVALID_CLASS
+    for row in (1, -1, 2**31 - 1):
+        assert kept.label_one(one, 0, row=row) is Result.UNKNOWN
+    assert kept.label_one(three, 0, row=3) is Result.UNKNOWN
+    assert kept.label_one(one, 1, model="another") is Result.UNKNOWN
+    assert set(kept.recorded().values()) == {0, 1, 3}
+
+
+def test_a_label_that_contradicts_is_kept_for_an_audit_with_who_sent_it(kept: Kept) -> None:
+    (one,) = kept.predict(answered(1))
+    kept.label_one(one, 1, producer="honest")
+    assert [kept.label_one(one, 2, producer="other") for _ in range(2)] == [Result.CONFLICT] * 2
+    with kept.journal.reading() as connection:
+        query = "SELECT label, name FROM conflicts JOIN producers ON producers.producer = conflicts.producer"
+        assert connection.execute(query).fetchall() == [(2, "other")]
+    assert list(kept.recorded().values()) == [1]
+
+
+def test_contradicting_labels_in_one_message_leave_the_first(kept: Kept) -> None:
+    (one,) = kept.predict(answered(1))
+    assert kept.label([NewLabel(one, 0, 1), NewLabel(one, 0, 2)]) == [Result.RECORDED, Result.CONFLICT]
+
+
+def test_a_prediction_is_found_by_its_callers_own_id_if_that_was_given_once(kept: Kept) -> None:
+    kept.predict(answered(1, caller_id=b"once"), answered(2, caller_id=b"twice"), answered(3, caller_id=b"twice"))
+    assert kept.label_one("once", 1) is Result.RECORDED
+    assert kept.label_one("twice", 1) is Result.UNKNOWN
+    assert kept.label_one("once", 1, model="another") is Result.UNKNOWN
+    assert kept.label_one("never", 1) is Result.UNKNOWN
+
+
+def test_a_label_may_come_before_its_prediction_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service.store.journal, "FLUSH_SECONDS", FOREVER)
+    kept = Kept(tmp_path)
+    one, _ = kept.predict(answered(1), answered(2, caller_id=b"own"))
+    assert kept.label_one(one, 1, row=1) is Result.UNKNOWN  # its rows are known, so it is there
+    assert kept.label_one(one, 1) is Result.RECORDED
+    assert kept.label_one("own", 1) is Result.RECORDED
+    assert len(seen(reader_of(kept).read())) == 2
+    kept.close()
+
+
+def test_a_label_that_another_process_must_still_write_the_prediction_of_is_joined_when_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service.store.journal, "FLUSH_SECONDS", FOREVER)
+    learner, worker = Kept(tmp_path), Kept(tmp_path, learns=False)
+    worker.predict(answered(0))
+    worker.flush()
+    (one,) = worker.predict(answered(1))
+    assert learner.label_one(one, 2) is Result.RECORDED
+    assert seen(reader_of(learner, 0).read()) == [(0, 0, NO_LABEL)]
+    worker.flush()
+    assert seen(reader_of(learner, 0).read())[1:] == [(1, 0, 2)]
+    worker.close()
+    learner.close()
+
+
+def test_many_callers_share_one_commit(kept: Kept) -> None:
+    ids = kept.predict(*map(answered, range(300)))
+    kept.flush()
+
+    async def label(prediction_id: str) -> Result:
+        labels = [NewLabel(prediction_id, 0, 1)]
+        (result,) = await kept.journal.writer.write(lambda c: kept.labels.record(c, MODEL, "", labels))
+        return result
+
+    async def all_of_them() -> list[Result]:
+        return await asyncio.gather(*map(label, ids))
+
+    before = kept.journal.writer.commits
+    assert asyncio.run(all_of_them()) == [Result.RECORDED] * 300
+    assert kept.journal.writer.commits - before <= 30
+
+
+def test_work_that_fails_takes_nothing_with_it(kept: Kept) -> None:
+    (one,) = kept.predict(answered(1))
+
+    def fail(connection: Connection) -> None:
+        kept.journal.write_waiting(connection)
+        raise KeyError("a defect")
+
+    async def together() -> list[object]:
+        good = kept.journal.writer.write(lambda c: kept.labels.record(c, MODEL, "", [NewLabel(one, 0, 1)]))
+        return await asyncio.gather(kept.journal.writer.write(fail), good, return_exceptions=True)
+
+    failed, recorded = asyncio.run(together())
+    assert isinstance(failed, KeyError)
+    assert recorded == [Result.RECORDED]
+    assert seen(reader_of(kept).read()) == [(0, 0, 1)]
+
+
+def test_what_does_not_fit_in_the_queue_is_counted_and_told_to_readers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service.store.journal, "FLUSH_SECONDS", FOREVER)
+    kept = Kept(tmp_path, queue_bytes=1000)
+    numbers = [kept.stream.append(answered(seed, rows=2)) for seed in range(5)]
+    assert numbers == [0, 1, None, None, None]
+    assert kept.stream.lost_rows == {"full": 6}
+    kept.flush()
+    kept.predict(answered(9))
+    kept.flush()
+    assert kept.journal.queued_bytes == 0
+    assert reader_of(kept, 0).read().dropped == 6
+    kept.close()
+
+
+def test_predictions_are_written_by_themselves_within_a_moment(kept: Kept) -> None:
+    kept.predict(answered(1))
+    end = time.monotonic() + 20
+    while kept.journal.queued_bytes:
+        assert time.monotonic() < end
+    assert kept.stream.kept_rows == 1
+
+
+def test_pairs_are_passed_in_the_order_of_the_predictions_and_none_before_its_time(kept: Kept) -> None:
+    now = int(1000 * time.time())
+    ids = kept.predict(*(answered(seed, time_ms=now) for seed in range(4)))
+    reader = reader_of(kept)
+    kept.label_one(ids[2], 2)
+    assert not reader.read()
+    kept.label_one(ids[0], 0)
+    cohort = reader.read()
+    assert seen(cohort) == [(0, 0, 0)]
+    reader.commit(cohort)
+    kept.label_one(ids[1], 1)
+    assert seen(reader.read()) == [(1, 0, 1), (2, 0, 2)]
+    assert seen(reader.read(most_rows=1)) == [(1, 0, 1)]
+
+
+def test_who_is_waited_for_too_long_is_missing_and_late_when_it_comes(kept: Kept) -> None:
+    now = int(1000 * time.time())
+    old = now - 2 * 3600 * 1000
+    ids = kept.predict(
+        *(answered(seed, time_ms=old if seed < 3 else now, revision=f"r-{seed % 2}") for seed in range(5))
+    )
+    reader = reader_of(kept, wait_seconds=3600)
+    kept.label_one(ids[1], 1)
+    kept.label_one(ids[4], 0)
+    cohort = reader.read()
+    assert seen(cohort) == [(0, 0, NO_LABEL), (1, 0, 1), (2, 0, NO_LABEL)]
+    assert [part.revision for part in cohort.pairs] == ["r-0", "r-1", "r-0"]
+    assert (cohort.missing, late(cohort)) == (2, [])
+    reader.commit(cohort)
+    kept.label_one(ids[2], 2)
+    kept.label_one(ids[0], 3)
+    kept.label_one(ids[3], 3)
+    cohort = reader.read()
+    assert seen(cohort) == [(3, 0, 3), (4, 0, 0)]
+    assert late(cohort) == [(0, 3), (2, 2)]
+    reader.commit(cohort)
+    assert not reader.read()
+
+
+def test_a_replay_gives_every_step_again_though_other_labels_have_come_since(kept: Kept) -> None:
+    rng = np.random.default_rng(0)
+    ids = kept.predict(*(answered(seed, rows=1 + seed % 3, time_ms=10**12 + seed) for seed in range(60)))
+    reader, steps = reader_of(kept, 0), []
+    for _ in range(20):
+        chosen = rng.choice(60, 8)
+        kept.label([NewLabel(ids[i], int(rng.integers(0, 1 + i % 3)), int(rng.integers(0, 4))) for i in chosen])
+        cohort = reader.read(most_rows=7)
+        if cohort:
+            reader.commit(cohort, b"%d" % cohort.number)
+            steps.append(cohort)
+    kept.flush()
+    again = list(reader_of(kept, 0).replay())
+    assert [seen(step) for step in again] == [seen(step) for step in steps]
+    assert [late(step) for step in again] == [late(step) for step in steps]
+    assert sum(map(len, map(late, steps))) > 0
+    assert sum(map(len, map(seen, steps))) == sum(1 + seed % 3 for seed in range(60))
+
+
+def test_state_and_position_are_written_together_and_by_one_reader(kept: Kept) -> None:
+    (one,) = kept.predict(answered(1))
+    kept.label_one(one, 1)
+    first, second = reader_of(kept), reader_of(kept)
+    assert first.state() == (Position(), 0, b"")
+    cohort = first.read()
+    same = second.read()
+    first.commit(cohort, b"state")
+    with pytest.raises(Stale, match="read again"):
+        second.commit(same, b"another")
+    assert second.state() == (cohort.end, 1, b"state")
+    assert reader_of(kept, name="monitor").state()[1] == 0
+
+
+def test_another_models_predictions_are_not_read(kept: Kept) -> None:
+    other = kept.open_stream("other")
+    (one,), (two,) = kept.predict(answered(1)), kept.predict(answered(2), stream=other)
+    kept.label_one(one, 1)
+    kept.label_one(two, 2, model="other")
+    assert seen(reader_of(kept).read()) == [(0, 0, 1)]
+    assert [part.stream.model for part in Reader(kept.journal, "other", "learner", 1).read().pairs] == ["other"]
+
+
+@pytest.mark.parametrize("bound", [Retention(seconds=3600), Retention(bytes=1)], ids=["age", "bytes"])
+def test_old_predictions_are_forgotten_with_their_labels_a_few_at_a_time(kept: Kept, bound: Retention) -> None:
+    ids = []
+    for seed in range(40):
+        ids += kept.predict(answered(seed, time_ms=10**12, caller_id=b"own-%d" % seed))
+        kept.flush()
+    kept.label([NewLabel(prediction_id, 0, 1) for prediction_id in ids])
+    steps = 0
+    while kept.journal.writer.write_now(lambda c: prune(c, bound)):
+        steps += 1
+        assert kept.label_one(ids[-1], 1) is Result.DUPLICATE
+    assert steps == 2
+    assert kept.recorded() == {}
+    assert [kept.label_one(name, 1) for name in (ids[0], "own-3")] == [Result.EXPIRED, Result.UNKNOWN]
+    with kept.journal.reading() as connection:
+        assert connection.execute("SELECT count(*) FROM caller_ids").fetchone() == (0,)
+        assert used_bytes(connection) < 100_000
+    kept.journal.close()
+    again = Kept(kept.journal.path.parent)
+    (new,) = again.predict(answered(99))
+    assert again.label_one(new, 1) is Result.RECORDED
+    again.close()
+
+
+def test_the_journal_forgets_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service.store.journal, "PRUNE_SECONDS", 0.01)
+    kept = Kept(tmp_path, retention=Retention(seconds=3600))
+    (one,) = kept.predict(answered(1, time_ms=10**12))
+    kept.flush()
+    end = time.monotonic() + 20
+    while kept.label_one(one, 1) is not Result.EXPIRED:
+        assert time.monotonic() < end
+    kept.close()
