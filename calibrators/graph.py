@@ -161,8 +161,7 @@ class Graph:
 
     def image_input(self) -> tuple[str, tuple[int | None, ...]]:
         """The model's one input and its dimensions [B, C, H, W], None where they are open (else ValueError)."""
-        initializers = {tensor.name for tensor in self.model.graph.initializer}
-        inputs = [value for value in self.model.graph.input if value.name not in initializers]
+        inputs = inputs_of(self.model)
         types = [value.type.tensor_type for value in inputs]
         shapes = [tuple(d.dim_value if d.HasField("dim_value") else None for d in t.shape.dim) for t in types]
         if len(inputs) != 1 or len(shapes[0]) != 4 or shapes[0][0] is not None or types[0].elem_type not in FLOATS:
@@ -180,8 +179,8 @@ class Graph:
         """
         nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in self.model.graph.node[:n_nodes]]
         renamed = {x: changed}
-        for node in _ancestors(nodes, wanted):
-            if not renamed.keys().isdisjoint(_reads(node)):
+        for node in ancestors(nodes, wanted):
+            if not renamed.keys().isdisjoint(reads(node)):
                 renamed |= {name: f"{PREFIX}again/{name}" for name in node.output if name}
                 node.name = node.name and f"{PREFIX}again/{node.name}"
                 _rename_node(node, renamed)
@@ -333,6 +332,12 @@ def _with_copies(
     return graph
 
 
+def inputs_of(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    """What a run must be fed: inputs that have no value of their own."""
+    initializers = {tensor.name for tensor in model.graph.initializer}
+    return [value for value in model.graph.input if value.name not in initializers]
+
+
 def default_opset(model: onnx.ModelProto) -> int:
     """Version of ONNX's own operator set which the model declares."""
     return max((int(entry.version) for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=1)
@@ -424,18 +429,18 @@ def _subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
     return graphs + [graph for attribute in node.attribute for graph in attribute.graphs]
 
 
-def _reads(node: onnx.NodeProto) -> set[str]:
+def reads(node: onnx.NodeProto) -> set[str]:
     """Names of the tensors that a node or its subgraphs read."""
-    inner = (_reads(inner) for subgraph in _subgraphs(node) for inner in subgraph.node)
+    inner = (reads(inner) for subgraph in _subgraphs(node) for inner in subgraph.node)
     return set(node.input).union(*inner) - {""}  # an optional input left out
 
 
-def _ancestors(nodes: list[onnx.NodeProto], wanted: str) -> list[onnx.NodeProto]:
+def ancestors(nodes: list[onnx.NodeProto], wanted: str) -> list[onnx.NodeProto]:
     """The nodes that `wanted` is made by, in their order."""
     needed, found = {wanted}, []
     for node in reversed(nodes):
         if not needed.isdisjoint(node.output):
-            needed |= _reads(node)
+            needed |= reads(node)
             found.append(node)
     return found[::-1]
 
