@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
@@ -50,6 +50,9 @@ class Calibrator(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn ship
 
     Of a kind that is a step function not of the few rows so near an edge that float32 puts them into the next cell."""
 
+    tensor: str | None = None
+    """Of a kind that acts before the model: name of the tensor that it acts on, None for the one that it expects."""
+
     n_classes_: int
 
     @property
@@ -73,7 +76,7 @@ class Calibrator(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn ship
         return ()
 
     def fit(
-        self, logits: ArrayLike, y: ArrayLike, *, sample_weight: ArrayLike | None = None, **signals: ArrayLike | None
+        self, logits: ArrayLike, y: ArrayLike, *, sample_weight: ArrayLike | None = None, **signals: Any
     ) -> Self:
         """Learn from labelled rows.
 
@@ -82,7 +85,8 @@ class Calibrator(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn ship
         logits : (n_samples, n_classes) real; scores before softmax. For probabilities p pass log(p).
         y : (n_samples,) class indices 0 .. n_classes-1
         sample_weight : (n_samples,) not negative; weight two equals the row twice
-        signals : (n_samples, ...) each, those of `signal_shapes`; None is as good as absent
+        signals : (n_samples, ...) each, those of `signal_shapes`, or what a kind with `fit_needs` says of itself; None is
+            as good as absent
 
         Raises
         ------
@@ -93,7 +97,7 @@ class Calibrator(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn ship
         z = check_logits(logits).astype(np.float64, copy=False)
         labels = check_labels(y, n_samples=len(z), n_classes=z.shape[1])
         weight = check_sample_weight(sample_weight, n_samples=len(z))
-        beside = self._check_signals(signals, z)
+        beside = self._check_fit_signals(signals, z)
         present = np.unique(labels[weight > 0])
         if len(present) < 2:
             raise ValueError(
@@ -102,7 +106,7 @@ class Calibrator(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn ship
         kept = weight > 0
         if not kept.all():
             z, labels, weight = z[kept], labels[kept], weight[kept]
-            beside = {name: array[kept] for name, array in beside.items()}
+            beside = {name: values[kept] if hasattr(values, "__getitem__") else values for name, values in beside.items()}
         self._fit(z, labels, weight, **beside)
         self.n_classes_ = z.shape[1]
         return self
@@ -153,6 +157,10 @@ class Calibrator(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn ship
         shape is another feed and not another session. Each of `further_outputs` is named by `graph.further`.
         """
 
+    def acts_on(self, graph: Graph) -> str:
+        """The tensor of a model that `emit_inputs` takes, by default its one input of images (else ValueError)."""
+        return graph.image_input()[0]
+
     def copies(self, inputs: Array) -> Iterator[Array]:
         """What acts before the model: from its input to what further runs of it read, whose logits are the `views`."""
         del inputs
@@ -202,6 +210,10 @@ class Calibrator(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn ship
 
     def _check_learned(self, tensors: Mapping[str, Array], n_classes: int) -> None:
         """Raise ValueError for learned arrays that a fit on `n_classes` classes could not have made."""
+
+    def _check_fit_signals(self, signals: Mapping[str, Any], logits: Array) -> dict[str, Any]:
+        """What `_fit` reads beside the logits: by default what is read when serving."""
+        return dict(self._check_signals(signals, logits))
 
     def _check_signals(self, signals: Mapping[str, ArrayLike | None], logits: Array) -> dict[str, Array]:
         """The signals that belong to these logits, in their dtype."""
