@@ -1,10 +1,10 @@
-"""Neural Clamping beside kinds that leave the inputs alone, on convolutional networks and images of their own and shifted.
+"""Neural Clamping beside kinds that leave the inputs alone: convolutional networks, images as they were and shifted.
 
     OMP_NUM_THREADS=1 python -m benchmarks.clamping [--shared-data DIR] [--only resnet20_jpeg] [--shifts own,brighter]
 
-1,000 images to fit, 2,500 others to score, in percent but for the log loss and the entropy: the columns are those of the
-paper's table (Tang, Chen, Ho 2024), with log loss and the seconds of a fit. The last table is what serving costs, as a
-multiple of the model alone.
+1,000 images to fit, 2,500 others to score, in percent but for the log loss and the entropy: the columns are those of
+the paper's table (Tang, Chen, Ho 2024), with log loss and the seconds of a fit. The last table is what serving costs,
+as a multiple of the model alone.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def measured(model: bytes, x: Array, y: Array) -> Iterator[list[str]]:
         calibrator.fit(logits[:N_FIT], y[:N_FIT], **beside)
         seconds = time.perf_counter() - begun
         p = run(session_of(fuse(model, calibrator).to_bytes()), x[N_FIT:], "probabilities")
-        yield [name, *scored(p.astype(np.float64), y[N_FIT:]), f"{seconds:.2g}", *getattr(calibrator, "notes_", [])]
+        yield [name, *scored(p.astype(np.float64), y[N_FIT:]), f"{seconds:.2g}", *calibrator.notes]
 
 
 def scored(p: Array, y: Array) -> list[str]:
@@ -112,7 +113,7 @@ def cost(model: bytes) -> Iterator[list[str]]:
 
 def show(heading: str, titles: list[str], rows: Iterator[list[str]]) -> None:
     print(f"\n{heading}\n")
-    for row in (titles, *rows):
+    for row in chain([titles], rows):
         print("| " + " | ".join(row) + " |", flush=True)
 
 

@@ -71,13 +71,20 @@ class Calibrator(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn ship
         return {}
 
     @property
+    def notes(self) -> list[str]:
+        """What this fit has to say of itself."""
+        return [] if getattr(self, "converged_", True) else ["the fit has no finite optimum or did not converge"]
+
+    def read_when_serving(self, signals: Mapping[str, Any]) -> dict[str, Any]:
+        """Of what a fit is given beside the logits, what `predict_proba` takes."""
+        return {name: signals[name] for name in self.signal_shapes(self.n_classes_)}
+
+    @property
     def further_outputs(self) -> tuple[str, ...]:
         """What it computes beside the probabilities: names of `graph.FURTHER_OUTPUTS`."""
         return ()
 
-    def fit(
-        self, logits: ArrayLike, y: ArrayLike, *, sample_weight: ArrayLike | None = None, **signals: Any
-    ) -> Self:
+    def fit(self, logits: ArrayLike, y: ArrayLike, *, sample_weight: ArrayLike | None = None, **signals: Any) -> Self:
         """Learn from labelled rows.
 
         Parameters
@@ -85,8 +92,8 @@ class Calibrator(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn ship
         logits : (n_samples, n_classes) real; scores before softmax. For probabilities p pass log(p).
         y : (n_samples,) class indices 0 .. n_classes-1
         sample_weight : (n_samples,) not negative; weight two equals the row twice
-        signals : (n_samples, ...) each, those of `signal_shapes`, or what a kind with `fit_needs` says of itself; None is
-            as good as absent
+        signals : (n_samples, ...) each, those of `signal_shapes`, or what a kind with `fit_needs` says that it takes;
+            None is as good as absent
 
         Raises
         ------
@@ -106,7 +113,9 @@ class Calibrator(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn ship
         kept = weight > 0
         if not kept.all():
             z, labels, weight = z[kept], labels[kept], weight[kept]
-            beside = {name: values[kept] if hasattr(values, "__getitem__") else values for name, values in beside.items()}
+            beside = {
+                name: values[kept] if hasattr(values, "__getitem__") else values for name, values in beside.items()
+            }
         self._fit(z, labels, weight, **beside)
         self.n_classes_ = z.shape[1]
         return self

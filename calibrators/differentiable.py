@@ -2,8 +2,8 @@
 
 A fit that acts before the model needs the gradient of its loss in the model's input, which no runtime of deployed
 models gives. Here the nodes between the inputs and the logits are run by `calibrators.operators`, one after the other,
-with the weights as constants. Nothing is approximated: a model with an operator that is not in that table is refused by the
-operator's name (`check` says so without torch), and the logits of every row of a calibration set are compared with
+with the weights as constants. Nothing is approximated: a model with an operator that is not in that table is refused by
+the operator's name (`check` says so without torch), and the logits of every row of a calibration set are compared with
 those that the runtime gave (`Rows.verify`) before a gradient is believed.
 
 What is moved is called x: an input of real numbers, or any tensor of real numbers behind the inputs, as the embeddings
@@ -22,7 +22,7 @@ from typing import Any, Self, TypeAlias
 import numpy as np
 import onnx
 from numpy.typing import ArrayLike
-from onnx import shape_inference
+from onnx import TensorProto, shape_inference
 
 from calibrators.graph import FLOATS, LOGITS, ancestors, default_opset, fuse, inputs_of, reads
 from calibrators.kinds.identity import Identity
@@ -61,8 +61,8 @@ def site_of(model: onnx.ModelProto, tensor: str | None = None) -> Site:
     Raises
     ------
     ValueError
-        if there is no such tensor, if it is not rows of real numbers, and without a name if the inputs of real numbers are
-        none or several: then it says which tensors could be named
+        if there is no such tensor, if it is not rows of real numbers, and, without a name, if the inputs of real
+        numbers are none or several: then it says which tensors could be named
     """
     inputs = {value.name: value for value in inputs_of(model)}
     tensor = tensor or _only(inputs, model)
@@ -83,6 +83,8 @@ def check(model: onnx.ModelProto, tensor: str | None = None) -> Site:
     if unknown:
         named = ", ".join(f"{name} ({count} nodes)" if count > 1 else name for name, count in sorted(unknown.items()))
         raise ValueError(f"the model cannot be differentiated: it has operators that are not known here: {named}")
+    if texts := [value.name for value in inputs_of(model) if value.type.tensor_type.elem_type == TensorProto.STRING]:
+        raise ValueError(f"the model cannot be differentiated: {', '.join(texts)} holds text")
     site = site_of(model, tensor)
     if not any(site.tensor in reads(node) for node in nodes):
         raise ValueError(f"the logits do not depend on {site.tensor!r}")
@@ -123,11 +125,7 @@ class DifferentiableModel:
         self._nodes = [Node.of(node, opsets.get(node.domain, opsets[""])) for node in nodes]
         self._last_use = {name: i for i, node in enumerate(self._nodes) for name in node.inputs}
         weights = [one for one in proto.graph.initializer if one.name in self._last_use]
-        self._weights = {
-            one.name: self._placed(tensor_of(torch, one))
-            for one in proto.graph.initializer
-            if one.name in self._last_use
-        }
+        self._weights = {one.name: self._placed(tensor_of(torch, one)) for one in weights}
         self._bytes_per_row = 0
 
     def run(self, feeds: Mapping[str, Array], wanted: str = LOGITS, delta: Tensor | None = None) -> Tensor:
@@ -201,13 +199,13 @@ class Rows:
     arrays: Mapping[str, Array]
 
     @classmethod
-    def of(cls, model: DifferentiableModel, inputs: ArrayLike | Mapping[str, ArrayLike], n_samples: int) -> Self:
+    def of(cls, model: DifferentiableModel, inputs: ArrayLike | Mapping[str, ArrayLike]) -> Self:
         """Rows of all inputs, by name or, where there is one, as a bare array.
 
         Raises
         ------
         ValueError, TypeError
-            if an input is missing or unknown, or does not hold finite numbers, a row for each of `n_samples`
+            if an input is missing or unknown, does not hold finite numbers, or has not as many rows as another
         """
         given = inputs if isinstance(inputs, Mapping) else {model.inputs[0]: inputs}
         if sorted(given) != sorted(model.inputs):
@@ -216,8 +214,8 @@ class Rows:
         for name, array in arrays.items():
             if array.dtype.kind not in "fiub":
                 raise TypeError(f"{name} must hold numbers, got dtype {array.dtype}")
-            if array.ndim == 0 or len(array) != n_samples:
-                raise ValueError(f"{name} must have {n_samples} rows, as the logits have, got shape {array.shape}")
+            if array.ndim == 0 or len(array) != len(next(iter(arrays.values()))):
+                raise ValueError(f"inputs must have rows, each the same number, got {name} of shape {array.shape}")
             if array.dtype.kind == "f" and not np.isfinite(array).all():
                 raise ValueError(f"{name} must be finite")
         return cls(model, arrays)
@@ -268,7 +266,7 @@ class Rows:
 
     def verify(self, logits: Array) -> None:
         """Raise ValueError unless each row's logits are those that the runtime gave."""
-        own = self.logits()
+        own = self.logits() if len(self) else logits[:0]
         if own.shape != logits.shape:
             raise ValueError(f"differentiated, the model gives logits of shape {own.shape}, it gave {logits.shape}")
         far = np.abs(own - logits).max(axis=1) / np.maximum(1, np.abs(logits).max(axis=1))
@@ -330,7 +328,7 @@ def _first_real(model: onnx.ModelProto) -> str | None:
 def _known_tensors(model: onnx.ModelProto) -> dict[str, onnx.ValueInfoProto]:
     """Inputs, and tensors whose type the graph tells."""
     inner = shape_inference.infer_shapes(model).graph.value_info
-    return {value.name: value for value in (*inner, *inputs_of(model))}
+    return {value.name: value for value in (*inner, *model.graph.output, *inputs_of(model))}
 
 
 def _is_real(value: onnx.ValueInfoProto) -> bool:
@@ -340,4 +338,4 @@ def _is_real(value: onnx.ValueInfoProto) -> bool:
 def _described(value: onnx.ValueInfoProto) -> str:
     tensor = value.type.tensor_type
     dims = [d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim]
-    return f"{value.name!r} {dims} {onnx.TensorProto.DataType.Name(tensor.elem_type)}"
+    return f"{value.name!r} {dims} {TensorProto.DataType.Name(tensor.elem_type)}"

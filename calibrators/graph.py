@@ -9,7 +9,7 @@ few arrays, never another session.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -308,7 +308,7 @@ def stage(calibrator: Calibrator, opset: int = STAGE_OPSET) -> FusedModel:
     return FusedModel(proto, graph.parameters, Inspection("logits", tap, None, "no model", n_classes), {})
 
 
-def parameters(calibrator: Calibrator) -> dict[str, Array]:
+def parameters_of(calibrator: Calibrator) -> dict[str, Array]:
     """What any graph with this calibrator can be fed, those that act before the model among them."""
     return stage(calibrator).parameters | _before_the_model(calibrator, STAGE_OPSET).parameters
 
@@ -318,12 +318,13 @@ def signature(calibrator: Calibrator, opset: int = STAGE_OPSET) -> str:
 
     Two fits with one signature are served by one session: only the feeds differ.
     """
-    text = hashlib.sha256((calibrator.tensor or "").encode())
-    for graph in (stage(calibrator, opset), _before_the_model(calibrator, opset)):
-        proto, named = (graph.proto if isinstance(graph, FusedModel) else graph.model), graph.parameters
-        _keep(proto.graph.initializer, lambda name, named=named: name not in named)
-        text.update(proto.SerializeToString(deterministic=True))
-    return text.hexdigest()
+    fused, before = stage(calibrator, opset), _before_the_model(calibrator, opset)
+    parameters = fused.parameters | before.parameters
+    digest = hashlib.sha256((calibrator.tensor or "").encode())
+    for proto in (fused.proto, before.model):
+        _keep(proto.graph.initializer, lambda name: name not in parameters)
+        digest.update(proto.SerializeToString(deterministic=True))
+    return digest.hexdigest()
 
 
 def check_copies(model: onnx.ModelProto, calibrator: Calibrator) -> None:

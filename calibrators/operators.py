@@ -455,29 +455,19 @@ def _dropout(torch: Any, node: Node, x: Tensor, *further: Tensor) -> Tensor:
     return x
 
 
+_NAMED = {
+    "Abs": "abs", "Acos": "acos", "Acosh": "acosh", "Add": "add", "And": "logical_and", "Asin": "asin",
+    "Asinh": "asinh", "Atan": "atan", "Atanh": "atanh", "Ceil": "ceil", "Cos": "cos", "Cosh": "cosh", "Equal": "eq",
+    "Erf": "erf", "Exp": "exp", "Floor": "floor", "Greater": "gt", "GreaterOrEqual": "ge", "IsNaN": "isnan",
+    "Less": "lt", "LessOrEqual": "le", "Log": "log", "MatMul": "matmul", "Mul": "mul", "Neg": "neg",
+    "Not": "logical_not", "Or": "logical_or", "Reciprocal": "reciprocal", "Round": "round", "Sigmoid": "sigmoid",
+    "Sign": "sign", "Sin": "sin", "Sinh": "sinh", "Sqrt": "sqrt", "Sub": "sub", "Tan": "tan", "Tanh": "tanh",
+    "Where": "where", "Xor": "logical_xor",
+}  # fmt: skip
+"""Functions of torch's own that mean the same."""
+
 OPERATORS: dict[str, Operator] = {
-    **{
-        name: _named(name.lower())
-        for name in (
-            "Abs Acos Acosh Asin Asinh Atan Atanh Ceil Cos Cosh Erf Exp Floor Log Neg Reciprocal Round Sigmoid Sign Sin "
-            "Sinh Sqrt Tan Tanh Add Sub Mul MatMul Where"
-        ).split()
-    },
-    **{
-        name: _named(function)
-        for name, function in {
-            "And": "logical_and",
-            "Or": "logical_or",
-            "Xor": "logical_xor",
-            "Not": "logical_not",
-            "Equal": "eq",
-            "Greater": "gt",
-            "GreaterOrEqual": "ge",
-            "Less": "lt",
-            "LessOrEqual": "le",
-            "IsNaN": "isnan",
-        }.items()
-    },  # fmt: skip
+    **{name: _named(function) for name, function in _NAMED.items()},
     "Celu": _functional("celu", alpha=1.0),
     "Elu": _functional("elu", alpha=1.0),
     "HardSwish": _functional("hardswish"),

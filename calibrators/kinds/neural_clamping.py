@@ -1,8 +1,8 @@
 """neural_clamping: one perturbation added to every input, and a temperature.
 
 Tang, Chen, Ho, "Neural Clamping: Joint Input Perturbation and Temperature Scaling for Neural Network Calibration",
-TMLR 2024, arXiv 2209.11604: p = softmax(f(x + delta) / T), f the model's logits, delta of the shape of one input and the
-same for all. (In spite of the name nothing is clamped.) Fitted on labelled rows, the model as it is, it makes small
+TMLR 2024, arXiv 2209.11604: p = softmax(f(x + delta) / T), f the model's logits, delta of the shape of one input and
+the same for all. (In spite of the name nothing is clamped.) Fitted on labelled rows, the model as it is, it makes small
 
     sum_i w_i loss(f(x_i + delta) / T, y_i) + lambda ||delta / s||        sum_i w_i = 1
 
@@ -18,15 +18,13 @@ network that gets what it was trained for, that lowers the loss of the rows it i
   difference, and the objective above, on all rows, is no higher. Otherwise there is no delta and this IS temperature
   scaling, with the same T to the last bit and a graph that runs the model once;
 - T is the log loss's, whatever loss shapes delta: the focal loss makes a network unsure that was not;
-- s, the deviation of x, makes steps and penalty the same in whatever units x comes: one number for images and sequences,
-  one for each column of a table;
+- s, the deviation of x, makes steps and penalty the same in whatever units x comes: one number for images and
+  sequences, one for each column of a table;
 - with `axis`, delta is one number for each index along one axis of x, so that of an image's three channels three are
   fitted and not three thousand.
 
-The last is what gains, where inputs are shifted: ResNet-20 on CIFAR-10 images made brighter, 1,000 rows to fit, log loss
-of 1,250 others by temperature scaling .542, with a delta for each pixel .537, with three .491, and accuracy .817, .815,
-.837 (`benchmarks/clamping.py`). `notes_` says what became of delta, with log loss and accuracy of the held-out rows
-before and after: unlike a temperature, delta changes answers.
+The last is what gains, where inputs are shifted (numbers: `docs/kinds/neural_clamping.md`). `notes` says what became of
+delta, with log loss and accuracy of the held-out rows without and with it: unlike a temperature, delta changes answers.
 """
 
 from __future__ import annotations
@@ -48,7 +46,7 @@ from calibrators.training import MIN_ROWS
 LOSSES, STARTS = ("log", "focal"), ("zero", "normal", "gradient")
 MAX_ROWS, BATCH = 20_000, 128
 MAX_EPOCHS, PATIENCE = 60, 8
-TEMPERATURE_STEP = 0.01
+TEMPERATURE_STEP = 0.002
 CHANCE = 2.0
 SMALLEST = 1e-7
 """Of 1 - p in the focal loss, whose power may have no slope at zero."""
@@ -59,10 +57,10 @@ Progress = Callable[[float, str], None]
 class NeuralClamping(Calibrator):
     """p = softmax(f(x + delta) / T), with a delta only where held-out rows show a gain. May change the argmax.
 
-    `fit` takes, beside logits and labels, `inputs` (the model's inputs, rows first: an array, or a dict of them by name),
-    `model` (the classifier's ONNX bytes, or a `DifferentiableModel`) and, if wanted, `progress` (called with a share and a
-    text). A fit that kept a delta reads `views` (n_samples, 1, n_classes) to predict: the model's logits of `copies`, the
-    inputs plus delta. The fused graph makes them itself, by a second run of the model's nodes.
+    `fit` takes, beside logits and labels, `inputs` (the model's inputs, rows first: an array, or a dict of them by
+    name), `model` (the classifier's ONNX bytes, or a `DifferentiableModel`) and, if wanted, `progress` (called with a
+    share and a text). A fit that kept a delta reads `views` (n_samples, 1, n_classes) to predict: the model's logits of
+    `copies`, the inputs plus delta. The fused graph makes them itself, by a second run of the model's nodes.
 
     Parameters
     ----------
@@ -70,7 +68,7 @@ class NeuralClamping(Calibrator):
     axis : of x, the batch being 0, along which delta differs; None: along all of them
     loss : "log" or "focal", with exponent `gamma`
     penalty : lambda
-    start : of delta: "zero", "normal" (noise of `scale` times s) or "gradient" (the mean gradient of the sum of all logits)
+    start : of delta: "zero", "normal" (noise of `scale` times s) or "gradient" (the mean of that of the logits' sum)
     learning_rate : length of a step of delta / s, as Adam takes it
     seed : of the held-out fifth, the batches and the noise
 
@@ -79,7 +77,7 @@ class NeuralClamping(Calibrator):
     temperature_ : () float64
     delta_ : float64 of the shape of one row of x, 1 along dimensions that are open or not `axis`; () where none is kept
     improvement_ : held-out log loss of temperature scaling less that of the best epoch (not stored in the artifact)
-    notes_ : sentences for whoever decides whether to serve it (likewise)
+    outcome_ : sentences for whoever decides whether to serve it (likewise), shown in `notes`
     converged_ : whether T is an interior optimum (likewise)
 
     Raises
@@ -138,12 +136,23 @@ class NeuralClamping(Calibrator):
         return frozenset({"logits", "views"} if self._keeps else {"logits"})
 
     @property
+    def notes(self) -> list[str]:
+        return [*super().notes, *getattr(self, "outcome_", [])]
+
+    @property
     def _keeps(self) -> bool:
         """Whether it is fitted, and kept a delta."""
         return getattr(self, "delta_", np.asarray(0.0)).ndim > 0
 
     def signal_shapes(self, n_classes: int) -> dict[str, tuple[int, ...]]:
         return {"views": (1, n_classes)} if self._keeps else {}
+
+    def read_when_serving(self, signals: Mapping[str, Any]) -> dict[str, Any]:
+        """The views of the rows whose `inputs` and `model` are given, by the model as a fit differentiates it."""
+        if not self._keeps:
+            return {}
+        model = self._differentiable(signals["model"], self.n_classes_)
+        return {"views": Rows.of(model, signals["inputs"]).logits(self.delta_)[:, None]}
 
     def check_params(self) -> None:
         if not (self.tensor is None or isinstance(self.tensor, str)):
@@ -166,13 +175,16 @@ class NeuralClamping(Calibrator):
                 f"{self} is fitted through the model: beside the logits it reads inputs and model, got "
                 f"{', '.join(sorted(given)) or 'nothing'}. Logits alone tell no gradient in the inputs"
             )
-        model = given["model"]
-        if not isinstance(model, DifferentiableModel):
-            model = DifferentiableModel(model, logits.shape[1], self.tensor)
-        rows = Rows.of(model, given["inputs"], len(logits))
+        model = self._differentiable(given["model"], logits.shape[1])
+        rows = Rows.of(model, given["inputs"])
+        if len(rows) != len(logits):
+            raise ValueError(f"inputs must have {len(logits)} rows, one for each row of logits, got {len(rows)}")
         progress(0.0, f"comparing the differentiated model with {len(rows)} rows of logits, {model.device}")
         rows.verify(logits)
         return {"rows": rows, "progress": progress}
+
+    def _differentiable(self, model: Any, n_classes: int) -> DifferentiableModel:
+        return model if isinstance(model, DifferentiableModel) else DifferentiableModel(model, n_classes, self.tensor)
 
     def _fit(  # type: ignore[override]  # what it reads besides is what `_check_fit_signals` made of it
         self, logits: Array, y: Array, weight: Array, rows: Rows, progress: Progress
@@ -182,12 +194,12 @@ class NeuralClamping(Calibrator):
         self.temperature_, self.delta_, self.converged_ = plain.temperature_, np.asarray(0.0), plain.converged_
         if not plain.converged_ or len(labelled.y) < MIN_ROWS:
             why = f"fewer than {MIN_ROWS} rows differ" if plain.converged_ else "no finite temperature fits best"
-            self.improvement_, self.notes_ = 0.0, [f"no delta was sought, {why}: this is temperature scaling"]
+            self.improvement_, self.outcome_ = 0.0, [f"no delta was sought, {why}: this is temperature scaling"]
             return
         found = self._sought(labelled, progress)
         self.improvement_ = found.gain
         kept = found.gain > CHANCE * found.error and self._keep(labelled, plain, found)
-        self.notes_ = [found.in_words(kept=kept)]
+        self.outcome_ = [found.in_words(kept=kept)]
 
     def _predict_proba(self, logits: Array, views: Array | None = None) -> Array:
         scores = centre(logits if views is None else views[:, 0])
@@ -231,7 +243,7 @@ class NeuralClamping(Calibrator):
     def _mean_loss(self, labelled: _Labelled, scaling: TemperatureScaling) -> float:
         losses = labelled.log_losses(float(scaling.temperature_))
         if self.loss == "focal":
-            losses = -np.expm1(-losses) ** self.gamma * losses
+            losses = -(np.expm1(-losses) ** self.gamma) * losses
         return float(labelled.weight @ losses)
 
     def _sought(self, labelled: _Labelled, progress: Progress) -> _Found:
@@ -258,7 +270,8 @@ class NeuralClamping(Calibrator):
             if self.axis > len(shape):
                 raise ValueError(f"axis must be in 1..{len(shape)} of {site.tensor!r}, got {self.axis}")
             shape = tuple(size if axis == self.axis else 1 for axis, size in enumerate(shape, start=1))
-        return np.broadcast_to(rows.deviation(), shape).copy()
+        unit: Array = np.broadcast_to(rows.deviation(), shape).copy()
+        return unit
 
     def _first_steps(self, rows: Rows, unit: Array, rng: np.random.Generator) -> Array:
         """delta / s to start from."""
@@ -271,7 +284,8 @@ class NeuralClamping(Calibrator):
         for piece in rows.pieces():
             rows.logits_of(piece, delta).sum().backward()
         mean = delta.grad.cpu().numpy().astype(np.float64) / len(rows)
-        return np.divide(mean, unit, out=np.zeros(unit.shape), where=unit > 0)
+        steps: Array = np.divide(mean, unit, out=np.zeros(unit.shape), where=unit > 0)
+        return steps
 
     def _epochs(
         self, training: _Labelled, unit: Array, temperature: float, rng: np.random.Generator
@@ -369,8 +383,8 @@ class _Found:
             return f"no delta is kept: none lowered the held-out log loss, {loss:.4f}. This is temperature scaling"
         what = "delta is kept" if kept else "no delta is kept, this is temperature scaling"
         return (
-            f"{what}: the best delta's held-out log loss is {loss_after:.4f}, without {loss:.4f} (standard error of the "
-            f"difference {self.error:.4f}), its accuracy {accuracy_after:.4f}, without {accuracy:.4f}"
+            f"{what}: held-out log loss {loss:.4f} without the best delta, {loss_after:.4f} with it (standard error of "
+            f"the difference {self.error:.4f}), accuracy {accuracy:.4f} and {accuracy_after:.4f}"
         )
 
 
