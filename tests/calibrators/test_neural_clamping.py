@@ -205,7 +205,7 @@ def test_the_fused_graph_moves_its_own_input_and_leaves_the_models_outputs(eleme
     np.testing.assert_allclose(p, softmax(expected / calibrator.temperature_, axis=1), atol=atol)
     exported = networks.session(onnx.ModelProto.FromString(fused.export()))
     assert [value.name for value in exported.get_outputs()] == ["p", "probabilities", "confidence", "label"]
-    np.testing.assert_allclose(exported.run(["probabilities"], {"x": x})[0], p, atol=1e-6)
+    np.testing.assert_allclose(exported.run(["probabilities"], {"x": x})[0], p, atol=atol)
 
 
 def test_two_fits_with_a_delta_of_one_shape_are_one_session_and_two_answers() -> None:
