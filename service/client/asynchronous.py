@@ -119,7 +119,7 @@ class AsyncClient:
         labels : (n_samples,) class indices
         logits : (n_samples, n_classes); or
         inputs : the model's inputs, rows first, by name (a bare array if there is one): the server computes the logits,
-            and the views for a kind that reads them
+            and the views for a kind that reads them; a kind that is fitted through the model takes no other rows
         sample_weight : (n_samples,), not negative
         held_out_fraction : of the rows, kept from the fit that is scored; the revision itself is fitted on all rows
         params : constructor parameters of the kind

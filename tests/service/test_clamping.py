@@ -124,7 +124,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fitted:
     server = RunningServer(settings_for(root))
     with Client(server.address, show_progress=False) as client:
         first = fit(client, axis=1)
-        second = fit(client, axis=1, seed=1, held_out_fraction=0.0)
+        second = fit(client, axis=1, learning_rate=0.03, held_out_fraction=0.0)
         ids = fit(client, "ids", inputs=IDS, labels=IDS_LABELS, tensor="embedded", held_out_fraction=0.0)
         client.activate("cnn", first.revision)
         served = client.predict("cnn", UNSEEN).probabilities
