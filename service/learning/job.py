@@ -76,25 +76,28 @@ class RowWriter:
         folder.mkdir(parents=True)
         self._folder = folder
         self._files: dict[str, BinaryIO] = {}
-        self._forms: dict[str, tuple[tuple[int, ...], str]] = {}
+        self._forms: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
         self.row_count = 0
         self.byte_count = 0
 
-    def append(self, signals: Mapping[str, NDArray[Any]], labels: NDArray[Any], weights: NDArray[Any]) -> None:
-        """ValueError if these rows have another form than those before."""
-        arrays = {name: signal.astype(_stored(signal.dtype), copy=False) for name, signal in signals.items()}
-        for name, array in arrays.items():
-            form = array.shape[1:], array.dtype.str
+    def expect(self, signals: Mapping[str, NDArray[Any]]) -> None:
+        """Open the files of the first rows; ValueError if later rows have another form."""
+        forms = {name: (signal.shape[1:], _stored(signal.dtype)) for name, signal in signals.items()}
+        for name, form in forms.items():
             known = self._forms.setdefault(name, form)
             if form != known:
                 raise ValueError(f"rows of {name} have shape and type {form}, those before had {known}")
-        files = {_file_of(name, array.dtype): array for name, array in arrays.items()}
-        files |= {LABELS: labels.astype("<i8", copy=False), WEIGHTS: weights.astype("<f8", copy=False)}
-        for file, array in files.items():
+        for file in (*(_file_of(name, dtype) for name, (_, dtype) in forms.items()), LABELS, WEIGHTS):
             if file not in self._files:
                 self._files[file] = (self._folder / file).open("wb")
-            self._files[file].write(np.ascontiguousarray(array).data)
-            self.byte_count += array.nbytes
+
+    def append(self, signals: Mapping[str, NDArray[Any]], labels: NDArray[Any], weights: NDArray[Any]) -> None:
+        """Write rows that were expected."""
+        arrays = {_file_of(name, _stored(signal.dtype)): signal for name, signal in signals.items()}
+        for file, array in (arrays | {LABELS: labels, WEIGHTS: weights}).items():
+            stored = np.ascontiguousarray(array, dtype=_TYPES.get(file) or _stored(array.dtype))
+            self._files[file].write(stored.data)
+            self.byte_count += stored.nbytes
         self.row_count += len(labels)
 
     def finish(self, spec: JobSpec) -> None:
@@ -105,7 +108,7 @@ class RowWriter:
         self.close()
         forms = {name: form for name, form in self._forms.items() if name != "logits"}
         shapes = {name: shape for name, (shape, _) in forms.items()}
-        types = {name: dtype for name, (_, dtype) in forms.items() if dtype != "<f4"}
+        types = {name: dtype.str for name, (_, dtype) in forms.items() if dtype != np.dtype("<f4")}
         replace(spec, signal_shapes=shapes, signal_types=types).write(self._folder)
         sync_folder(self._folder.parent)
 
@@ -143,6 +146,9 @@ class Rows:
     def take(self, index: NDArray[np.int64]) -> Rows:
         signals = {name: signal[index] for name, signal in self.signals.items()}
         return Rows(signals, self.labels[index], self.weights[index])
+
+
+_TYPES = {LABELS: np.dtype("<i8"), WEIGHTS: np.dtype("<f8")}
 
 
 def _stored(dtype: np.dtype[Any]) -> np.dtype[Any]:

@@ -65,7 +65,7 @@ class CalibratorService:
         model = self._classifier(spec.model, spec.model_version)
         params = _params(spec.params_json)
         reader = _unfitted(spec.kind, params)
-        model.check_signals(reader, to_fit=True)
+        await asyncio.to_thread(model.check_signals, reader, to_fit=True)
         job = JobSpec(
             action="fit",
             model=model.name,
@@ -77,7 +77,7 @@ class CalibratorService:
             seed=spec.seed,
         )
         through_model = "input_gradients" in reader.fit_needs
-        files = {MODEL: model.with_logits().SerializeToString()} if through_model else {}
+        files = {MODEL: await asyncio.to_thread(_bytes_with_logits, model)} if through_model else {}
         async with self.operations.rows() as (name, writer):
             await self._receive(model, reader, requests, writer, through_model)
             what = f"fit {spec.kind} on {writer.row_count} rows"
@@ -191,9 +191,10 @@ class CalibratorService:
                 raise InvalidRequest("only the first message of the stream may hold a spec; the others hold rows")
             try:
                 rows = await self._read_rows(model, reader, request.rows, through_model)
-                await asyncio.to_thread(writer.append, *rows)
+                writer.expect(rows[0])
             except (ValueError, TypeError) as error:
                 raise InvalidRequest(f"rows from {writer.row_count} on: {error}") from error
+            await asyncio.to_thread(writer.append, *rows)
             if writer.byte_count > self.operations.limits.bytes_per_job:
                 raise InvalidRequest(
                     f"a calibration set takes at most {self.operations.limits.bytes_per_job} bytes; "
@@ -330,6 +331,10 @@ def _unfitted(kind: str, params: Mapping[str, Any]) -> Calibrator:
         return calibrators.create(kind, **params)
     except (ValueError, TypeError, ImportError) as error:
         raise InvalidRequest(str(error)) from error
+
+
+def _bytes_with_logits(model: ServedModel) -> bytes:
+    return bytes(model.with_logits().SerializeToString())
 
 
 def _held_out_fraction(spec: pb.FitCalibratorRequest.Spec) -> float:

@@ -248,8 +248,9 @@ def test_activation_proves_on_golden_inputs_what_is_done_before_the_model(
 
 def test_rows_of_another_shape_than_those_before_are_refused(tmp_path: Path) -> None:
     writer = RowWriter(tmp_path / "job")
-    labels, weights = np.zeros(2, np.int64), np.ones(2)
-    writer.append({"logits": np.zeros((2, 3)), "inputs.0": np.zeros((2, 5), np.int64)}, labels, weights)
-    with pytest.raises(ValueError, match=r"rows of inputs.0 have shape and type \(\(6,\), '<i8'\), those before had"):
-        writer.append({"logits": np.zeros((2, 3)), "inputs.0": np.zeros((2, 6), np.int64)}, labels, weights)
+    writer.expect({"logits": np.zeros((2, 3)), "inputs.0": np.zeros((2, 5), np.int64)})
+    with pytest.raises(
+        ValueError, match=r"rows of inputs.0 have shape and type \(\(6,\), dtype\('int64'\)\), those before"
+    ):
+        writer.expect({"logits": np.zeros((2, 3)), "inputs.0": np.zeros((2, 6), np.int64)})
     writer.close()
