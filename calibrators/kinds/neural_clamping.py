@@ -15,8 +15,8 @@ network that gets what it was trained for, that lowers the loss of the rows it i
 - delta starts at zero and T where temperature scaling has it; the published starts are a parameter;
 - the epoch with the least log loss on a held-out fifth of the rows is taken, the start among them;
 - delta is kept only if that log loss is below temperature scaling's by more than `CHANCE` standard errors of the
-  difference, and the objective above, on all rows, is no higher. Otherwise there is no delta and this IS temperature
-  scaling, with the same T to the last bit and a graph that runs the model once;
+  difference, and the sum above (with the log loss) on all rows no higher. Otherwise there is no delta and this IS
+  temperature scaling, with the same T to the last bit and a graph that runs the model once;
 - T is the log loss's, whatever loss shapes delta: the focal loss makes a network unsure that was not;
 - s, the deviation of x, makes steps and penalty the same in whatever units x comes: one number for images and
   sequences, one for each column of a table;
@@ -37,7 +37,7 @@ import numpy as np
 from onnx import TensorProto
 
 from calibrators.base import Calibrator, check_tensor
-from calibrators.differentiable import DifferentiableModel, Rows, site_of
+from calibrators.differentiable import DifferentiableModel, Rows, exact, site_of
 from calibrators.graph import Graph
 from calibrators.kinds.temperature import HIGHEST, LOWEST, TemperatureScaling
 from calibrators.numerics import Array, centre, log_softmax, softmax_of_centred
@@ -184,19 +184,24 @@ class NeuralClamping(Calibrator):
         return {"rows": rows, "progress": progress}
 
     def _differentiable(self, model: Any, n_classes: int) -> DifferentiableModel:
-        return model if isinstance(model, DifferentiableModel) else DifferentiableModel(model, n_classes, self.tensor)
+        if not isinstance(model, DifferentiableModel):
+            return DifferentiableModel(model, n_classes, self.tensor)
+        if self.tensor not in (None, model.site.tensor):
+            raise ValueError(f"{self} moves {self.tensor!r}, the model is differentiated in {model.site.tensor!r}")
+        return model
 
     def _fit(  # type: ignore[override]  # what it reads besides is what `_check_fit_signals` made of it
         self, logits: Array, y: Array, weight: Array, rows: Rows, progress: Progress
     ) -> None:
-        labelled = _Labelled(rows, logits, y, weight).distinct()
-        plain = labelled.scaling()
+        given = _Labelled(rows, logits, y, weight / weight.sum())
+        plain, labelled = TemperatureScaling().fit(logits, y, sample_weight=weight), given.distinct()
+        sought = plain.converged_ and len(labelled.y) >= MIN_ROWS
+        found = self._sought(labelled, progress) if sought else None
         self.temperature_, self.delta_, self.converged_ = plain.temperature_, np.asarray(0.0), plain.converged_
-        if not plain.converged_ or len(labelled.y) < MIN_ROWS:
+        if found is None:
             why = f"fewer than {MIN_ROWS} rows differ" if plain.converged_ else "no finite temperature fits best"
             self.improvement_, self.outcome_ = 0.0, [f"no delta was sought, {why}: this is temperature scaling"]
             return
-        found = self._sought(labelled, progress)
         self.improvement_ = found.gain
         kept = found.gain > CHANCE * found.error and self._keep(labelled, plain, found)
         self.outcome_ = [found.in_words(kept=kept)]
@@ -231,20 +236,14 @@ class NeuralClamping(Calibrator):
             raise ValueError(f"delta must lie within {HIGHEST:g}")
 
     def _keep(self, labelled: _Labelled, plain: TemperatureScaling, found: _Found) -> bool:
-        """Take what was found, unless the objective on all rows is higher than by temperature scaling."""
+        """Take what was found, unless log loss and penalty on all rows are more than temperature scaling's log loss."""
         moved = labelled.moved(found.delta)
         clamped = moved.scaling()
-        objective = self._mean_loss(moved, clamped) + self.penalty * float(np.linalg.norm(found.steps))
-        if not objective <= self._mean_loss(labelled, plain):
+        before, after = labelled.log_loss(plain.temperature_), moved.log_loss(clamped.temperature_)
+        if not after + self.penalty * np.linalg.norm(found.steps) <= before:
             return False
         self.temperature_, self.delta_, self.converged_ = clamped.temperature_, found.delta, clamped.converged_
         return True
-
-    def _mean_loss(self, labelled: _Labelled, scaling: TemperatureScaling) -> float:
-        losses = labelled.log_losses(float(scaling.temperature_))
-        if self.loss == "focal":
-            losses = -(np.expm1(-losses) ** self.gamma) * losses
-        return float(labelled.weight @ losses)
 
     def _sought(self, labelled: _Labelled, progress: Progress) -> _Found:
         """The epoch with the least log loss on the first fifth of the rows; of two alike the first."""
@@ -281,8 +280,9 @@ class NeuralClamping(Calibrator):
             return np.zeros(unit.shape)
         torch, device = rows.model.torch, rows.model.device
         delta = torch.zeros(unit.shape, requires_grad=True, device=device)
-        for piece in rows.pieces():
-            rows.logits_of(piece, delta).sum().backward()
+        with exact(torch):
+            for piece in rows.pieces():
+                rows.logits_of(piece, delta).sum().backward()
         mean = delta.grad.cpu().numpy().astype(np.float64) / len(rows)
         steps: Array = np.divide(mean, unit, out=np.zeros(unit.shape), where=unit > 0)
         return steps
@@ -301,14 +301,18 @@ class NeuralClamping(Calibrator):
         for _ in range(MAX_EPOCHS):
             order = rng.permutation(len(training.y))
             for start in range(0, len(order), BATCH):
-                batch = training.take(order[start : start + BATCH])
                 optimiser.zero_grad()
                 (self.penalty * torch.linalg.vector_norm(steps)).backward()
-                for piece in batch.rows.pieces():
-                    logits = batch.rows.logits_of(piece, steps * scale)
-                    self._loss(torch, logits, log_t, batch.y[piece], batch.weight[piece]).backward()
+                self._add_gradients(torch, training.take(order[start : start + BATCH]), steps, scale, log_t)
                 optimiser.step()
             yield steps.detach().cpu().numpy().astype(np.float64), float(log_t.detach().exp())
+
+    def _add_gradients(self, torch: Any, batch: _Labelled, steps: Any, scale: Any, log_t: Any) -> None:
+        """Those of the batch's loss, a piece at a time: the tensors of one piece are kept at once."""
+        with exact(torch):
+            for piece in batch.rows.pieces():
+                logits = batch.rows.logits_of(piece, steps * scale)
+                self._loss(torch, logits, log_t, batch.y[piece], batch.weight[piece]).backward()
 
     def _loss(self, torch: Any, logits: Any, log_t: Any, y: Array, weight: Array) -> Any:
         """A number whose gradient in delta is the loss's, and in T the log loss's."""
@@ -344,9 +348,12 @@ class _Labelled(NamedTuple):
     def scaling(self) -> TemperatureScaling:
         return TemperatureScaling().fit(self.logits, self.y, sample_weight=self.weight)
 
-    def log_losses(self, temperature: float) -> Array:
+    def log_losses(self, temperature: Array | float) -> Array:
         losses: Array = -log_softmax(self.logits / temperature)[np.arange(len(self.y)), self.y]
         return losses
+
+    def log_loss(self, temperature: Array | float) -> float:
+        return float(self.weight @ self.log_losses(temperature))
 
     def accuracy(self) -> float:
         return float(self.weight @ (self.logits.argmax(axis=1) == self.y))

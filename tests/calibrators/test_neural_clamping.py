@@ -64,8 +64,7 @@ def test_where_no_delta_gains_it_is_temperature_scaling_to_the_last_bit() -> Non
     calibrator, z, y = not_kept()
     plain = TemperatureScaling().fit(z, y)
     assert calibrator.delta_.shape == () and calibrator.needs == {"logits"}
-    assert abs(calibrator.temperature_ - plain.temperature_) < 1e-12  # rows were summed in another order
-    plain.set_tensors({name: calibrator.tensors()[name] for name in ("temperature", "n_classes")})
+    assert calibrator.temperature_ == plain.temperature_
     np.testing.assert_array_equal(calibrator.predict_proba(z), plain.predict_proba(z))
     assert stage(calibrator).to_bytes() == stage(plain).to_bytes()
     assert "this is temperature scaling" in calibrator.notes[0].lower()
@@ -285,6 +284,30 @@ def test_rows_that_no_gradient_can_be_had_of_are_refused(given: dict[str, Any], 
 def test_parameters_out_of_range_are_refused(params: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         calibrators.create("neural_clamping", **params)
+
+
+def test_the_focal_loss_of_any_exponent_shapes_a_delta_that_gains() -> None:
+    calibrator = kept(axis=1, loss="focal", gamma=2.5)
+    assert calibrator.delta_.shape == (2, 1, 1) and calibrator.improvement_ > 0.1
+    _, y, x = shifted_rows(networks.convolutional())
+    moved = networks.logits_by_onnxruntime(networks.convolutional(), {"x": next(calibrator.copies(x))})
+    plain = TemperatureScaling().fit(moved, y)
+    assert calibrator.temperature_ == pytest.approx(plain.temperature_, rel=1e-4), "T is the log loss's"
+
+
+def test_a_model_differentiated_in_another_tensor_is_refused() -> None:
+    model = DifferentiableModel(networks.of_ids(), networks.N_CLASSES, "mixed")
+    z = np.zeros((4, 3))
+    with pytest.raises(ValueError, match="moves 'embedded', the model is differentiated in 'mixed'"):
+        NeuralClamping(tensor="embedded").fit(z, [0, 1, 2, 0], inputs=np.zeros((4, 5), np.int64), model=model)
+
+
+def test_a_fit_that_fails_leaves_the_calibrator_as_it_was() -> None:
+    calibrator = NeuralClamping().set_tensors(kept().tensors()).set_params(axis=4)
+    z, y, x = shifted_rows(networks.convolutional())
+    with pytest.raises(ValueError, match="axis must be"):
+        calibrator.fit(z, y, inputs=x, model=networks.convolutional())
+    np.testing.assert_array_equal(calibrator.delta_, kept().delta_)
 
 
 def test_an_axis_that_a_row_has_not_is_refused() -> None:
