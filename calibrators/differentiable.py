@@ -27,7 +27,7 @@ from onnx import TensorProto, shape_inference
 from calibrators.graph import FLOATS, LOGITS, ancestors, default_opset, fuse, inputs_of, reads
 from calibrators.kinds.identity import Identity
 from calibrators.numerics import Array, to_numpy
-from calibrators.operators import OPERATORS, Node, from_numpy, qualified_name, tensor_of
+from calibrators.operators import OPERATORS, SEVERAL_OUTPUTS, Node, from_numpy, qualified_name, tensor_of
 from calibrators.training import import_torch
 
 Tensor: TypeAlias = Any
@@ -83,6 +83,9 @@ def check(model: onnx.ModelProto, tensor: str | None = None) -> Site:
     if unknown:
         named = ", ".join(f"{name} ({count} nodes)" if count > 1 else name for name, count in sorted(unknown.items()))
         raise ValueError(f"the model cannot be differentiated: it has operators that are not known here: {named}")
+    beside = {name for node in nodes if qualified_name(node) not in SEVERAL_OUTPUTS for name in node.output[1:]} - {""}
+    if used := beside & set().union(*map(reads, nodes)):
+        raise ValueError(f"the model cannot be differentiated: it reads {', '.join(sorted(used))}, a second output")
     if texts := [value.name for value in inputs_of(model) if value.type.tensor_type.elem_type == TensorProto.STRING]:
         raise ValueError(f"the model cannot be differentiated: {', '.join(texts)} holds text")
     site = site_of(model, tensor)

@@ -247,6 +247,8 @@ def _lp_norm(torch: Any, node: Node, x: Tensor) -> Tensor:
 
 
 def _lrn(torch: Any, node: Node, x: Tensor) -> Tensor:
+    if node.get("size") % 2 == 0:  # torch's window then lies on the other side
+        raise ValueError(f"LRN with size={node.get('size')} cannot be differentiated here")
     values = [node.get(name, default) for name, default in (("alpha", 1e-4), ("beta", 0.75), ("bias", 1.0))]
     return torch.nn.functional.local_response_norm(x, node.get("size"), *values)
 
@@ -465,6 +467,9 @@ _NAMED = {
     "Where": "where", "Xor": "logical_xor",
 }  # fmt: skip
 """Functions of torch's own that mean the same."""
+
+SEVERAL_OUTPUTS = ("LayerNormalization", "Split")
+"""Operators of which more than the first output is computed."""
 
 OPERATORS: dict[str, Operator] = {
     **{name: _named(function) for name, function in _NAMED.items()},

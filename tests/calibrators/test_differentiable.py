@@ -99,6 +99,18 @@ def test_an_operator_that_is_not_known_is_refused_by_name() -> None:
         check(with_logits(proto, networks.N_CLASSES))
 
 
+def test_a_second_output_that_is_read_is_refused_where_it_is_not_computed() -> None:
+    proto = networks.convolutional()
+    proto.graph.node.insert(1, helper.make_node("Dropout", ["f"], ["same", "mask"]))
+    proto.graph.node.insert(2, helper.make_node("Cast", ["mask"], ["shown"], to=TensorProto.FLOAT))
+    proto.graph.node.insert(3, helper.make_node("Mul", ["same", "shown"], ["kept"]))
+    proto.graph.node[4].input[0] = "same"
+    check(with_logits(proto, networks.N_CLASSES))
+    proto.graph.node[4].input[0] = "kept"
+    with pytest.raises(ValueError, match="it reads mask, a second output"):
+        check(with_logits(proto, networks.N_CLASSES))
+
+
 def test_operators_off_the_way_to_the_logits_do_not_matter() -> None:
     proto = networks.convolutional()
     proto.graph.node.append(helper.make_node("Shrink", ["z"], ["other"]))
