@@ -99,7 +99,7 @@ class Result:
 
 def ours(only: list[str], *, time_ordered: bool) -> Iterator[Peer]:
     for kind in calibrators.kinds():
-        if not only or kind in only:
+        if (not only or kind in only) and not calibrators.create(kind).fit_needs:  # logits are all that there is
             yield Peer(kind, fit_by(kind))
     if not only or "auto" in only:
         options: dict[str, Any] = {"budget_seconds": AUTO_SECONDS, "time_ordered": time_ordered}

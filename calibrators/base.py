@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
@@ -50,6 +50,9 @@ class Calibrator(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn ship
 
     Of a kind that is a step function not of the few rows so near an edge that float32 puts them into the next cell."""
 
+    tensor: str | None = None
+    """Of a kind that acts before the model: name of the tensor that it acts on, None for the one that it expects."""
+
     n_classes_: int
 
     @property
@@ -68,13 +71,20 @@ class Calibrator(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn ship
         return {}
 
     @property
+    def notes(self) -> list[str]:
+        """What this fit has to say of itself."""
+        return [] if getattr(self, "converged_", True) else ["the fit has no finite optimum or did not converge"]
+
+    def read_when_serving(self, signals: Mapping[str, Any]) -> dict[str, Any]:
+        """Of what a fit is given beside the logits, what `predict_proba` takes."""
+        return {name: signals[name] for name in self.signal_shapes(self.n_classes_)}
+
+    @property
     def further_outputs(self) -> tuple[str, ...]:
         """What it computes beside the probabilities: names of `graph.FURTHER_OUTPUTS`."""
         return ()
 
-    def fit(
-        self, logits: ArrayLike, y: ArrayLike, *, sample_weight: ArrayLike | None = None, **signals: ArrayLike | None
-    ) -> Self:
+    def fit(self, logits: ArrayLike, y: ArrayLike, *, sample_weight: ArrayLike | None = None, **signals: Any) -> Self:
         """Learn from labelled rows.
 
         Parameters
@@ -82,7 +92,8 @@ class Calibrator(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn ship
         logits : (n_samples, n_classes) real; scores before softmax. For probabilities p pass log(p).
         y : (n_samples,) class indices 0 .. n_classes-1
         sample_weight : (n_samples,) not negative; weight two equals the row twice
-        signals : (n_samples, ...) each, those of `signal_shapes`; None is as good as absent
+        signals : (n_samples, ...) each, those of `signal_shapes`, or what a kind with `fit_needs` says that it takes;
+            None is as good as absent
 
         Raises
         ------
@@ -93,7 +104,7 @@ class Calibrator(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn ship
         z = check_logits(logits).astype(np.float64, copy=False)
         labels = check_labels(y, n_samples=len(z), n_classes=z.shape[1])
         weight = check_sample_weight(sample_weight, n_samples=len(z))
-        beside = self._check_signals(signals, z)
+        beside = self._check_fit_signals(signals, z)
         present = np.unique(labels[weight > 0])
         if len(present) < 2:
             raise ValueError(
@@ -102,7 +113,9 @@ class Calibrator(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn ship
         kept = weight > 0
         if not kept.all():
             z, labels, weight = z[kept], labels[kept], weight[kept]
-            beside = {name: array[kept] for name, array in beside.items()}
+            beside = {
+                name: values[kept] if hasattr(values, "__getitem__") else values for name, values in beside.items()
+            }
         self._fit(z, labels, weight, **beside)
         self.n_classes_ = z.shape[1]
         return self
@@ -159,6 +172,10 @@ class Calibrator(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn ship
         A server makes them beside its graph, for the confidence level of each request; a graph by itself has one level.
         """
 
+    def acts_on(self, graph: Graph) -> str:
+        """The tensor of a model that `emit_inputs` takes, by default its one input of images (else ValueError)."""
+        return graph.image_input()[0]
+
     def copies(self, inputs: Array) -> Iterator[Array]:
         """What acts before the model: from its input to what further runs of it read, whose logits are the `views`."""
         del inputs
@@ -208,6 +225,10 @@ class Calibrator(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn ship
 
     def _check_learned(self, tensors: Mapping[str, Array], n_classes: int) -> None:
         """Raise ValueError for learned arrays that a fit on `n_classes` classes could not have made."""
+
+    def _check_fit_signals(self, signals: Mapping[str, Any], logits: Array) -> dict[str, Any]:
+        """What `_fit` reads beside the logits: by default what is read when serving."""
+        return dict(self._check_signals(signals, logits))
 
     def _check_signals(self, signals: Mapping[str, ArrayLike | None], logits: Array) -> dict[str, Array]:
         """The signals that belong to these logits, in their dtype."""

@@ -9,14 +9,14 @@ few arrays, never another session.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 from numpy.typing import DTypeLike
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper, shape_inference
 
 from calibrators.inspection import Inspection, Tap, inspect_model
 from calibrators.numerics import Array
@@ -161,8 +161,7 @@ class Graph:
 
     def image_input(self) -> tuple[str, tuple[int | None, ...]]:
         """The model's one input and its dimensions [B, C, H, W], None where they are open (else ValueError)."""
-        initializers = {tensor.name for tensor in self.model.graph.initializer}
-        inputs = [value for value in self.model.graph.input if value.name not in initializers]
+        inputs = inputs_of(self.model)
         types = [value.type.tensor_type for value in inputs]
         shapes = [tuple(d.dim_value if d.HasField("dim_value") else None for d in t.shape.dim) for t in types]
         if len(inputs) != 1 or len(shapes[0]) != 4 or shapes[0][0] is not None or types[0].elem_type not in FLOATS:
@@ -173,6 +172,13 @@ class Graph:
             raise ValueError(f"views need one input of real images [B, C, H, W] with B open, the model has {found}")
         return inputs[0].name, shapes[0]
 
+    def element_type(self, x: str) -> int:
+        """ONNX's number for the type of the numbers in `x`; of a tensor whose type nothing tells FLOAT's."""
+        known = {value.name: value for value in inputs_of(self.model)}
+        if x not in known:
+            known = {value.name: value for value in shape_inference.infer_shapes(self.model).graph.value_info}
+        return int(known[x].type.tensor_type.elem_type) if x in known else TensorProto.FLOAT
+
     def repeat(self, n_nodes: int, x: str, changed: str, wanted: str) -> str:
         """Append the first `n_nodes` nodes once more, as far as they lie between `x` and `wanted`, reading `changed`.
 
@@ -180,8 +186,8 @@ class Graph:
         """
         nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in self.model.graph.node[:n_nodes]]
         renamed = {x: changed}
-        for node in _ancestors(nodes, wanted):
-            if not renamed.keys().isdisjoint(_reads(node)):
+        for node in ancestors(nodes, wanted):
+            if not renamed.keys().isdisjoint(reads(node)):
                 renamed |= {name: f"{PREFIX}again/{name}" for name in node.output if name}
                 node.name = node.name and f"{PREFIX}again/{node.name}"
                 _rename_node(node, renamed)
@@ -305,35 +311,47 @@ def stage(calibrator: Calibrator, opset: int = STAGE_OPSET, *, sets: bool = Fals
     return FusedModel(proto, graph.parameters, Inspection("logits", tap, None, "no model", n_classes), {})
 
 
+def parameters_of(calibrator: Calibrator) -> dict[str, Array]:
+    """What any graph with this calibrator can be fed, those that act before the model among them."""
+    return stage(calibrator).parameters | _before_the_model(calibrator, STAGE_OPSET).parameters
+
+
 def signature(calibrator: Calibrator, opset: int = STAGE_OPSET) -> str:
     """A digest of the calibrator's graph, with what acts before the model, without the values of its parameters.
 
     Two fits with one signature are served by one session: only the feeds differ.
     """
-    fused = stage(calibrator, opset)
-    _keep(fused.proto.graph.initializer, lambda name: name not in fused.parameters)
-    protos = [fused.proto]
-    if "views" in calibrator.needs:
-        images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["B", "C", "H", "W"])
-        protos.append(_with_copies([images], calibrator, fused.proto.opset_import).model)
-    return hashlib.sha256(b"".join(proto.SerializeToString(deterministic=True) for proto in protos)).hexdigest()
+    fused, before = stage(calibrator, opset), _before_the_model(calibrator, opset)
+    parameters = fused.parameters | before.parameters
+    digest = hashlib.sha256((calibrator.tensor or "").encode())
+    for proto in (fused.proto, before.model):
+        _keep(proto.graph.initializer, lambda name: name not in parameters)
+        digest.update(proto.SerializeToString(deterministic=True))
+    return digest.hexdigest()
 
 
 def check_copies(model: onnx.ModelProto, calibrator: Calibrator) -> None:
-    """Raise ValueError unless the model's input is one that `calibrator`, which reads views, can act on."""
-    initializers = {tensor.name for tensor in model.graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in initializers]
-    _with_copies(inputs, calibrator, model.opset_import)
-
-
-def _with_copies(
-    inputs: list[onnx.ValueInfoProto], calibrator: Calibrator, opsets: Iterable[onnx.OperatorSetIdProto]
-) -> Graph:
-    """A graph of what acts before a model with these inputs, and of nothing else."""
-    proto = helper.make_model(helper.make_graph([], "copies", inputs, []), opset_imports=list(opsets), ir_version=8)
+    """Raise ValueError unless the model has what `calibrator`, which reads views, acts on."""
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model)
     graph = Graph(proto)
-    calibrator.emit_inputs(graph, graph.image_input()[0])
+    calibrator.emit_inputs(graph, calibrator.acts_on(graph))
+
+
+def _before_the_model(calibrator: Calibrator, opset: int) -> Graph:
+    """What acts before a model, on a stand-in for what it acts on, and nothing else."""
+    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["B", "C", "H", "W"])
+    opsets = [helper.make_opsetid("", opset)]
+    graph = Graph(helper.make_model(helper.make_graph([], "before", [images], []), opset_imports=opsets, ir_version=8))
+    if "views" in calibrator.needs:
+        calibrator.emit_inputs(graph, "images")
     return graph
+
+
+def inputs_of(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    """What a run must be fed: inputs that have no value of their own."""
+    initializers = {tensor.name for tensor in model.graph.initializer}
+    return [value for value in model.graph.input if value.name not in initializers]
 
 
 def default_opset(model: onnx.ModelProto) -> int:
@@ -342,14 +360,14 @@ def default_opset(model: onnx.ModelProto) -> int:
 
 
 def _emit_signals(graph: Graph, calibrator: Calibrator, tap: Tap, n_nodes: int) -> dict[str, str]:
-    """What `emit` reads beside the logits: views, made by a second run of the model's nodes on copies of its input.
+    """What `emit` reads beside the logits: views, made by a second run of the model's nodes on copies of a tensor.
 
     One run on a batch of originals and copies would cost the same, but the model's own outputs had to be cut out of it.
     """
     shapes = calibrator.signal_shapes(int(calibrator.tensors()["n_classes"]))
     if "views" not in shapes:
         return {}
-    x, _ = graph.image_input()
+    x = calibrator.acts_on(graph)
     tensor = graph.repeat(n_nodes, x, calibrator.emit_inputs(graph, x), tap.tensor)
     stacked = emit_logits(graph, replace(tap, tensor=tensor))
     n_views, n_classes = shapes["views"]
@@ -430,18 +448,18 @@ def _subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
     return graphs + [graph for attribute in node.attribute for graph in attribute.graphs]
 
 
-def _reads(node: onnx.NodeProto) -> set[str]:
+def reads(node: onnx.NodeProto) -> set[str]:
     """Names of the tensors that a node or its subgraphs read."""
-    inner = (_reads(inner) for subgraph in _subgraphs(node) for inner in subgraph.node)
+    inner = (reads(inner) for subgraph in _subgraphs(node) for inner in subgraph.node)
     return set(node.input).union(*inner) - {""}  # an optional input left out
 
 
-def _ancestors(nodes: list[onnx.NodeProto], wanted: str) -> list[onnx.NodeProto]:
+def ancestors(nodes: list[onnx.NodeProto], wanted: str) -> list[onnx.NodeProto]:
     """The nodes that `wanted` is made by, in their order."""
     needed, found = {wanted}, []
     for node in reversed(nodes):
         if not needed.isdisjoint(node.output):
-            needed |= _reads(node)
+            needed |= reads(node)
             found.append(node)
     return found[::-1]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -11,7 +11,7 @@ from calibrators import Calibrator
 from calibrators.conformal.calibrator import ConformalCalibrator
 from calibrators.kinds.identity import Identity
 from calibrators.metrics import scores
-from calibrators.numerics import Array, check_labels, check_logits, to_numpy
+from calibrators.numerics import Array, check_labels, check_logits
 from calibrators.plots import (
     Chart,
     classwise_chart,
@@ -55,8 +55,7 @@ def html(
     fitted: dict[str, Calibrator] = {ITSELF: Identity.of(z.shape[1])}
     fitted |= {revision.revision: client.calibrator(model, revision.revision) for revision in reversed(revisions)}
     probabilities = {
-        name: calibrator.predict_proba(z, **_beside(client, model, name, calibrator, inputs))
-        for name, calibrator in fitted.items()
+        name: _probabilities(client, model, name, calibrator, z, inputs) for name, calibrator in fitted.items()
     }
     served = next((revision.revision for revision in revisions if revision.active), ITSELF)
     compared = {name: probabilities[name] for name in dict.fromkeys((ITSELF, served))}
@@ -88,16 +87,15 @@ def _class_names(client: Client, model: str) -> Sequence[str] | None:
     return next((one.class_names for one in client.models() if one.model == model), ()) or None
 
 
-def _beside(
-    client: Client, model: str, revision: str, calibrator: Calibrator, inputs: Inputs | None
-) -> dict[str, Array]:
-    """What a calibrator reads beside the logits."""
+def _probabilities(
+    client: Client, model: str, revision: str, calibrator: Calibrator, z: Array, inputs: Inputs | None
+) -> Array:
+    """Of rows with these logits; of a kind that acts before the model, as the server computes them from the inputs."""
     if "views" not in calibrator.needs:
-        return {}
+        return calibrator.predict_proba(z)
     if inputs is None:
         raise InvalidRequest(f"revision {revision} reads views, which are made from the model's inputs: pass inputs")
-    (images,) = inputs.values() if isinstance(inputs, Mapping) else (inputs,)
-    return {"views": np.stack([client.logits(model, copy) for copy in calibrator.copies(to_numpy(images))], axis=1)}
+    return client.probabilities(model, inputs, calibrator=revision)
 
 
 def _set_chart(calibrator: Calibrator, p: Array, y: Array, class_names: Sequence[str] | None) -> list[Chart]:

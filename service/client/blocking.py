@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 
 import calibrators
 from calibrators import Calibrator
-from calibrators.graph import LOGITS
+from calibrators.graph import LOGITS, PREFIX
 from service import errors
 from service.client import requests
 from service.client.connection import Pem, Security
@@ -126,7 +126,7 @@ class Client:
         labels : (n_samples,) class indices
         logits : (n_samples, n_classes); or
         inputs : the model's inputs, rows first, by name (a bare array if there is one): the server computes the logits,
-            and the views for a kind that reads them
+            and the views for a kind that reads them; a kind that is fitted through the model takes no other rows
         sample_weight : (n_samples,), not negative
         held_out_fraction : of the rows, kept from the fit that is scored; the revision itself is fitted on all rows
         params : constructor parameters of the kind
@@ -253,11 +253,20 @@ class Client:
 
         For fitting and comparing several kinds on the same rows: compute once, then pass `logits`.
         """
+        return self._in_batches(model, inputs, LOGITS, None, batch_size)
+
+    def probabilities(
+        self, model: str, inputs: Inputs, *, calibrator: str | None = None, batch_size: int = 64
+    ) -> Array:
+        """The probabilities (n_samples, n_classes) of many rows by one revision (default: the active)."""
+        return self._in_batches(model, inputs, "probabilities", calibrator, batch_size)
+
+    def _in_batches(self, model: str, inputs: Inputs, output: str, calibrator: str | None, batch_size: int) -> Array:
         batches = requests.in_batches(self._named(model, inputs), batch_size)
         with progress_bars(self._show_progress) as progress:
-            shown = progress.track(batches, description=f"logits in batches of {batch_size}")
-            predictions = [self.predict(model, batch, outputs=[LOGITS]) for batch in shown]
-        return np.concatenate([prediction.outputs[LOGITS] for prediction in predictions])
+            shown = progress.track(batches, description=f"{output.removeprefix(PREFIX)} in batches of {batch_size}")
+            predictions = [self.predict(model, batch, outputs=[output], calibrator=calibrator) for batch in shown]
+        return np.concatenate([prediction.outputs[output] for prediction in predictions])
 
     def _rows(
         self, model: str, labels: ArrayLike, logits: ArrayLike | None, inputs: Inputs | None, weight: ArrayLike | None

@@ -20,9 +20,9 @@ import onnx
 from calserve.open_inference import messages
 from numpy.typing import NDArray
 
-from calibrators import Calibrator, fuse
+from calibrators import Calibrator, differentiable, fuse
 from calibrators.conformal.calibrator import ConformalCalibrator
-from calibrators.graph import LOGITS, PREFIX, FusedModel, check_copies, signature, stage
+from calibrators.graph import LOGITS, PREFIX, VIEWS, FusedModel, check_copies, parameters_of, signature
 from calibrators.inspection import Inspection
 from calibrators.kinds.identity import Identity
 from service.errors import InvalidRequest, Refused
@@ -159,18 +159,30 @@ class ServedModel:
         shown = {"inputs"} | ({"logits"} if self.is_classifier else set()) | features
         needed = calibrator.needs | (calibrator.fit_needs if to_fit else frozenset())
         why = ""
-        if "views" in needed:
-            try:
-                check_copies(self._proto, calibrator)
-                shown.add("views")
-            except ValueError as error:
-                why = f" ({error})"
+        for signal, check in (("views", self._check_views), ("input_gradients", self._check_gradients)):
+            if signal in needed:
+                try:
+                    check(calibrator)
+                    shown.add(signal)
+                except ValueError as error:
+                    why = f" ({error})"
         if missing := needed - shown:
             raise Refused(
                 f"model {self.name!r} does not show {', '.join(sorted(missing))}{why}; "
                 f"it shows {', '.join(sorted(shown))}",
                 reason="SIGNAL_MISSING",
             )
+
+    def _check_views(self, calibrator: Calibrator) -> None:
+        check_copies(self._proto, calibrator)
+
+    def _check_gradients(self, calibrator: Calibrator) -> None:
+        differentiable.check(self.with_logits(), calibrator.tensor)
+
+    def with_logits(self) -> onnx.ModelProto:
+        """The model with the logits among its outputs, as a fit differentiates it."""
+        self._check_classifier()
+        return fuse(self._proto, Identity.of(self.n_classes), self.inspection).proto
 
     def snapshot(self, calibrator: Calibrator, revision: str) -> Snapshot:
         """A snapshot that serves `calibrator`; builds a session only for a graph that no kept session has.
@@ -188,7 +200,7 @@ class ServedModel:
             session, fused = self._session_for(calibrator)
         conformal = isinstance(calibrator, ConformalCalibrator)
         sets = PredictionSets(calibrator, calibrator.confidence_level) if conformal else None
-        return Snapshot(revision, session, stage(calibrator).parameters, fused.own_outputs, sets)
+        return Snapshot(revision, session, parameters_of(calibrator), fused.own_outputs, sets)
 
     def _check_classifier(self) -> None:
         if self.inspection is None:
@@ -322,7 +334,10 @@ class ServedModel:
     async def signals(self, calibrator: Calibrator, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """The logits, and what `calibrator` reads beside them, by name; ValueError if it cannot act on the inputs."""
         signals = {"logits": await self.logits(feeds)}
-        if "views" in calibrator.needs:
+        if "views" in calibrator.needs and hasattr(calibrator, "n_classes_"):
+            snapshot = await asyncio.to_thread(self.snapshot, calibrator, NO_REVISION)
+            signals["views"] = (await self.run([VIEWS], feeds, snapshot)).part(VIEWS)
+        elif "views" in calibrator.needs:  # no graph yet: nothing is fitted
             ((name, images),) = feeds.items()
             copies = [await self.logits({name: copy}) for copy in calibrator.copies(images)]
             signals["views"] = np.stack(copies, axis=1)

@@ -3,6 +3,8 @@
     job.json        what to do (JobSpec)
     logits.f32      float32, row-major, n_samples x n_classes
     views.f32       likewise, as any signal that the kind reads beside the logits: a row's shape is in job.json
+    inputs.0.i64    likewise, the model's inputs in their order, of a kind that is fitted through the model
+    model.onnx      and that model, its logits among its outputs
     labels.i64      int64
     weights.f64     float64
     result.json     what came of it, written last
@@ -15,8 +17,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -26,7 +28,10 @@ from numpy.typing import NDArray
 from service.store.files import sync_folder, write_whole
 
 LABELS, WEIGHTS = "labels.i64", "weights.f64"
-RESULT, ARTIFACT, GOLDEN = "result.json", "artifact", "golden"
+RESULT, ARTIFACT, GOLDEN, MODEL = "result.json", "artifact", "golden", "model.onnx"
+
+INPUT = "inputs."
+"""Before the number of one of the model's inputs: the name of that signal."""
 
 AUTO = "auto"
 """The kind that compares the others and takes the best."""
@@ -36,7 +41,8 @@ AUTO = "auto"
 class JobSpec:
     """`action` fit: make and score a calibrator of `kind`. evaluate: score the artifact in the folder.
 
-    `signal_shapes` names what the calibrator reads beside the logits, with the shape of a row of it.
+    `signal_shapes` names what is read beside the logits, with the shape of a row of it; `signal_types` its numpy type,
+    where it is not float32. The writer of the rows knows both.
     """
 
     action: str
@@ -48,6 +54,7 @@ class JobSpec:
     held_out_fraction: float
     seed: int
     signal_shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    signal_types: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -63,31 +70,46 @@ class JobSpec:
 
 
 class RowWriter:
-    """Appends labelled rows, of these signals, to a job's folder."""
+    """Appends labelled rows to a job's folder: the same signals each time, a row of each of the same shape."""
 
-    def __init__(self, folder: Path, signals: Iterable[str]) -> None:
+    def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True)
         self._folder = folder
-        names = (*map(_file_of, signals), LABELS, WEIGHTS)
-        self._files: dict[str, BinaryIO] = {name: (folder / name).open("wb") for name in names}
+        self._files: dict[str, BinaryIO] = {}
+        self._forms: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
         self.row_count = 0
         self.byte_count = 0
 
+    def expect(self, signals: Mapping[str, NDArray[Any]]) -> None:
+        """Open the files of the first rows; ValueError if later rows have another form."""
+        forms = {name: (signal.shape[1:], _stored(signal.dtype)) for name, signal in signals.items()}
+        for name, form in forms.items():
+            known = self._forms.setdefault(name, form)
+            if form != known:
+                raise ValueError(f"rows of {name} have shape and type {form}, those before had {known}")
+        for file in (*(_file_of(name, dtype) for name, (_, dtype) in forms.items()), LABELS, WEIGHTS):
+            if file not in self._files:
+                self._files[file] = (self._folder / file).open("wb")
+
     def append(self, signals: Mapping[str, NDArray[Any]], labels: NDArray[Any], weights: NDArray[Any]) -> None:
-        arrays = {_file_of(name): signal.astype("<f4", copy=False) for name, signal in signals.items()}
-        arrays |= {LABELS: labels.astype("<i8", copy=False), WEIGHTS: weights.astype("<f8", copy=False)}
-        for name, array in arrays.items():
-            self._files[name].write(np.ascontiguousarray(array).data)
-            self.byte_count += array.nbytes
+        """Write rows that were expected."""
+        arrays = {_file_of(name, _stored(signal.dtype)): signal for name, signal in signals.items()}
+        for file, array in (arrays | {LABELS: labels, WEIGHTS: weights}).items():
+            stored = np.ascontiguousarray(array, dtype=_TYPES.get(file) or _stored(array.dtype))
+            self._files[file].write(stored.data)
+            self.byte_count += stored.nbytes
         self.row_count += len(labels)
 
     def finish(self, spec: JobSpec) -> None:
-        """Make the rows durable, then the spec: a folder with a spec is complete."""
+        """Make the rows durable, then the spec, with their form: a folder with a spec is complete."""
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
         self.close()
-        spec.write(self._folder)
+        forms = {name: form for name, form in self._forms.items() if name != "logits"}
+        shapes = {name: shape for name, (shape, _) in forms.items()}
+        types = {name: dtype.str for name, (_, dtype) in forms.items() if dtype != np.dtype("<f4")}
+        replace(spec, signal_shapes=shapes, signal_types=types).write(self._folder)
         sync_folder(self._folder.parent)
 
     def close(self) -> None:
@@ -99,15 +121,20 @@ class RowWriter:
 class Rows:
     """Labelled rows, mapped from the folder's files. `signals` are what a calibrator reads, the logits among them."""
 
-    signals: Mapping[str, NDArray[np.float32]]
+    signals: Mapping[str, NDArray[Any]]
     labels: NDArray[np.int64]
     weights: NDArray[np.float64]
 
     @classmethod
-    def read(cls, folder: Path, shapes: Mapping[str, Sequence[int]]) -> Self:
+    def read(cls, folder: Path, spec: JobSpec) -> Self:
         labels = np.fromfile(folder / LABELS, dtype="<i8")
         weights = np.fromfile(folder / WEIGHTS, dtype="<f8")
-        return cls({name: _mapped(folder / _file_of(name), shape) for name, shape in shapes.items()}, labels, weights)
+        types = {name: np.dtype(spec.signal_types.get(name, "<f4")) for name in spec.shapes}
+        signals = {
+            name: np.memmap(folder / _file_of(name, types[name]), types[name], "r").reshape(-1, *shape)
+            for name, shape in spec.shapes.items()
+        }
+        return cls(signals, labels, weights)
 
     @property
     def logits(self) -> NDArray[np.float32]:
@@ -121,9 +148,13 @@ class Rows:
         return Rows(signals, self.labels[index], self.weights[index])
 
 
-def _file_of(signal: str) -> str:
-    return f"{signal}.f32"
+_TYPES = {LABELS: np.dtype("<i8"), WEIGHTS: np.dtype("<f8")}
 
 
-def _mapped(file: Path, shape: Sequence[int]) -> NDArray[np.float32]:
-    return np.memmap(file, dtype="<f4", mode="r").reshape(-1, *shape)
+def _stored(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Real numbers become float32, others stay what they are."""
+    return np.dtype("<f4") if dtype.kind == "f" else dtype.newbyteorder("<")
+
+
+def _file_of(signal: str, dtype: np.dtype[Any]) -> str:
+    return f"{signal}.{dtype.kind}{8 * dtype.itemsize}"

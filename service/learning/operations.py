@@ -13,7 +13,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from service.errors import NotFound, Overloaded, shown
 from service.learning.job import ARTIFACT, GOLDEN, RESULT, JobSpec, RowWriter
 from service.store.blobs import Blobs
 from service.store.catalogue import Catalogue, OperationRow, RevisionRow
+from service.store.files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -78,14 +79,13 @@ class Operations:
                 shutil.rmtree(folder, ignore_errors=True)
 
     @asynccontextmanager
-    async def rows(self, signals: Iterable[str]) -> AsyncIterator[tuple[str, RowWriter]]:
-        """A name for an operation to come, and a writer for its rows of these signals. Unless submitted within, all of
-        it is discarded."""
+    async def rows(self) -> AsyncIterator[tuple[str, RowWriter]]:
+        """A name for an operation to come, and a writer for its rows. Unless submitted within, all is discarded."""
         if sum(operation.running for operation in self._operations.values()) >= self.limits.waiting:
             raise Overloaded(f"{self.limits.waiting} operations are running or waiting already", retry_after_seconds=5)
         name = f"op-{secrets.token_hex(8)}"
         # Not in a thread: a caller leaving meanwhile would leave open files.
-        writer = RowWriter(self._root / name, signals)
+        writer = RowWriter(self._root / name)
         try:
             yield name, writer
         finally:
@@ -94,11 +94,12 @@ class Operations:
                 await asyncio.to_thread(shutil.rmtree, self._root / name, ignore_errors=True)
 
     async def submit(
-        self, name: str, writer: RowWriter, spec: JobSpec, description: str, artifact: bytes | None = None
+        self, name: str, writer: RowWriter, spec: JobSpec, description: str, files: Mapping[str, bytes]
     ) -> Operation:
-        """Begin the job whose rows `writer` holds. When this returns, the operation survives a crash."""
-        if artifact is not None:
-            await asyncio.to_thread((self._root / name / ARTIFACT).write_bytes, artifact)
+        """Begin the job whose rows `writer` holds, with these files beside them. When this returns, the operation
+        survives a crash."""
+        for file, content in files.items():
+            await asyncio.to_thread(write_whole, self._root / name / file, content)
         await asyncio.to_thread(writer.finish, spec)
         row = OperationRow(name, spec.action, spec.model, description, "running", time.time())
         await asyncio.to_thread(self._catalogue.put_operation, row)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeAlias, TypeVar
 
@@ -21,9 +21,11 @@ import calibrators
 from calibrators import Calibrator
 from calibrators.graph import stage
 from service.errors import CalserveError, Damaged, InvalidRequest, Refused, shown
+from service.inference import datatypes
 from service.inference.model import NO_REVISION, ServedModel, Snapshot
 from service.inference.repository import Repository
 from service.inference.session import Session
+from service.learning.job import INPUT
 from service.store.blobs import Blobs
 from service.store.catalogue import ActivationRow, Catalogue, RevisionRow
 
@@ -31,6 +33,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Signals: TypeAlias = Mapping[str, np.ndarray]
+
+DIFFERENTIATED = 1e-3
+"""Largest difference between probabilities of the model as a fit differentiated it and as it is served."""
 
 KEPT_SNAPSHOTS = 8
 """Snapshots of one model kept for requests that name a revision which is not active."""
@@ -92,6 +97,9 @@ class Revisions:
 
     async def artifact(self, row: RevisionRow) -> bytes:
         return await asyncio.to_thread(self._blobs.get, row.artifact_digest)
+
+    async def calibrator(self, row: RevisionRow) -> Calibrator:
+        return await asyncio.to_thread(self._read, row)
 
     async def export(self, model_name: str, revision: str) -> bytes:
         """The model with a revision (default: the active one; `none`: the model's own) inside, as plain ONNX."""
@@ -206,20 +214,26 @@ class Revisions:
                 f"(sha256 {row.model_digest[:12]}..., version {model.version} has {model.digest[:12]}...); fit again",
                 reason="DIGEST_DIFFERS",
             )
-        try:
-            calibrator = calibrators.loads(self._blobs.get(row.artifact_digest))
-        except ValueError as error:
-            raise Damaged(f"the artifact of revision {row.revision} cannot be read: {error}") from error
+        calibrator = self._read(row)
         model.check_signals(calibrator)
         return calibrator
+
+    def _read(self, row: RevisionRow) -> Calibrator:
+        try:
+            return calibrators.loads(self._blobs.get(row.artifact_digest))
+        except ValueError as error:
+            raise Damaged(f"the artifact of revision {row.revision} cannot be read: {error}") from error
 
     def _prove(self, model: ServedModel, row: RevisionRow) -> Snapshot:
         calibrator = self._load(model, row)
         golden = safetensors.numpy.load(self._blobs.get(row.golden_digest))
         probabilities = golden.pop("probabilities")
+        inputs = [golden.pop(name) for name in sorted(golden, key=_place) if name.startswith(INPUT)]
         _agree(calibrator, golden, probabilities, f"revision {row.revision} no longer computes")
         _stage_agrees(calibrator, golden, model, row.revision)
         snapshot = model.snapshot(calibrator, row.revision)
+        if inputs:
+            _whole_agrees(model, snapshot, inputs, probabilities)
         try:
             made_up = model.warm_up(snapshot)
         except InvalidRequest as error:  # not every model computes what can be made up, an image of one pixel say
@@ -240,6 +254,22 @@ def _stage_agrees(calibrator: Calibrator, signals: Signals, model: ServedModel, 
     wanted = calibrator.predict_further(**signals)
     for name, values in zip(calibrator.further_outputs, further, strict=True):
         _check_close(values, wanted[name], calibrator.float32_atol, f"{what} the {name}")
+
+
+def _whole_agrees(model: ServedModel, snapshot: Snapshot, inputs: Sequence[np.ndarray], wanted: np.ndarray) -> None:
+    """Model and calibrator together give on golden rows of inputs what the fit saw, who differentiated the model."""
+    feeds = {
+        spec.name: array.astype(datatypes.NUMPY[spec.datatype], copy=False)
+        for spec, array in zip(model.inputs, inputs, strict=True)
+    }
+    (probabilities,) = snapshot.session.run_with(["probabilities"], feeds, snapshot.feeds)
+    what = f"the graph of model {model.name!r} with {snapshot.revision} does not compute the probabilities"
+    _check_close(probabilities, wanted, DIFFERENTIATED, what)
+
+
+def _place(signal: str) -> int:
+    """Of an input among the signals: its number."""
+    return int(signal.removeprefix(INPUT)) if signal.startswith(INPUT) else -1
 
 
 def _agree(calibrator: Calibrator, signals: Signals, probabilities: np.ndarray, what: str) -> None:

@@ -13,7 +13,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,13 @@ from sklearn.model_selection import train_test_split
 import calibrators
 from calibrators import auto
 from calibrators.conformal.calibrator import ConformalCalibrator
+from calibrators.differentiable import DifferentiableModel
 from calibrators.kinds.identity import Identity
 from calibrators.metrics import Estimate, coverage, mean_set_size, scores
-from service.learning.job import ARTIFACT, AUTO, GOLDEN, RESULT, JobSpec, Rows
+from service.learning.job import ARTIFACT, AUTO, GOLDEN, INPUT, MODEL, RESULT, JobSpec, Rows
 from service.store.files import write_whole
 
-GOLDEN_ROWS = 32
+GOLDEN_ROWS, GOLDEN_BYTES = 32, 4 << 20
 LEVEL = 0.95
 NICENESS = 10
 _PR_SET_PDEATHSIG = 1
@@ -45,7 +46,7 @@ def run(folder: Path, report: Report) -> None:
     """Do the job in `folder` and write its result there."""
     spec = JobSpec.read(folder)
     report(0.05, "reading rows")
-    rows = Rows.read(folder, spec.shapes)
+    rows = Rows.read(folder, spec)
     if len(rows) == 0:
         raise JobError("the calibration set has no rows")
     result = fit(folder, spec, rows, report) if spec.action == "fit" else evaluate(folder, spec, rows, report)
@@ -55,41 +56,63 @@ def run(folder: Path, report: Report) -> None:
 
 def fit(folder: Path, spec: JobSpec, rows: Rows, report: Report) -> dict[str, Any]:
     """Score a fit on the rows it has not seen, then fit on all rows: that fit is the revision."""
-    held_out = None
+    held_out, through = None, _model_of(folder, spec)
     if spec.held_out_fraction > 0:
         in_order = bool(json.loads(spec.params_json).get("time_ordered"))
         fitted_on, unseen = (split_in_time if in_order else split)(rows, spec.held_out_fraction, spec.seed)
-        scored, _ = fit_kind(spec, fitted_on, lambda share, text: report(0.1 + 0.3 * share, text))
+        scored, _ = fit_kind(spec, fitted_on, through, lambda share, text: report(0.1 + 0.3 * share, text))
         report(0.4, f"scoring on {len(unseen)} rows")
-        held_out = compare(scored, unseen, spec.seed)
-    calibrator, ranking = fit_kind(spec, rows, lambda share, text: report(0.5 + 0.4 * share, text))
+        held_out = compare(scored, _as_served(scored, unseen, through), spec.seed)
+    calibrator, ranking = fit_kind(spec, rows, through, lambda share, text: report(0.5 + 0.4 * share, text))
     report(0.9, "writing the revision")
     artifact = calibrators.dumps(calibrator)
     write_whole(folder / ARTIFACT, artifact)
-    write_whole(folder / GOLDEN, golden_rows(calibrators.loads(artifact), rows))
-    notes = [] if getattr(calibrator, "converged_", True) else ["the fit has no finite optimum or did not converge"]
+    write_whole(folder / GOLDEN, golden_rows(calibrators.loads(artifact), rows, through))
     return {
         "kind": calibrator.kind,
         "params_json": json.dumps(calibrator.get_params(), sort_keys=True, separators=(",", ":")),
         "row_count": len(rows),
         "class_count": spec.n_classes,
         "held_out": held_out,
-        "notes": notes,
+        "notes": calibrator.notes,
         "ranking": ranking,
     }
 
 
-def fit_kind(spec: JobSpec, rows: Rows, report: Report) -> tuple[calibrators.Calibrator, list[dict[str, Any]]]:
+def fit_kind(
+    spec: JobSpec, rows: Rows, through: DifferentiableModel | None, report: Report
+) -> tuple[calibrators.Calibrator, list[dict[str, Any]]]:
     """A fitted calibrator of the kind; of kind "auto" the best, and how the candidates ranked."""
     params = json.loads(spec.params_json)
     if spec.kind != AUTO:
         report(0.0, f"fitting on {len(rows)} rows")
         calibrator = calibrators.create(spec.kind, **params)
-        return calibrator.fit(y=rows.labels, sample_weight=rows.weights, **rows.signals), []
+        beside = _beside(rows, through) | ({"progress": report} if through else {})
+        return calibrator.fit(rows.logits, rows.labels, sample_weight=rows.weights, **beside), []
     selection = auto.select(
         rows.logits, rows.labels, sample_weight=rows.weights, seed=spec.seed, progress=report, **params
     )
     return selection.calibrator, [_ranked(candidate) for candidate in selection.candidates]
+
+
+def _model_of(folder: Path, spec: JobSpec) -> DifferentiableModel | None:
+    """The model that the kind is fitted through, if it is."""
+    file = folder / MODEL
+    tensor = json.loads(spec.params_json).get("tensor")
+    return DifferentiableModel(file.read_bytes(), spec.n_classes, tensor) if file.exists() else None
+
+
+def _beside(rows: Rows, through: DifferentiableModel | None) -> dict[str, Any]:
+    """What a fit is given beside the logits: the signals, or the model's inputs and the model."""
+    if through is None:
+        return {name: signal for name, signal in rows.signals.items() if name != "logits"}
+    inputs = {name: rows.signals[f"{INPUT}{place}"] for place, name in enumerate(through.inputs)}
+    return {"inputs": inputs, "model": through}
+
+
+def _as_served(calibrator: calibrators.Calibrator, rows: Rows, through: DifferentiableModel | None) -> Rows:
+    """The rows with those signals that the calibrator reads when serving."""
+    return replace(rows, signals={"logits": rows.logits} | calibrator.read_when_serving(_beside(rows, through)))
 
 
 def _ranked(candidate: auto.Candidate) -> dict[str, Any]:
@@ -149,12 +172,17 @@ def _of_sets(calibrator: calibrators.Calibrator, p: np.ndarray, y: np.ndarray, s
     return {"set_coverage": coverage(sets, y, level=LEVEL), "mean_set_size": Estimate(mean_set_size(sets))}
 
 
-def golden_rows(calibrator: calibrators.Calibrator, rows: Rows) -> bytes:
+def golden_rows(calibrator: calibrators.Calibrator, rows: Rows, through: DifferentiableModel | None) -> bytes:
     """Rows of the calibration set, by the names of their signals, and the probabilities that this fit gives them, for
-    checks at activation."""
-    chosen = rows.take(np.unique(np.linspace(0, len(rows) - 1, GOLDEN_ROWS).astype(np.int64)))
-    signals = {name: np.asarray(signal, dtype=np.float32) for name, signal in chosen.signals.items()}
-    return safetensors.numpy.save(signals | {"probabilities": calibrator.predict_proba(**signals)})
+    checks at activation: of what acts before the model the inputs too, as many as `GOLDEN_BYTES` hold."""
+    inputs = [name for name in rows.signals if name.startswith(INPUT) and "views" in calibrator.needs]
+    bytes_per_row = sum(rows.signals[name][:1].nbytes for name in inputs)
+    count = min(GOLDEN_ROWS, max(1, GOLDEN_BYTES // max(1, bytes_per_row)))
+    chosen = rows.take(np.unique(np.linspace(0, len(rows) - 1, count).astype(np.int64)))
+    served = _as_served(calibrator, chosen, through)
+    signals = {name: np.asarray(signal, dtype=np.float32) for name, signal in served.signals.items()}
+    probabilities = {"probabilities": calibrator.predict_proba(**signals)}
+    return safetensors.numpy.save(signals | probabilities | {name: chosen.signals[name] for name in inputs})
 
 
 def _plain(estimates: dict[str, Estimate]) -> list[list[Any]]:

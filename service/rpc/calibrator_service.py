@@ -22,7 +22,7 @@ from service.errors import InvalidRequest, NotFound, Refused
 from service.inference.datatypes import NUMPY
 from service.inference.model import NO_REVISION, ServedModel
 from service.inference.repository import Repository
-from service.learning.job import AUTO, JobSpec, RowWriter
+from service.learning.job import ARTIFACT, AUTO, INPUT, MODEL, JobSpec, RowWriter
 from service.learning.operations import Operation, Operations
 from service.learning.revisions import Revisions
 from service.rpc import infer_request, tensors
@@ -65,7 +65,7 @@ class CalibratorService:
         model = self._classifier(spec.model, spec.model_version)
         params = _params(spec.params_json)
         reader = _unfitted(spec.kind, params)
-        model.check_signals(reader, to_fit=True)
+        await asyncio.to_thread(model.check_signals, reader, to_fit=True)
         job = JobSpec(
             action="fit",
             model=model.name,
@@ -75,11 +75,13 @@ class CalibratorService:
             params_json=json.dumps(params, sort_keys=True, separators=(",", ":")),
             held_out_fraction=_held_out_fraction(spec),
             seed=spec.seed,
-            signal_shapes=reader.signal_shapes(model.n_classes),
         )
-        async with self.operations.rows(job.shapes) as (name, writer):
-            await self._receive(model, reader, requests, writer)
-            operation = await self.operations.submit(name, writer, job, f"fit {spec.kind} on {writer.row_count} rows")
+        through_model = "input_gradients" in reader.fit_needs
+        files = {MODEL: await asyncio.to_thread(_bytes_with_logits, model)} if through_model else {}
+        async with self.operations.rows() as (name, writer):
+            await self._receive(model, reader, requests, writer, through_model)
+            what = f"fit {spec.kind} on {writer.row_count} rows"
+            operation = await self.operations.submit(name, writer, job, what, files)
         return await self._message(operation)
 
     async def evaluate_revision(
@@ -96,7 +98,7 @@ class CalibratorService:
                 f"revision {revision} has {row.class_count} classes, model {model.name!r} version {model.version} has "
                 f"{model.n_classes}"
             )
-        reader = _unfitted(row.kind, json.loads(row.params_json))
+        reader = await self.revisions.calibrator(row)
         model.check_signals(reader)
         job = JobSpec(
             action="evaluate",
@@ -107,13 +109,12 @@ class CalibratorService:
             params_json=row.params_json,
             held_out_fraction=0.0,
             seed=spec.seed,
-            signal_shapes=reader.signal_shapes(row.class_count),
         )
-        artifact = await self.revisions.artifact(row)
-        async with self.operations.rows(job.shapes) as (name, writer):
-            await self._receive(model, reader, requests, writer)
+        files = {ARTIFACT: await self.revisions.artifact(row)}
+        async with self.operations.rows() as (name, writer):
+            await self._receive(model, reader, requests, writer, through_model=False)
             what = f"evaluate {revision} on {writer.row_count} rows"
-            operation = await self.operations.submit(name, writer, job, what, artifact)
+            operation = await self.operations.submit(name, writer, job, what, files)
         return await self._message(operation)
 
     async def get_operation(self, request: pb.GetOperationRequest, call: Call) -> resources.Operation:
@@ -177,14 +178,20 @@ class CalibratorService:
         return model
 
     async def _receive(
-        self, model: ServedModel, reader: Calibrator, requests: AsyncIterator[Any], writer: RowWriter
+        self,
+        model: ServedModel,
+        reader: Calibrator,
+        requests: AsyncIterator[Any],
+        writer: RowWriter,
+        through_model: bool,
     ) -> None:
         """Write what `reader` reads of the streamed rows into the job's folder, each chunk checked when it comes."""
         async for request in requests:
             if request.WhichOneof("payload") != "rows":
                 raise InvalidRequest("only the first message of the stream may hold a spec; the others hold rows")
             try:
-                rows = await self._read_rows(model, reader, request.rows)
+                rows = await self._read_rows(model, reader, request.rows, through_model)
+                writer.expect(rows[0])
             except (ValueError, TypeError) as error:
                 raise InvalidRequest(f"rows from {writer.row_count} on: {error}") from error
             await asyncio.to_thread(writer.append, *rows)
@@ -197,13 +204,18 @@ class CalibratorService:
             raise InvalidRequest("the stream holds no rows")
 
     async def _read_rows(
-        self, model: ServedModel, reader: Calibrator, rows: resources.Rows
+        self, model: ServedModel, reader: Calibrator, rows: resources.Rows, through_model: bool
     ) -> tuple[dict[str, NDArray[Any]], NDArray[Any], NDArray[Any]]:
         """Signals, labels, weights."""
         if rows.HasField("logits") == bool(rows.inputs):
             raise InvalidRequest("rows hold either logits or the model's inputs")
         beside = reader.signal_shapes(model.n_classes)
         if rows.HasField("logits"):
+            if through_model:
+                raise InvalidRequest(
+                    f"{reader.kind} is fitted through the model, by the gradient of its loss in the model's inputs: "
+                    "send these instead of logits"
+                )
             if beside:
                 raise InvalidRequest(
                     f"{reader.kind} reads {', '.join(beside)} beside the logits, which the server computes from the "
@@ -213,6 +225,8 @@ class CalibratorService:
         else:
             inputs = {named.name: _array(named.name, named.array) for named in rows.inputs}
             signals = await self._signals(model, reader, inputs)
+            if through_model:
+                signals |= {f"{INPUT}{place}": inputs[spec.name] for place, spec in enumerate(model.inputs)}
         logits = signals["logits"] = check_logits(signals["logits"], n_classes=model.n_classes)
         for name, shape in beside.items():
             check_signal(name, signals[name], (len(logits), *shape))
@@ -317,6 +331,10 @@ def _unfitted(kind: str, params: Mapping[str, Any]) -> Calibrator:
         return calibrators.create(kind, **params)
     except (ValueError, TypeError, ImportError) as error:
         raise InvalidRequest(str(error)) from error
+
+
+def _bytes_with_logits(model: ServedModel) -> bytes:
+    return bytes(model.with_logits().SerializeToString())
 
 
 def _held_out_fraction(spec: pb.FitCalibratorRequest.Spec) -> float:

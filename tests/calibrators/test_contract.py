@@ -25,6 +25,7 @@ from calibrators.graph import ADDED_OUTPUTS, LOGITS, FusedModel, default_opset, 
 from calibrators.inspection import Inspection, Tap
 from calibrators.kinds.identity import Identity
 from calibrators.kinds.temperature import TemperatureScaling
+from tests.calibrators.fits import beside, fit
 
 Array = NDArray[Any]
 
@@ -59,7 +60,7 @@ def draw_rows(n_samples: int, n_classes: int, *, scale: float = 2.0, seed: int =
 
 
 def fitted(kind: str, params: dict[str, Any], n_classes: int = 4, *, n_samples: int = 200, seed: int = 0) -> Calibrator:
-    return calibrators.create(kind, **params).fit(*draw_rows(n_samples, n_classes, seed=seed))
+    return fit(kind, params, *draw_rows(n_samples, n_classes, seed=seed))
 
 
 def session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
@@ -137,7 +138,7 @@ def test_overconfident_logits_are_not_made_worse(kind: str, params: dict[str, An
 @every_kind
 def test_a_clone_refits_to_the_same_bytes(kind: str, params: dict[str, Any]) -> None:
     calibrator = fitted(kind, params)
-    again = clone(calibrator).fit(*draw_rows(200, 4))
+    again = clone(calibrator).fit(*draw_rows(200, 4), **beside(calibrator, draw_rows(200, 4)[0]))
     assert calibrators.dumps(again) == calibrators.dumps(calibrator)
 
 
@@ -161,8 +162,8 @@ def test_a_weight_of_two_equals_the_row_twice(kind: str, params: dict[str, Any])
     logits, labels = draw_rows(80, 3)
     counts = np.random.default_rng(1).integers(0, 4, size=80)
     counts[:2] = 1
-    weighted = calibrators.create(kind, **params).fit(logits, labels, sample_weight=counts)
-    repeated = calibrators.create(kind, **params).fit(np.repeat(logits, counts, axis=0), np.repeat(labels, counts))
+    weighted = fit(kind, params, logits, labels, sample_weight=counts)
+    repeated = fit(kind, params, np.repeat(logits, counts, axis=0), np.repeat(labels, counts))
     unseen, _ = draw_rows(50, 3, seed=2)
     np.testing.assert_allclose(weighted.predict_proba(unseen), repeated.predict_proba(unseen), atol=1e-9)
 
@@ -177,7 +178,7 @@ def test_float32_float64_torch_and_lists_agree(kind: str, params: dict[str, Any]
         (torch.tensor(single, requires_grad=True), torch.tensor(labels)),
         (single.tolist(), labels.tolist()),
     ]
-    first, *others = [calibrators.create(kind, **params).fit(z, y).predict_proba(z) for z, y in forms]
+    first, *others = [fit(kind, params, z, y).predict_proba(z) for z, y in forms]
     assert first.dtype == np.float32
     for other in others:
         np.testing.assert_allclose(other, first, atol=1e-5)
@@ -198,7 +199,7 @@ def test_extreme_equal_and_tied_logits_have_an_answer(kind: str, params: dict[st
         "always wrong": -10.0 * np.eye(3)[labels],
     }
     for logits in sets.values():
-        calibrator = calibrators.create(kind, **params).fit(logits, labels)
+        calibrator = fit(kind, params, logits, labels)
         for unseen in sets.values():
             assert_distributions(calibrator.predict_proba(unseen), (60, 3))
             assert_distributions(calibrator.predict_proba(unseen.astype(np.float32)), (60, 3))
@@ -207,7 +208,7 @@ def test_extreme_equal_and_tied_logits_have_an_answer(kind: str, params: dict[st
 @every_kind
 def test_a_thousand_classes_most_of_them_absent_are_served(kind: str, params: dict[str, Any]) -> None:
     logits, labels = draw_rows(60, 1000)
-    calibrator = calibrators.create(kind, **params).fit(logits, labels)
+    calibrator = fit(kind, params, logits, labels)
     probabilities = calibrator.predict_proba(logits)
     assert_distributions(probabilities, (60, 1000))
     assert probabilities.min() > 0
@@ -245,7 +246,7 @@ def test_an_unusable_calibration_set_is_refused_and_named(
     kind: str, params: dict[str, Any], logits: Any, labels: Any, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        calibrators.create(kind, **params).fit(logits, labels)
+        fit(kind, params, logits, labels)
 
 
 @pytest.mark.parametrize(
@@ -315,7 +316,7 @@ def test_the_graph_agrees_with_predict_proba(
     offset: float,
     seed: int,
 ) -> None:
-    calibrator = calibrators.create(kind, **params).fit(*draw_rows(60, n_classes, scale=fit_scale, seed=seed))
+    calibrator = fit(kind, params, *draw_rows(60, n_classes, scale=fit_scale, seed=seed))
     unseen = scale * np.random.default_rng(seed + 1).normal(size=(n_rows, n_classes)) + offset
     logits = np.clip(unseen, -100, 100).astype(np.float32)
     served = run_stage(calibrator, logits)

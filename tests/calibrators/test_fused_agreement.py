@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 import calibrators
 from calibrators import Calibrator
 from calibrators.graph import stage
+from tests.calibrators.fits import fit, served_beside
 
 Array = NDArray[Any]
 
@@ -51,7 +52,7 @@ def fitted(kind: str, params: dict[str, Any], n_classes: int, seed: int) -> Cali
     logits = 1.5 * rng.normal(size=(120, n_classes))
     y = (logits[:, :8] + rng.gumbel(size=(120, 8))).argmax(axis=1)
     y[:2] = 0, 1
-    return calibrators.create(kind, **params).fit(2 * logits, y)
+    return fit(kind, params, 2 * logits, y)
 
 
 def drawn(kind: str, n_classes: int, seed: int) -> Calibrator:
@@ -79,8 +80,9 @@ def test_the_graph_agrees_to_the_declared_tolerance(kind: str, params: dict[str,
     def check(n_rows: int, scale: float, offset: float, seed: int) -> None:
         unseen = scale * np.random.default_rng(seed).normal(size=(n_rows, n_classes)) + offset
         logits = np.clip(unseen, -100, 100).astype(np.float32)
-        served = session.run(["probabilities"], {"logits": logits})[0]
-        difference = np.abs(served - calibrator.predict_proba(logits.astype(np.float64))).max(axis=1)
+        more = served_beside(calibrator, logits)
+        served = session.run(["probabilities"], {"logits": logits, **more})[0]
+        difference = np.abs(served - calibrator.predict_proba(logits.astype(np.float64), **more)).max(axis=1)
         assert np.count_nonzero(difference > calibrator.float32_atol) <= (kind in STEPS), difference.max()
 
     check()

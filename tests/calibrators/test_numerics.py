@@ -15,6 +15,7 @@ import calibrators
 from calibrators import Calibrator
 from calibrators.kinds.identity import Identity
 from calibrators.numerics import FEW_COLUMNS, by_blocks, log_odds, normalised_sigmoid, softmax, softmax_in_place
+from tests.calibrators.fits import fit
 
 Array = NDArray[Any]
 
@@ -30,7 +31,7 @@ def draw_logits(n_samples: int, n_classes: int, *, scale: float = 3.0, seed: int
 
 def fitted(kind: str, n_classes: int, n_samples: int = 150) -> Calibrator:
     labels = np.random.default_rng(1).integers(0, n_classes, size=n_samples)
-    return calibrators.create(kind).fit(draw_logits(n_samples, n_classes), labels)
+    return fit(kind, {}, draw_logits(n_samples, n_classes), labels)
 
 
 ROWS = {

@@ -84,7 +84,9 @@ def test_weight_two_is_the_row_twice_through_the_wire(client: Client) -> None:
 
 @pytest.mark.parametrize("kind", calibrators.kinds())
 def test_every_kind_is_fitted_activated_and_served(client: Client, kind: str) -> None:
-    revision = client.fit("mlp", kind, logits=LOGITS, labels=LABELS, held_out_fraction=0.0)
+    through_model = "input_gradients" in calibrators.create(kind).fit_needs
+    rows = {"inputs": X} if through_model else {"logits": LOGITS}
+    revision = client.fit("mlp", kind, **rows, labels=LABELS, held_out_fraction=0.0)
     client.activate("mlp", revision.revision)
     prediction = client.predict("mlp", X[:50])
     assert prediction.calibrator_revision == revision.revision == f"{kind}-1"
