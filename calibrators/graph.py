@@ -150,6 +150,12 @@ class Graph:
             return self.nodes("TopK", x, self.constant(np.array([k], dtype=np.int64)), n_outputs=2, axis=1)[0]
         return self.nodes("TopK", x, n_outputs=2, axis=1, k=k)[0]
 
+    def largest_index(self, x: str, k: int) -> str:
+        """Where the k largest of each row of x [B, K] stand, in falling order, INT64 [B, k]."""
+        if self.opset >= 10:
+            return self.nodes("TopK", x, self.constant(np.array([k], dtype=np.int64)), n_outputs=2, axis=1)[1]
+        return self.nodes("TopK", x, n_outputs=2, axis=1, k=k)[1]
+
     def column(self, x: str, index: int) -> str:
         """One column of x [B, K], as [B, 1]."""
         return self.node("Gather", x, self.constant(np.array([index], dtype=np.int64)), axis=1)

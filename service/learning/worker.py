@@ -67,14 +67,13 @@ def fit(folder: Path, spec: JobSpec, rows: Rows, report: Report) -> dict[str, An
     artifact = calibrators.dumps(calibrator)
     write_whole(folder / ARTIFACT, artifact)
     write_whole(folder / GOLDEN, golden_rows(calibrators.loads(artifact), rows))
-    notes = [] if getattr(calibrator, "converged_", True) else ["the fit has no finite optimum or did not converge"]
     return {
         "kind": calibrator.kind,
         "params_json": json.dumps(calibrator.get_params(), sort_keys=True, separators=(",", ":")),
         "row_count": len(rows),
         "class_count": spec.n_classes,
         "held_out": held_out,
-        "notes": notes,
+        "notes": calibrator.notes,
         "ranking": ranking,
     }
 
@@ -85,7 +84,7 @@ def fit_kind(spec: JobSpec, rows: Rows, report: Report) -> tuple[calibrators.Cal
     if spec.kind != AUTO:
         report(0.0, f"fitting on {len(rows)} rows")
         calibrator = calibrators.create(spec.kind, **params)
-        return calibrator.fit(y=rows.labels, sample_weight=rows.weights, **rows.signals), []
+        return calibrator.fit(y=rows.labels, sample_weight=rows.weights, **dict(rows.signals)), []
     selection = auto.select(
         rows.logits, rows.labels, sample_weight=rows.weights, seed=spec.seed, progress=report, **params
     )
