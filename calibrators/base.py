@@ -10,7 +10,7 @@ contract that each must keep is a test: `tests/calibrators/test_contract.py`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -81,11 +81,16 @@ class Calibrator(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn ship
         """What this fit has to say of itself."""
         return [] if getattr(self, "converged_", True) else ["the fit has no finite optimum or did not converge"]
 
-    def on_model(self, layers: Callable[[list[str] | None], list[Layer]]) -> Self:
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """Names of the model's tensors whose vectors, side by side, are its `features`."""
+        return ()
+
+    def on_model(self, layers: Callable[[Sequence[str] | None], Sequence[Layer]]) -> Self:
         """This calibrator, not fitted, with what it reads of a model written into its parameters.
 
-        `layers` gives the model's layers by the names of their tensors, and all that were found for None; it raises
-        ValueError for one that the model has not.
+        `layers` gives the model's layers by the names of their tensors, those that suit best for None; it raises
+        ValueError for what the model does not show.
         """
         del layers
         return self

@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -61,6 +61,7 @@ class Inspection:
     features : name of the tensor [B, D] that the last dense layer reads, None if there is no such layer
     features_reason : in words, why this tensor or why none
     n_classes : K, None where neither a shape nor a weight tells it
+    layers : names of the tensors that calibrators are to read as layers, none unless the caller names them
     """
 
     output: str
@@ -68,6 +69,7 @@ class Inspection:
     features: str | None
     features_reason: str
     n_classes: int | None
+    layers: tuple[str, ...] = ()
 
 
 def inspect_model(
@@ -78,6 +80,7 @@ def inspect_model(
     probabilities: str | None = None,
     probability: str | None = None,
     features: str | None = None,
+    layers: Sequence[str] = (),
 ) -> Inspection:
     """Find the logits, the features and the number of classes of a classifier.
 
@@ -86,6 +89,7 @@ def inspect_model(
     model : not modified
     logits, log_odds, probabilities, probability : name of the tensor to tap, and thereby its form; at most one
     features : name of the tensor of the features
+    layers : names of the tensors that calibrators are to read as layers (`calibrators.layers`)
 
     Raises
     ------
@@ -119,7 +123,9 @@ def inspect_model(
     output, tap = _named_tap(view, *named[0]) if named else _strongest(view)
     layer = _last_layer(view, tap.tensor)
     found, reason = _find_features(view, tap.tensor, layer) if features is None else _named_features(view, features)
-    return Inspection(output, tap, found, reason, _n_classes(view, output, tap, layer))
+    for name in layers:
+        _check_exists(view, "layers", name)
+    return Inspection(output, tap, found, reason, _n_classes(view, output, tap, layer), tuple(layers))
 
 
 # --- The graph, indexed for walking from its outputs to its inputs. --------------------------------------------------

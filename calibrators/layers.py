@@ -105,8 +105,7 @@ def named_layers(model: onnx.ModelProto, inspection: Inspection, names: Sequence
     ValueError
         for a tensor that does not exist, depends on no input, or is not one vector, map or row of tokens a row
     """
-    found = {layer.tensor: layer for layer in find_layers(model, inspection)}
-    view = View(model)
+    view, found = View(model), {layer.tensor: layer for layer in find_layers(model, inspection)}
     return [found.get(name) or _named(view, name, found) for name in names]
 
 

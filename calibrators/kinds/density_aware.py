@@ -20,13 +20,16 @@ G = max(1, max_l s_l / far_l)^2 with far_l `FAR` times the largest distance in t
 touched. Beyond, where a ReLU network's logits grow like the distance, z / S falls like its inverse and probabilities
 go to 1 / n_classes, whatever the weights. An L2-normalised distance is bounded and promises nothing of the kind.
 
+Two further outputs: `ood_score`, the mean z_l of the layers that are read, and `density`, the share of ordinary
+calibration rows whose score is higher, 1 at home and 0 beyond all of them.
+
 The authors' code takes the nearest neighbour where the paper says the k-th (it reads column -k of k columns); both are
 here. `docs/kinds/density_aware.md` has what each choice is worth.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple, Self
@@ -37,7 +40,7 @@ from scipy.optimize import minimize
 from calibrators.base import Calibrator, check_tensor
 from calibrators.graph import Graph
 from calibrators.kinds.temperature import TemperatureScaling
-from calibrators.layers import LOGITS, Layer, default_layers
+from calibrators.layers import LOGITS, Layer
 from calibrators.neighbours import FARTHEST, centres_of_clusters, drawn_rows, emit_nearest, nearest, own_rows
 from calibrators.numerics import MAX_ABS_LOGIT, Array, centre, log_softmax, softmax_of_centred
 from calibrators.registry import create
@@ -61,7 +64,7 @@ FOLDS = 5
 RANKS = 128
 ROWS_PER_CLUSTER = 16
 FLOAT16_MOST = 6e4
-LEAST_LENGTH, LEAST_WEIGHT = 1e-10, 1e-9
+LEAST_LENGTH, LEAST_WEIGHT, LEAST_RAMP = 1e-10, 1e-9, 0.1
 BASE = "base/"
 OWN = ("anchor", "weights", "kept", "means", "deviations", "far", "centre", "scale", "reference", "k", "ranks")
 
@@ -149,24 +152,32 @@ class DensityAware(Calibrator):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"logits", "features"} if self._tapped() else {"logits"})
+        return frozenset({"logits", "features"} if self.taps else {"logits"})
 
     def signal_shapes(self, n_classes: int) -> dict[str, tuple[int, ...]]:
         del n_classes
-        if not self._tapped():
+        if not self.taps:
             return {}
         if self.widths is None:
-            raise ValueError(f"widths must say how many columns each of {', '.join(self._tapped())} has")
+            raise ValueError(f"widths must say how many columns each of {', '.join(self.taps)} has")
         return {"features": (sum(self.widths),)}
 
-    def on_model(self, layers: Callable[[list[str] | None], list[Layer]]) -> Self:
-        chosen = default_layers(layers(None)) if self.layers is None else layers(self.layers)
+    @property
+    def taps(self) -> tuple[str, ...]:
+        return tuple(name for name in self.layers or [] if name != LOGITS)
+
+    @property
+    def further_outputs(self) -> tuple[str, ...]:
+        return ("density", "ood_score")
+
+    def on_model(self, layers: Callable[[Sequence[str] | None], Sequence[Layer]]) -> Self:
+        chosen = layers(self.layers)
         params = {"layers": [layer.tensor for layer in chosen],
                   "widths": [layer.width for layer in chosen if layer.tensor != LOGITS]}  # fmt: skip
         return type(self)(**(self.get_params(deep=False) | params))
 
     def check_params(self) -> None:
-        _check_layers(self.layers, self.widths, self._tapped())
+        _check_layers(self.layers, self.widths, self.taps)
         for name, known in (("link", LINKS), ("distance", DISTANCES), ("normalise", ("l2", "none")),
                             ("loss", (None, *LOSSES)), ("compression", COMPRESSIONS)):  # fmt: skip
             if (got := getattr(self, name)) not in known:
@@ -216,9 +227,17 @@ class DensityAware(Calibrator):
         scaled = self._scaled(logits, self._distances(self._vectors(logits, features)))
         return softmax_of_centred(scaled) if self.base_ is None else self.base_.predict_proba(scaled)
 
+    def _predict_further(self, logits: Array, features: Array | None = None) -> dict[str, Array]:
+        score = self._standardised(self._distances(self._vectors(logits, features))).mean(axis=1)
+        low, width = self._ramps()
+        passed = np.clip((score[:, None] - low.astype(score.dtype)) / width.astype(score.dtype), 0, 1)
+        return {"density": 1 - passed.mean(axis=1), "ood_score": score}
+
     def emit(self, graph: Graph, logits: str, features: str = "") -> str:
-        centred = graph.centre(logits)
-        scaled = graph.node("Div", centred, self._emit_sum(graph, self._emit_distances(graph, logits, features)))
+        centred, distances = graph.centre(logits), self._emit_distances(graph, logits, features)
+        z = self._emit_standardised(graph, distances)
+        self._emit_further(graph, z)
+        scaled = graph.node("Div", centred, self._emit_sum(graph, distances, z))
         if self.base_ is None:
             return graph.softmax(scaled)
         return self.base_.emit(graph, graph.node("Max", scaled, graph.constant(-MAX_ABS_LOGIT)))
@@ -276,10 +295,6 @@ class DensityAware(Calibrator):
 
     # --- What is read of a row. ---
 
-    def _tapped(self) -> list[str]:
-        """The layers that come as `features`."""
-        return [name for name in self.layers or [] if name != LOGITS]
-
     def _widths(self, n_classes: int) -> list[int]:
         """Columns of each of `layers`."""
         tapped = iter(self.widths or [])
@@ -324,13 +339,13 @@ class DensityAware(Calibrator):
 
     def _emit_distances(self, graph: Graph, logits: str, features: str) -> str:
         starts = np.cumsum([0, *(self.widths or [])])
-        tapped, distances = self._tapped(), []
+        distances = []
         names = self.layers or [LOGITS]
         for layer, columns, scale in zip(self.kept_, self._columns(self.n_classes_), self.scale_, strict=True):
             if names[layer] == LOGITS:
                 x = graph.node("Sub", logits, graph.reduce("ReduceMean", logits))
             else:
-                i = tapped.index(names[layer])
+                i = self.taps.index(names[layer])
                 x = graph.node("Gather", features, graph.constant(np.arange(starts[i], starts[i + 1])), axis=1)
             if self.normalise == "l2":
                 x = _emit_unit(graph, x)
@@ -373,7 +388,11 @@ class DensityAware(Calibrator):
             scaled: Array = centre(logits) / np.exp(self._log_sum(distances))
         return scaled if self.base is None else np.maximum(scaled, scaled.dtype.type(-MAX_ABS_LOGIT))
 
-    def _emit_sum(self, graph: Graph, distances: str) -> str:
+    def _emit_standardised(self, graph: Graph, distances: str) -> str:
+        means, deviations = graph.parameter("means", self.means_), graph.parameter("deviations", self.deviations_)
+        return graph.node("Div", graph.node("Sub", distances, means), deviations)
+
+    def _emit_sum(self, graph: Graph, distances: str, z: str) -> str:
         """S, FLOAT [B, 1]."""
         weights = graph.parameter("weights", self.weights_)
         if self.link == "linear":
@@ -381,8 +400,6 @@ class DensityAware(Calibrator):
             total = graph.node("Add", terms, graph.parameter("anchor", self.anchor_))
             return graph.node("Max", total, graph.constant(LEAST_SUM))
         one, zero = graph.constant(1.0), graph.constant(0.0)
-        means, deviations = graph.parameter("means", self.means_), graph.parameter("deviations", self.deviations_)
-        z = graph.node("Div", graph.node("Sub", distances, means), deviations)
         h = graph.node("Max", graph.node("Sub", z, one), zero)
         if self.link == "anchored_power":
             h = graph.node("Log", graph.node("Add", h, one))
@@ -392,6 +409,20 @@ class DensityAware(Calibrator):
         log_anchor = graph.parameter("log_anchor", np.log(self.anchor_))
         total = graph.node("Add", graph.node("Add", terms, log_guard), log_anchor)
         return graph.node("Exp", graph.node("Min", total, graph.constant(MOST_LOG_SUM)))
+
+    def _emit_further(self, graph: Graph, z: str) -> None:
+        score = graph.reduce("ReduceMean", z)
+        low, width = (graph.parameter(name, a) for name, a in zip(("low", "width"), self._ramps(), strict=True))
+        passed = graph.node("Div", graph.node("Sub", score, low), width)
+        one = graph.constant(1.0)
+        passed = graph.node("Min", graph.node("Max", passed, graph.constant(0.0)), one)
+        share = graph.node("Sub", one, graph.reduce("ReduceMean", passed, keepdims=False))
+        graph.further("density", share)
+        graph.further("ood_score", graph.reshape(score, (-1,)))
+
+    def _ramps(self) -> tuple[Array, Array]:
+        """Between two ranks the density falls evenly, over `LEAST_RAMP` at least: it has no steps."""
+        return self.ranks_[:-1], np.maximum(np.diff(self.ranks_), LEAST_RAMP)
 
     # --- The fit. ---
 
@@ -566,7 +597,7 @@ def _emit_unit(graph: Graph, x: str) -> str:
     return graph.node("Div", x, graph.node("Max", length, graph.constant(LEAST_LENGTH)))
 
 
-def _check_layers(layers: Any, widths: Any, tapped: list[str]) -> None:
+def _check_layers(layers: Any, widths: Any, tapped: Sequence[str]) -> None:
     if layers is not None and not (
         isinstance(layers, list | tuple) and layers and all(isinstance(name, str) for name in layers)
         and len(set(layers)) == len(layers)

@@ -5,6 +5,8 @@
     views.f32       likewise, as any signal that the kind reads beside the logits: a row's shape is in job.json
     labels.i64      int64
     weights.f64     float64
+    shifted.f64     likewise, 1 where a row is shifted; only where the caller said so of some
+    reference.logits.f32, reference.views.f32 ...   the same signals of rows without labels; only where there are any
     result.json     what came of it, written last
     artifact, golden    the fitted calibrator, and rows to check it by (fits only)
 
@@ -25,7 +27,8 @@ from numpy.typing import NDArray
 
 from service.store.files import sync_folder, write_whole
 
-LABELS, WEIGHTS = "labels.i64", "weights.f64"
+LABELS, WEIGHTS, SHIFTED = "labels.i64", "weights.f64", "shifted.f64"
+REFERENCE = "reference."
 RESULT, ARTIFACT, GOLDEN = "result.json", "artifact", "golden"
 
 AUTO = "auto"
@@ -68,18 +71,43 @@ class RowWriter:
     def __init__(self, folder: Path, signals: Iterable[str]) -> None:
         folder.mkdir(parents=True)
         self._folder = folder
-        names = (*map(_file_of, signals), LABELS, WEIGHTS)
-        self._files: dict[str, BinaryIO] = {name: (folder / name).open("wb") for name in names}
-        self.row_count = 0
+        self._files: dict[str, BinaryIO] = {}
+        for name in (*map(_file_of, signals), LABELS, WEIGHTS):
+            self._file(name)
+        self.row_count = self.shifted_count = self.reference_count = 0
         self.byte_count = 0
 
-    def append(self, signals: Mapping[str, NDArray[Any]], labels: NDArray[Any], weights: NDArray[Any]) -> None:
+    def append(
+        self,
+        signals: Mapping[str, NDArray[Any]],
+        labels: NDArray[Any],
+        weights: NDArray[Any],
+        shifted: NDArray[np.bool_] | None = None,
+    ) -> None:
         arrays = {_file_of(name): signal.astype("<f4", copy=False) for name, signal in signals.items()}
         arrays |= {LABELS: labels.astype("<i8", copy=False), WEIGHTS: weights.astype("<f8", copy=False)}
+        if shifted is not None and SHIFTED not in self._files:
+            self._write(SHIFTED, np.zeros(self.row_count, "<f8"))
+        if SHIFTED in self._files:
+            arrays[SHIFTED] = np.zeros(len(labels), "<f8") if shifted is None else shifted.astype("<f8")
+            self.shifted_count += int(arrays[SHIFTED].sum())
         for name, array in arrays.items():
-            self._files[name].write(np.ascontiguousarray(array).data)
-            self.byte_count += array.nbytes
+            self._write(name, array)
         self.row_count += len(labels)
+
+    def append_reference(self, signals: Mapping[str, NDArray[Any]]) -> None:
+        for name, signal in signals.items():
+            self._write(f"{REFERENCE}{_file_of(name)}", signal.astype("<f4", copy=False))
+        self.reference_count += len(signals["logits"])
+
+    def _write(self, name: str, array: NDArray[Any]) -> None:
+        self._file(name).write(np.ascontiguousarray(array).data)
+        self.byte_count += array.nbytes
+
+    def _file(self, name: str) -> BinaryIO:
+        if name not in self._files:
+            self._files[name] = (self._folder / name).open("wb")
+        return self._files[name]
 
     def finish(self, spec: JobSpec) -> None:
         """Make the rows durable, then the spec: a folder with a spec is complete."""
@@ -97,17 +125,25 @@ class RowWriter:
 
 @dataclass(frozen=True)
 class Rows:
-    """Labelled rows, mapped from the folder's files. `signals` are what a calibrator reads, the logits among them."""
+    """Labelled rows, mapped from the folder's files. `signals` are what a calibrator reads, the logits among them;
+    `reference` are the same of rows without labels."""
 
     signals: Mapping[str, NDArray[np.float32]]
     labels: NDArray[np.int64]
     weights: NDArray[np.float64]
+    shifted: NDArray[np.float64] | None = None
+    reference: Mapping[str, NDArray[np.float32]] | None = None
 
     @classmethod
     def read(cls, folder: Path, shapes: Mapping[str, Sequence[int]]) -> Self:
         labels = np.fromfile(folder / LABELS, dtype="<i8")
         weights = np.fromfile(folder / WEIGHTS, dtype="<f8")
-        return cls({name: _mapped(folder / _file_of(name), shape) for name, shape in shapes.items()}, labels, weights)
+        shifted = np.fromfile(folder / SHIFTED, dtype="<f8") if (folder / SHIFTED).exists() else None
+        reference = None
+        if (folder / f"{REFERENCE}{_file_of('logits')}").exists():
+            reference = {name: _mapped(folder / f"{REFERENCE}{_file_of(name)}", shapes[name]) for name in shapes}
+        signals = {name: _mapped(folder / _file_of(name), shape) for name, shape in shapes.items()}
+        return cls(signals, labels, weights, shifted, reference)
 
     @property
     def logits(self) -> NDArray[np.float32]:
@@ -118,7 +154,20 @@ class Rows:
 
     def take(self, index: NDArray[np.int64]) -> Rows:
         signals = {name: signal[index] for name, signal in self.signals.items()}
-        return Rows(signals, self.labels[index], self.weights[index])
+        shifted = None if self.shifted is None else self.shifted[index]
+        return Rows(signals, self.labels[index], self.weights[index], shifted, self.reference)
+
+    def and_(self, more: Rows) -> Rows:
+        """These rows, then more of the same signals."""
+        both = {name: np.concatenate([signal, more.signals[name]]) for name, signal in self.signals.items()}
+        labels, weights = (np.concatenate([getattr(self, n), getattr(more, n)]) for n in ("labels", "weights"))
+        moved = [np.zeros(len(rows)) if rows.shifted is None else rows.shifted for rows in (self, more)]
+        return Rows(both, labels, weights, np.concatenate(moved), self.reference)
+
+    @property
+    def beside(self) -> dict[str, Any]:
+        """What `Calibrator.fit` takes besides the logits and the labels."""
+        return {"sample_weight": self.weights, "shifted": self.shifted, "reference": self.reference}
 
 
 def _file_of(signal: str) -> str:
