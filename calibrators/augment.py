@@ -1,8 +1,8 @@
 """Distorted copies of images, with their labels kept: rows that are farther from home than the ordinary ones.
 
 A calibrator that is to know what "far" costs must have seen some (`density_aware`). Each chosen image is distorted
-once, by one of `DISTORTIONS`, of a strength drawn at random. Sizes are shares of the image, values shares of the range that
-all images span, so bytes, numbers in 0..1 and normalised numbers are treated alike:
+once, by one of `DISTORTIONS`, of a strength drawn at random. Sizes are shares of the image, values shares of the range
+that all images span, so bytes, numbers in 0..1 and normalised numbers are treated alike:
 
     rotate         by up to 30 degrees either way, edges repeated
     roll           by up to a quarter of the height and of the width, what leaves coming in again

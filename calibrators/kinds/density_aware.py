@@ -58,7 +58,7 @@ LEAST_DEVIATION = 1e-6
 LEAST_SUM = 1e-20
 MOST_LOG_SUM = 80.0
 MOST_WEIGHT, MOST_OFFSET = 1e4, 100.0
-STRENGTHS = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0)
+STRENGTHS = (*np.geomspace(0.3, 0.001, 18).tolist(), 0.0)
 """Of the L1 penalty, among which cross-validation chooses."""
 FOLDS = 5
 RANKS = 128
@@ -111,7 +111,7 @@ class DensityAware(Calibrator):
     >>> calibrator = DensityAware(layers=["f"], widths=[2])
     >>> calibrator = calibrator.fit(logits, y, features=features, shifted=shifted)
     >>> calibrator.predict_proba(logits[:3], features=[[0, 0], [4, 0], [1e9, 0]])[:, 1].round(2).tolist()
-    [0.95, 0.64, 0.5]
+    [0.95, 0.71, 0.5]
     """
 
     learned = OWN
@@ -127,7 +127,7 @@ class DensityAware(Calibrator):
         k: int = 10,
         normalise: str = "none",
         loss: str | None = None,
-        ridge: float = 0.1,
+        ridge: float = 0.3,
         l1: float | str = 0.0,
         base: str | None = None,
         base_params: dict[str, Any] | None = None,
@@ -220,7 +220,9 @@ class DensityAware(Calibrator):
         scaling = TemperatureScaling().fit(signals["logits"][ordinary], y[ordinary], sample_weight=weight[ordinary])
         self.converged_, self.anchor_ = scaling.converged_, scaling.temperature_
         self._weigh(_Rows(centre(signals["logits"]), y, weight), distances)
-        self._fit_base(signals["logits"], distances[:, self.kept_], y, weight)
+        distances = distances[:, self.kept_]
+        self._rank(distances[ordinary], weight[ordinary])
+        self._fit_base(signals["logits"], distances, y, weight)
         self._forget_unread(logits.shape[1])
 
     def _predict_proba(self, logits: Array, features: Array | None = None) -> Array:
@@ -450,8 +452,12 @@ class DensityAware(Calibrator):
             np.sqrt(share @ np.square(distances[ordinary] - self.means_)), LEAST_DEVIATION + 1e-3 * self.means_
         )
         self.far_ = np.maximum(FAR * distances.max(axis=0), LEAST_DEVIATION)
-        order = np.argsort(score := self._standardised(distances[ordinary]).mean(axis=1))
-        at = np.searchsorted(np.cumsum(share[order]), np.arange(RANKS) / RANKS, side="right")
+
+    def _rank(self, distances: Array, weight: Array) -> None:
+        """Set the quantiles of the score, over ordinary rows and the layers that are kept."""
+        order = np.argsort(score := self._standardised(distances).mean(axis=1))
+        share = np.cumsum(weight[order]) / weight.sum()
+        at = np.searchsorted(share, np.arange(RANKS) / (RANKS - 1), side="right")
         self.ranks_ = score[order][np.minimum(at, len(order) - 1)]
 
     def _weigh(self, rows: _Rows, distances: Array) -> None:
@@ -481,6 +487,8 @@ class DensityAware(Calibrator):
             ends = [_descend(partial(_linear, loss, rows, basis, l1), start, bounds) for start in starts]
             found = min(ends, key=lambda end: end[1])[0]
             return np.asarray(found[0]), found[1:]
+        if not n_layers:
+            return self.anchor_, np.zeros(0)
         anchored = rows._replace(logits=rows.logits / self.anchor_)
         ridge = 0.0 if l1 else self.ridge
         bounds = [(0.0, MOST_WEIGHT)] * n_layers
