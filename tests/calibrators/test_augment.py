@@ -56,7 +56,7 @@ def test_what_is_no_image_is_refused_and_named() -> None:
         augmented(np.zeros((3, 7)))
     with pytest.raises(TypeError, match="real numbers"):
         augmented(np.array([[[["a"]]]]))
-    with pytest.raises(ValueError, match="distortions are rotate, .*got noise"):
+    with pytest.raises(ValueError, match=r"distortions are rotate, .*got noise"):
         augmented(IMAGES, distortions=["noise"])
     with pytest.raises(ValueError, match="share must be a positive number, got 0"):
         augmented(IMAGES, 0)

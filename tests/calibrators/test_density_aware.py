@@ -331,7 +331,7 @@ def test_rows_and_references_that_do_not_fit_are_refused_and_named() -> None:
     logits, y, features = rows(50)
     with pytest.raises(ValueError, match="reads features beside the logits, got nothing"):
         created().fit(logits, y)
-    with pytest.raises(ValueError, match="a reference for .* has features, logits, got logits"):
+    with pytest.raises(ValueError, match=r"a reference for .* has features, logits, got logits"):
         created().fit(logits, y, features=features, reference={"logits": logits})
     with pytest.raises(ValueError, match=r"features of the reference must have shape \(50, 13\), got \(50, 12\)"):
         created().fit(logits, y, features=features, reference={"logits": logits, "features": features[:, 1:]})
