@@ -7,8 +7,8 @@ Two ResNet-20 on CIFAR-10 (JPEG copies), 1,000 ordinary calibration rows, and on
 server does. Tested on 2,500 other images, clean and under four corruptions of three severities made here, and on the
 recorded logits and features of the data set's own corruptions, where the calibrators read the recorded layers alone.
 
-Compared with temperature scaling on the SAME rows (ordinary and distorted), and on the ordinary rows. Differences of the
-mean ECE over all shifted sets with 95 percent paired bootstrap intervals over images.
+Compared with temperature scaling on the SAME rows (ordinary and distorted), and on the ordinary rows. Differences of
+the mean ECE over all shifted sets with 95 percent paired bootstrap intervals over images.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +189,10 @@ class Outcome:
     shift: Array
     clean: Array
     clean_loss: Array
+
+
+def mean_of(outcomes: list[Outcome]) -> Outcome:
+    return Outcome(*(np.mean([getattr(one, key.name) for one in outcomes], axis=0) for key in fields(Outcome)))
 
 
 def outcome(problem: Problem, predict: Callable[[Signals], Array]) -> Outcome:

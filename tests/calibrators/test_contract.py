@@ -39,14 +39,15 @@ PARAMETERS: dict[str, list[dict[str, Any]]] = {
         {"link": "anchored_power", "distance": "mean", "base": "structured_vector"},
     ],
     "ensemble_temperature": [{}, {"loss": "brier"}],
+    "feature_clipping": [{}, {"loss": "ece"}],
     "histogram_binning": [{}, {"strategy": "equal_width"}, {"top_label": True}],
     "isotonic": [{}, {"method": "accuracy_preserving"}],
     "split_conformal": [{}, {"score": "saps", "allow_empty": False}],
 }
 """Variants of a kind, where its defaults alone would leave arithmetic untested."""
 
-LEAVE_OVERCONFIDENCE = {"identity", "class_prior"}
-"""Kinds that have nothing with which to temper a logit."""
+LEAVE_OVERCONFIDENCE = {"identity", "class_prior", "feature_clipping"}
+"""Kinds that have nothing with which to temper a logit, or temper large ones alone."""
 
 VARIANTS = [(kind, params) for kind in calibrators.kinds() for params in PARAMETERS.get(kind, [{}])]
 every_kind = pytest.mark.parametrize(

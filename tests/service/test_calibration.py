@@ -20,7 +20,7 @@ from tests.service.conftest import RunningServer, settings_for
 
 X, LOGITS, LABELS = models.labelled_rows(2000, seed=1)
 
-READ_LAYERS = {"density_aware"}
+READ_LAYERS = {"density_aware", "feature_clipping"}
 """Kinds that read layers of a model unless told otherwise, so rows come as its inputs."""
 
 
