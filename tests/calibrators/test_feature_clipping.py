@@ -44,7 +44,7 @@ def test_the_head_is_found_from_the_rows() -> None:
 
 @pytest.mark.parametrize("loss", ["log_loss", "ece"])
 def test_no_limit_on_a_fine_grid_is_better_by_more_than_the_grids_own_steps(loss: str) -> None:
-    logits, y, features = rows(1500)
+    _, y, features = rows(1500)
     calibrator = fitted(loss=loss, least_accuracy=0.0)
 
     def value(limit: float) -> float:
@@ -95,7 +95,7 @@ def test_the_graph_computes_what_numpy_does() -> None:
 
 def test_rows_that_do_not_tell_the_head_are_refused_and_named() -> None:
     logits, y, features = rows(100)
-    with pytest.raises(ValueError, match="6 features need more rows than that .*got 6"):
+    with pytest.raises(ValueError, match=r"6 features need more rows than that .*got 6"):
         FeatureClipping(layer="f", width=6).fit(logits[:6], [0, 1, 2, 0, 1, 2], features=features[:6])
     with pytest.raises(ValueError, match="the logits are no linear function of the features"):
         FeatureClipping(layer="f", width=6).fit(logits**2, y, features=features)
