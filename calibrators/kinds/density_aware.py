@@ -63,6 +63,8 @@ STRENGTHS = (*np.geomspace(0.3, 0.001, 18).tolist(), 0.0)
 FOLDS = 5
 RANKS = 128
 ROWS_PER_CLUSTER = 16
+MOST_NUMBERS = 1 << 27
+"""Of a reference, rows times columns: a graph is one message of less than 2 GiB, and a runtime holds float32."""
 FLOAT16_MOST = 6e4
 LEAST_LENGTH, LEAST_WEIGHT, LEAST_RAMP = 1e-10, 1e-9, 0.1
 BASE = "base/"
@@ -433,8 +435,11 @@ class DensityAware(Calibrator):
         sampled = self.compression == "sample"
         most = self.reference_rows if sampled else ROWS_PER_CLUSTER * self.reference_rows
         chosen = drawn_rows(len(reference["logits"]), most, self.seed)
-        rows = {name: np.asarray(array[chosen], np.float64) for name, array in reference.items()}
         self.kept_ = np.arange(len(self._widths(n_classes)))
+        n_numbers = min(len(chosen), self.reference_rows) * sum(self._widths(n_classes))
+        if n_numbers > MOST_NUMBERS:
+            raise ValueError(f"a reference holds at most {MOST_NUMBERS} numbers, got {n_numbers}: lower reference_rows")
+        rows = {name: np.asarray(array[chosen], np.float64) for name, array in reference.items()}
         raw = self._raw(**rows)
         self.centre_, self.scale_ = np.zeros(sum(x.shape[1] for x in raw)), np.ones(len(raw))
         if self.normalise == "none":

@@ -290,6 +290,14 @@ def test_a_reference_on_disk_is_not_read_whole() -> None:
     assert calibrator.reference_.shape == (100, 13)
 
 
+def test_a_reference_too_large_for_a_graph_is_refused_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(DensityAware._embed.__globals__, "MOST_NUMBERS", 1000)
+    logits, y, features = rows(200)
+    with pytest.raises(ValueError, match="a reference holds at most 1000 numbers, got 2600: lower reference_rows"):
+        created().fit(logits, y, features=features)
+    assert created(reference_rows=70).fit(logits, y, features=features).reference_.shape == (70, 13)
+
+
 def test_fits_with_one_reference_share_a_session_and_other_layers_do_not() -> None:
     logits, y, features = rows(400)
     reference = {"logits": logits, "features": features}
