@@ -157,7 +157,7 @@ def layers_table(model: onnx.ModelProto, inspection: Inspection) -> Table:
     """The layers that calibrators may read, what each costs, and which are read where nobody names any."""
     layers, products = find_layers(model, inspection), multiply_adds(model)
     read = {layer.tensor for layer in default_layers(layers)} if not inspection.layers else {*inspection.layers}
-    whole = f", of {products / 1e6:,.3g} million products a row" if products else ""
+    whole = f", of {products:,} products a row" if products else ""
     table = Table(title=f"layers{whole}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("tensor", "shape", "width", "products a row and 1,000 reference rows", "because"):
         table.add_column(heading, overflow="fold")
