@@ -16,6 +16,7 @@ from calibrators import neighbours
 from calibrators.graph import Graph, signature, stage
 from calibrators.kinds.density_aware import FAR, DensityAware, _anchored, _linear, _log_loss, _mse, _Rows
 from calibrators.kinds.temperature import TemperatureScaling
+from calibrators.layers import Layer
 from calibrators.metrics import expected_calibration_error, log_loss
 from calibrators.numerics import softmax
 
@@ -254,6 +255,23 @@ def test_the_graph_with_layers_computes_what_numpy_does(params: dict[str, Any]) 
     np.testing.assert_allclose(served["probabilities"], calibrator.predict_proba(logits, features=features), atol=1e-5)
     for name, expected in calibrator.predict_further(logits, features=features).items():
         np.testing.assert_allclose(served[name], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_conformal_kind_reads_the_layers_of_its_base_and_makes_sets_of_it() -> None:
+    found = [Layer(name, (None, width), (), width, "found") for name, width in WIDTHS.items()]
+    kind = calibrators.create("split_conformal", base="density_aware").on_model(lambda names: found)
+    assert kind.taps == tuple(WIDTHS)
+    assert kind.get_params()["base_params"]["widths"] == [5, 8]
+    logits, y, features = rows(2000)
+    fitted_sets = calibrators.loads(calibrators.dumps(kind.fit(logits, y, features=features)))
+    unseen, unseen_y, unseen_features = rows(2000, seed=1)
+    session = onnxruntime.InferenceSession(stage(fitted_sets).to_bytes(), providers=["CPUExecutionProvider"])
+    feeds = {"logits": unseen.astype(np.float32), "features": unseen_features.astype(np.float32)}
+    members, score = session.run(["prediction_set", "ood_score"], feeds)
+    assert members[np.arange(2000), unseen_y].mean() == pytest.approx(0.9, abs=0.04)
+    assert score.shape == (2000,)
+    plain = calibrators.create("split_conformal")
+    assert plain.on_model(lambda names: found) is plain
 
 
 # ---- the reference
