@@ -30,7 +30,7 @@ METADATA_KEY = "calserve"
 MAX_HEADER_BYTES = 1 << 16
 """A header names a handful of tensors and parameters; a longer one is not ours."""
 
-DTYPES = ("F64", "F32", "I64")
+DTYPES = ("F64", "F32", "F16", "I64")
 
 
 def dumps(calibrator: Calibrator) -> bytes:

@@ -10,7 +10,7 @@ contract that each must keep is a test: `tests/calibrators/test_contract.py`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -19,6 +19,7 @@ from sklearn.base import BaseEstimator
 from sklearn.exceptions import NotFittedError
 
 from calibrators.graph import Graph
+from calibrators.layers import Layer
 from calibrators.numerics import (
     MAX_ABS_LOGIT,
     Array,
@@ -41,6 +42,9 @@ class Calibrator(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn ship
 
     fit_needs: ClassVar[frozenset[str]] = frozenset()
     """Further signals read by `fit` alone."""
+
+    fit_reads: ClassVar[frozenset[str]] = frozenset()
+    """What `fit` takes besides, where it is given: shifted, reference."""
 
     learned: ClassVar[tuple[str, ...]] = ()
     """Attributes set by `_fit`, without the trailing underscore: the tensors of the artifact, beside `n_classes`."""
@@ -84,7 +88,30 @@ class Calibrator(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn ship
         """What it computes beside the probabilities: names of `graph.FURTHER_OUTPUTS`."""
         return ()
 
-    def fit(self, logits: ArrayLike, y: ArrayLike, *, sample_weight: ArrayLike | None = None, **signals: Any) -> Self:
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """Names of the model's tensors whose vectors, side by side, are its `features`."""
+        return ()
+
+    def on_model(self, layers: Callable[[Sequence[str] | None], Sequence[Layer]]) -> Self:
+        """This calibrator, not fitted, with what it reads of a model written into its parameters.
+
+        `layers` gives the model's layers by the names of their tensors, those that suit best for None; it raises
+        ValueError for what the model does not show.
+        """
+        del layers
+        return self
+
+    def fit(
+        self,
+        logits: ArrayLike,
+        y: ArrayLike,
+        *,
+        sample_weight: ArrayLike | None = None,
+        shifted: ArrayLike | None = None,
+        reference: Mapping[str, ArrayLike] | None = None,
+        **signals: Any,
+    ) -> Self:
         """Learn from labelled rows.
 
         Parameters
@@ -92,6 +119,8 @@ class Calibrator(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn ship
         logits : (n_samples, n_classes) real; scores before softmax. For probabilities p pass log(p).
         y : (n_samples,) class indices 0 .. n_classes-1
         sample_weight : (n_samples,) not negative; weight two equals the row twice
+        shifted : (n_samples,) whether a row is distorted or of another origin than those to come
+        reference : signals by name, the logits among them, of rows without labels that others are compared with
         signals : (n_samples, ...) each, those of `signal_shapes`, or what a kind with `fit_needs` says that it takes;
             None is as good as absent
 
@@ -105,6 +134,9 @@ class Calibrator(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn ship
         labels = check_labels(y, n_samples=len(z), n_classes=z.shape[1])
         weight = check_sample_weight(sample_weight, n_samples=len(z))
         beside = self._check_fit_signals(signals, z)
+        apart = self._check_apart(shifted, reference, z)
+        if "shifted" in apart:
+            beside["shifted"] = apart.pop("shifted")
         present = np.unique(labels[weight > 0])
         if len(present) < 2:
             raise ValueError(
@@ -116,7 +148,7 @@ class Calibrator(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn ship
             beside = {
                 name: values[kept] if hasattr(values, "__getitem__") else values for name, values in beside.items()
             }
-        self._fit(z, labels, weight, **beside)
+        self._fit(z, labels, weight, **beside, **apart)
         self.n_classes_ = z.shape[1]
         return self
 
@@ -240,6 +272,32 @@ class Calibrator(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn ship
         return {
             name: check_signal(name, values, (len(logits), *shapes[name])).astype(logits.dtype, copy=False)
             for name, values in given.items()
+        }
+
+    def _check_apart(
+        self, shifted: ArrayLike | None, reference: Mapping[str, ArrayLike] | None, logits: Array
+    ) -> dict[str, Any]:
+        """What of `fit_reads` is given."""
+        given = {name: value for name, value in (("shifted", shifted), ("reference", reference)) if value is not None}
+        if unread := given.keys() - self.fit_reads:
+            raise ValueError(f"{self.kind} does not read {', '.join(sorted(unread))}")
+        if shifted is not None:
+            given["shifted"] = check_signal("shifted", np.asarray(to_numpy(shifted), np.float64), (len(logits),))
+        if reference is not None:
+            given["reference"] = self._check_reference(reference, logits.shape[1])
+        return given
+
+    def _check_reference(self, reference: Mapping[str, ArrayLike], n_classes: int) -> dict[str, Array]:
+        shapes = {"logits": (n_classes,), **self.signal_shapes(n_classes)}
+        if reference.keys() != shapes.keys():
+            wanted, got = (", ".join(sorted(names)) or "nothing" for names in (shapes, reference))
+            raise ValueError(f"a reference for {self} has {wanted}, got {got}")
+        n_rows = len(to_numpy(reference["logits"]))
+        if n_rows < 2:
+            raise ValueError(f"a reference needs 2 rows or more, got {n_rows}")
+        return {
+            name: check_signal(f"{name} of the reference", reference[name], (n_rows, *shape))
+            for name, shape in shapes.items()
         }
 
     def _check_fitted(self) -> None:

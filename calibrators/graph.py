@@ -9,7 +9,7 @@ few arrays, never another session.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from numpy.typing import DTypeLike
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 
 from calibrators.inspection import Inspection, Tap, inspect_model
+from calibrators.layers import Layer, named_layers
 from calibrators.numerics import Array
 
 if TYPE_CHECKING:
@@ -40,6 +41,9 @@ FURTHER_OUTPUTS = {
 
 LOGITS = f"{PREFIX}logits"
 """The FLOAT [B, K] logits inside a fused graph, fetchable as an output."""
+
+FEATURES = f"{PREFIX}features"
+"""Likewise the FLOAT [B, D] vectors of the layers that the calibrator reads, side by side."""
 
 VIEWS = f"{PREFIX}views"
 """Likewise the FLOAT [B, V, K] logits of the transformed copies of each row, where the calibrator reads them."""
@@ -150,6 +154,12 @@ class Graph:
             return self.nodes("TopK", x, self.constant(np.array([k], dtype=np.int64)), n_outputs=2, axis=1)[0]
         return self.nodes("TopK", x, n_outputs=2, axis=1, k=k)[0]
 
+    def largest_index(self, x: str, k: int) -> str:
+        """Where the k largest of each row of x [B, K] stand, in falling order, INT64 [B, k]."""
+        if self.opset >= 10:
+            return self.nodes("TopK", x, self.constant(np.array([k], dtype=np.int64)), n_outputs=2, axis=1)[1]
+        return self.nodes("TopK", x, n_outputs=2, axis=1, k=k)[1]
+
     def column(self, x: str, index: int) -> str:
         """One column of x [B, K], as [B, 1]."""
         return self.node("Gather", x, self.constant(np.array([index], dtype=np.int64)), axis=1)
@@ -232,12 +242,17 @@ class FusedModel:
         proto = onnx.ModelProto()
         proto.CopyFrom(self.proto)
         _keep(proto.graph.input, lambda name: name not in self.parameters)
-        _keep(proto.graph.output, lambda name: name not in (LOGITS, VIEWS))
+        _keep(proto.graph.output, lambda name: name not in (LOGITS, FEATURES, VIEWS))
         return proto.SerializeToString()
 
 
 def fuse(
-    model: onnx.ModelProto | bytes, calibrator: Calibrator, inspection: Inspection | None = None, *, sets: bool = True
+    model: onnx.ModelProto | bytes,
+    calibrator: Calibrator,
+    inspection: Inspection | None = None,
+    *,
+    sets: bool = True,
+    taps: Sequence[str] = (),
 ) -> FusedModel:
     """The calibrated graph: the model's own outputs, then `probabilities`, `confidence`, `label`, and what further the
     calibrator computes.
@@ -248,12 +263,14 @@ def fuse(
     calibrator : fitted
     inspection : where the logits are; found by `inspect_model` if not given
     sets : whether the graph makes the calibrator's sets of labels, if it makes any, at its own confidence level
+    taps : tensors whose vectors can be fetched as FEATURES, where the calibrator itself reads none
 
     Raises
     ------
     ValueError
         if no classifier output is found, the operator set is older than 9, the number of classes differs, an input of
-        the model bears the name of an added output, or the calibrator reads views of what is not one image a row
+        the model bears the name of an added output, the calibrator reads views of what is not one image a row, or
+        a layer that is not there
     """
     proto = onnx.ModelProto()
     proto.ParseFromString(model if isinstance(model, bytes) else model.SerializeToString())
@@ -265,14 +282,17 @@ def fuse(
         raise ValueError(f"the model has {found.n_classes} classes, the calibrator was fitted on {n_classes}")
     if default_opset(proto) < MIN_OPSET:
         raise ValueError(f"the model uses opset {default_opset(proto)}; calibrators need opset {MIN_OPSET} or later")
+    names = calibrator.taps or taps
+    layers = named_layers(proto, found, names) if names else []
     own_outputs, renamed = _free_reserved_names(proto)
+    layers = [replace(layer, tensor=renamed.get(layer.tensor, layer.tensor)) for layer in layers]
     tap = Tap(renamed.get(found.logits.tensor, found.logits.tensor), found.logits.form, found.logits.reason)
     graph, n_nodes = Graph(proto), len(proto.graph.node)
     logits = graph.node("Identity", emit_logits(graph, tap))
     proto.graph.node[-1].output[0] = LOGITS
     logits = LOGITS
     proto.graph.output.append(helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, [None, n_classes]))
-    signals = _emit_signals(graph, calibrator, tap, n_nodes)
+    signals = _emit_signals(graph, calibrator, tap, n_nodes) | _emit_features(graph, calibrator, layers)
     _emit_outputs(graph, calibrator, calibrator.emit(graph, logits, **signals), sets)
     return FusedModel(proto, graph.parameters, found, own_outputs)
 
@@ -323,7 +343,7 @@ def signature(calibrator: Calibrator, opset: int = STAGE_OPSET) -> str:
     """
     fused, before = stage(calibrator, opset), _before_the_model(calibrator, opset)
     parameters = fused.parameters | before.parameters
-    digest = hashlib.sha256((calibrator.tensor or "").encode())
+    digest = hashlib.sha256("\n".join([calibrator.tensor or "", *calibrator.taps]).encode())
     for proto in (fused.proto, before.model):
         _keep(proto.graph.initializer, lambda name: name not in parameters)
         digest.update(proto.SerializeToString(deterministic=True))
@@ -374,6 +394,21 @@ def _emit_signals(graph: Graph, calibrator: Calibrator, tap: Tap, n_nodes: int) 
     views = graph.node("Transpose", graph.reshape(stacked, (n_views, -1, n_classes)), perm=[1, 0, 2])
     graph.output(views, VIEWS, TensorProto.FLOAT, (None, n_views, n_classes))
     return {"views": views}
+
+
+def _emit_features(graph: Graph, calibrator: Calibrator, layers: Sequence[Layer]) -> dict[str, str]:
+    """The layers' vectors side by side: maps averaged over their pixels, tokens over the row."""
+    if not layers:
+        return {}
+    pooled = []
+    for layer in layers:
+        x = graph.cast(layer.tensor, np.float32)
+        for axis in sorted(layer.axes, reverse=True):
+            x = graph.reduce("ReduceMean", x, axis=axis, keepdims=False)
+        pooled.append(x)
+    features = graph.node("Concat", *pooled, axis=1)
+    graph.output(features, FEATURES, TensorProto.FLOAT, (None, sum(layer.width for layer in layers)))
+    return {"features": features} if calibrator.taps else {}
 
 
 def _emit_outputs(graph: Graph, calibrator: Calibrator, probabilities: str, sets: bool) -> None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -61,6 +61,7 @@ class Inspection:
     features : name of the tensor [B, D] that the last dense layer reads, None if there is no such layer
     features_reason : in words, why this tensor or why none
     n_classes : K, None where neither a shape nor a weight tells it
+    layers : names of the tensors that calibrators are to read as layers, none unless the caller names them
     """
 
     output: str
@@ -68,6 +69,7 @@ class Inspection:
     features: str | None
     features_reason: str
     n_classes: int | None
+    layers: tuple[str, ...] = ()
 
 
 def inspect_model(
@@ -78,6 +80,7 @@ def inspect_model(
     probabilities: str | None = None,
     probability: str | None = None,
     features: str | None = None,
+    layers: Sequence[str] = (),
 ) -> Inspection:
     """Find the logits, the features and the number of classes of a classifier.
 
@@ -86,6 +89,7 @@ def inspect_model(
     model : not modified
     logits, log_odds, probabilities, probability : name of the tensor to tap, and thereby its form; at most one
     features : name of the tensor of the features
+    layers : names of the tensors that calibrators are to read as layers (`calibrators.layers`)
 
     Raises
     ------
@@ -108,7 +112,7 @@ def inspect_model(
     >>> found.logits.reason
     "it enters the Softmax that makes 'scores'"
     """
-    view = _View(model)
+    view = View(model)
     forms: dict[Form, str | None] = dict(
         zip(get_args(Form), (logits, log_odds, probabilities, probability), strict=True)
     )
@@ -119,7 +123,9 @@ def inspect_model(
     output, tap = _named_tap(view, *named[0]) if named else _strongest(view)
     layer = _last_layer(view, tap.tensor)
     found, reason = _find_features(view, tap.tensor, layer) if features is None else _named_features(view, features)
-    return Inspection(output, tap, found, reason, _n_classes(view, output, tap, layer))
+    for name in layers:
+        _check_exists(view, "layers", name)
+    return Inspection(output, tap, found, reason, _n_classes(view, output, tap, layer), tuple(layers))
 
 
 # --- The graph, indexed for walking from its outputs to its inputs. --------------------------------------------------
@@ -131,7 +137,7 @@ _KEEPS_ROWS = {"Reshape", "Flatten", "Squeeze", "Unsqueeze"}
 """May move the border between rows: harmless where a row has as many numbers before as after."""
 
 
-class _View:
+class View:
     """A model's main graph by the names of its tensors.
 
     Attributes
@@ -216,6 +222,9 @@ class _View:
                 waiting += new
                 yield node
 
+    def is_float(self, tensor: str) -> bool:
+        return self.types.get(tensor, TensorProto.FLOAT) in _FLOATS
+
     def shown(self, tensor: str) -> str:
         """A tensor's name, with its shape where that is known, for a message."""
         shape = self.shapes.get(tensor)
@@ -291,7 +300,7 @@ _LAYERS = {"MatMul", "Gemm", "Conv", "ConvTranspose", "MatMulInteger", "QLinearM
 """What a network goes on with after its features."""
 
 
-def _last_layer(view: _View, tensor: str) -> onnx.NodeProto | None:
+def _last_layer(view: View, tensor: str) -> onnx.NodeProto | None:
     """The MatMul or Gemm with constant weights that a tensor comes from by copies and affine steps alone."""
     for _ in view.producers:
         node = view.source(tensor)
@@ -306,7 +315,7 @@ def _last_layer(view: _View, tensor: str) -> onnx.NodeProto | None:
     return None
 
 
-def _before_affine(view: _View, node: onnx.NodeProto) -> str | None:
+def _before_affine(view: View, node: onnx.NodeProto) -> str | None:
     """What a bias, a scale or a batch normalisation is applied to; None for any other node."""
     if operator(node) == "BatchNormalization":
         return node.input[0]
@@ -314,7 +323,7 @@ def _before_affine(view: _View, node: onnx.NodeProto) -> str | None:
     return computed[0] if operator(node) in _AFFINE and len(computed) == 1 else None
 
 
-def _layer_width(view: _View, layer: onnx.NodeProto) -> int | None:
+def _layer_width(view: View, layer: onnx.NodeProto) -> int | None:
     """Columns of a dense layer's result: those of its weights."""
     shape = view.shapes.get(layer.input[1])
     if shape is None or len(shape) != 2:
@@ -322,7 +331,7 @@ def _layer_width(view: _View, layer: onnx.NodeProto) -> int | None:
     return shape[0] if attribute(layer, "transB", 0) else shape[1]
 
 
-def _find_features(view: _View, tensor: str, layer: onnx.NodeProto | None) -> tuple[str | None, str]:
+def _find_features(view: View, tensor: str, layer: onnx.NodeProto | None) -> tuple[str | None, str]:
     if layer is None:
         return None, f"{tensor!r} {_source_in_words(view, tensor)}, not from a MatMul or Gemm with constant weights"
     features = layer.input[0]
@@ -333,20 +342,20 @@ def _find_features(view: _View, tensor: str, layer: onnx.NodeProto | None) -> tu
     return features, f"the last {layer.op_type} before {tensor!r} reads it"
 
 
-def _named_features(view: _View, features: str) -> tuple[str, str]:
+def _named_features(view: View, features: str) -> tuple[str, str]:
     _check_exists(view, "features", features)
     if problem := _not_rows(view, features):
         raise ValueError(f"features must be rows [B, D], got {problem}")
     return features, "the caller names it"
 
 
-def _not_rows(view: _View, tensor: str) -> str | None:
+def _not_rows(view: View, tensor: str) -> str | None:
     """What is wrong with a tensor that ought to be rows of numbers; None if nothing is known to be."""
     shape = view.shapes.get(tensor)
     return None if shape is None or len(shape) == 2 else f"{view.shown(tensor)}, which has rank {len(shape)}, not 2"
 
 
-def _n_classes(view: _View, output: str, tap: Tap, layer: onnx.NodeProto | None) -> int | None:
+def _n_classes(view: View, output: str, tap: Tap, layer: onnx.NodeProto | None) -> int | None:
     if tap.form in ("log_odds", "probability"):
         return 2
     shapes = (view.shapes.get(tap.tensor), view.shapes.get(view.outputs.get(output, output)))
@@ -361,7 +370,7 @@ _FLOATS = {TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorPro
 _NEAR_NAMES = 5
 
 
-def _named_tap(view: _View, form: Form, tensor: str) -> tuple[str, Tap]:
+def _named_tap(view: View, form: Form, tensor: str) -> tuple[str, Tap]:
     _check_exists(view, form, tensor)
     if problem := _misfit(view, tensor, form):
         raise ValueError(f"{form} cannot be read from {problem}")
@@ -370,12 +379,12 @@ def _named_tap(view: _View, form: Form, tensor: str) -> tuple[str, Tap]:
     return output, Tap(tensor, form, f"the caller names it as the {form}")
 
 
-def _check_exists(view: _View, key: str, tensor: str) -> None:
+def _check_exists(view: View, key: str, tensor: str) -> None:
     names = [*view.inputs, *view.producers]
     if tensor not in names:
         near = ", ".join(_near(tensor, names)) or "none"
         raise ValueError(f"{key} = {tensor!r}: the model has no such tensor; near names: {near}")
-    if not _is_float(view, tensor):
+    if not view.is_float(tensor):
         raise ValueError(f"{key} must be floating-point numbers, got {tensor!r} of {_type_in_words(view, tensor)}")
 
 
@@ -386,7 +395,7 @@ def _near(name: str, names: list[str]) -> list[str]:
     return [repr(other) for other in [*alike, *containing][:_NEAR_NAMES]]
 
 
-def _misfit(view: _View, tensor: str, form: Form) -> str | None:
+def _misfit(view: View, tensor: str, form: Form) -> str | None:
     """What in a tensor's shape contradicts a form; None if nothing is known to."""
     if form in ("log_odds", "probability"):
         many = (view.width(tensor) or 1) > 1
@@ -395,11 +404,7 @@ def _misfit(view: _View, tensor: str, form: Form) -> str | None:
     return _not_rows(view, tensor) or (f"{view.shown(tensor)}, which has a single column" if single else None)
 
 
-def _is_float(view: _View, tensor: str) -> bool:
-    return view.types.get(tensor, TensorProto.FLOAT) in _FLOATS
-
-
-def _type_in_words(view: _View, tensor: str) -> str:
+def _type_in_words(view: View, tensor: str) -> str:
     return f"type {TensorProto.DataType.Name(view.types[tensor])}"
 
 
@@ -411,7 +416,7 @@ Verdict: TypeAlias = Tap | str | None
 _NAME_IT = 'write `logits = "<tensor>"` in calserve.toml'
 
 
-def _strongest(view: _View) -> tuple[str, Tap]:
+def _strongest(view: View) -> tuple[str, Tap]:
     """The output with the strongest evidence, and its tap."""
     verdicts = {output: _judge(view, tensor) for output, tensor in view.outputs.items()}
     taps = [(strength, output, tap) for output, (strength, tap) in verdicts.items() if isinstance(tap, Tap)]
@@ -427,10 +432,10 @@ def _strongest(view: _View) -> tuple[str, Tap]:
     return output, tap
 
 
-def _judge(view: _View, tensor: str) -> tuple[int, Tap | str]:
+def _judge(view: View, tensor: str) -> tuple[int, Tap | str]:
     """The first verdict of the rules on an output, and its rule's strength."""
     origin = view.origin(tensor)
-    if not _is_float(view, origin):
+    if not view.is_float(origin):
         return 0, f"is of {_type_in_words(view, origin)}"
     for strength, rule in RULES:
         verdict = rule(view, tensor)
@@ -441,7 +446,7 @@ def _judge(view: _View, tensor: str) -> tuple[int, Tap | str]:
     return 0, _source_in_words(view, tensor)
 
 
-def _source_in_words(view: _View, tensor: str) -> str:
+def _source_in_words(view: View, tensor: str) -> str:
     node = view.source(tensor)
     return f"comes from {operator(node)}" if node is not None else "is an input or a constant of the model"
 
@@ -451,7 +456,7 @@ def _source_in_words(view: _View, tensor: str) -> str:
 _UNDONE_BY = {"Log": "Softmax", "Exp": "LogSoftmax"}
 
 
-def _softmax_operator(view: _View, tensor: str) -> Verdict:
+def _softmax_operator(view: View, tensor: str) -> Verdict:
     """Softmax or LogSoftmax over the last axis; or Log of the one, Exp of the other.
 
     Up to opset 12 the default axis is 1, and the axes from there on are taken together; since 13 it is the last. For
@@ -469,7 +474,7 @@ def _softmax_operator(view: _View, tensor: str) -> Verdict:
     return Tap(z, "logits", f"it enters the {node.op_type} that makes {tensor!r}")
 
 
-def _softmax_division(view: _View, tensor: str) -> Verdict:
+def _softmax_division(view: View, tensor: str) -> Verdict:
     """exp(z - m) / sum exp(z - m) in Exp, ReduceSum, Div, as jax2tf writes it; m is each row's maximum, or left out."""
     division = view.made_by(tensor, "Div")
     exponential = view.made_by(division.input[0], "Exp") if division else None
@@ -479,7 +484,7 @@ def _softmax_division(view: _View, tensor: str) -> Verdict:
     return Tap(z, "logits", f"it enters the softmax, written as Exp, ReduceSum and Div, that makes {tensor!r}")
 
 
-def _softmax_difference(view: _View, tensor: str) -> Verdict:
+def _softmax_difference(view: View, tensor: str) -> Verdict:
     """z - log sum exp(z) in Sub and ReduceLogSumExp, or Exp of it, as skl2onnx writes naive Bayes."""
     exponential = view.made_by(tensor, "Exp")
     difference = view.made_by(exponential.input[0] if exponential else tensor, "Sub")
@@ -489,7 +494,7 @@ def _softmax_difference(view: _View, tensor: str) -> Verdict:
     return Tap(difference.input[0], "logits", reason)
 
 
-def _before_shift(view: _View, tensor: str) -> str:
+def _before_shift(view: View, tensor: str) -> str:
     """z, if a tensor is z less each row's maximum; else the tensor itself."""
     shift = view.made_by(tensor, "Sub")
     if shift and _reduced(view, shift.input[1], "ReduceMax") == view.origin(shift.input[0]):
@@ -501,7 +506,7 @@ _GUARDS = {"ReduceMax": math.inf, "ReduceSum": 1e-6}
 """Largest c for which max(c, reduction) leaves a softmax: any shift of a row does, a sum may be kept from zero."""
 
 
-def _reduced(view: _View, tensor: str, reduction: str) -> str | None:
+def _reduced(view: View, tensor: str, reduction: str) -> str | None:
     """Origin of the rows whose reduction a tensor holds, as a column, guarded, or repeated over the columns."""
     for _ in view.producers:
         node = view.made_by(tensor, reduction, "Expand", "Max")
@@ -516,7 +521,7 @@ def _reduced(view: _View, tensor: str, reduction: str) -> str | None:
     return None
 
 
-def _guarded(view: _View, node: onnx.NodeProto, limit: float) -> str | None:
+def _guarded(view: View, node: onnx.NodeProto, limit: float) -> str | None:
     """What a Max keeps from falling below a constant, if the constant is not above the limit."""
     values = {name: view.value(name) for name in node.input}
     others = [name for name, value in values.items() if value is None]
@@ -525,7 +530,7 @@ def _guarded(view: _View, node: onnx.NodeProto, limit: float) -> str | None:
     return others[0]
 
 
-def _is_over_last_axis(view: _View, reduction: onnx.NodeProto) -> bool:
+def _is_over_last_axis(view: View, reduction: onnx.NodeProto) -> bool:
     """Whether a reduction's axes, an attribute in older opsets and an input in newer ones, are the last one alone."""
     axes = attribute(reduction, "axes")
     if axes is None and len(reduction.input) > 1:
@@ -533,7 +538,7 @@ def _is_over_last_axis(view: _View, reduction: onnx.NodeProto) -> bool:
     return axes is not None and np.size(axes) == 1 and _is_last_axis(view, reduction.input[0], int(np.ravel(axes)[0]))
 
 
-def _is_last_axis(view: _View, tensor: str, axis: int) -> bool:
+def _is_last_axis(view: View, tensor: str, axis: int) -> bool:
     """Whether an axis is a tensor's last; a tensor of unknown rank is taken to be rows [B, K]."""
     shape = view.shapes.get(tensor)
     return axis in (-1, 1 if shape is None else len(shape) - 1)
@@ -544,7 +549,7 @@ def _is_last_axis(view: _View, tensor: str, axis: int) -> bool:
 _MULTI_LABEL = "multi-label, for which calibrated class probabilities are not defined"
 
 
-def _sigmoid(view: _View, tensor: str) -> Verdict:
+def _sigmoid(view: View, tensor: str) -> Verdict:
     """Sigmoid of one score a row. Over more columns each class has its own yes or no, and no row is a distribution."""
     node = view.made_by(tensor, "Sigmoid")
     if node is None:
@@ -558,7 +563,7 @@ def _sigmoid(view: _View, tensor: str) -> Verdict:
     return Tap(score, "log_odds", f"it enters the Sigmoid, of one score a row, that makes {tensor!r}")
 
 
-def _sigmoid_pair(view: _View, tensor: str) -> Verdict:
+def _sigmoid_pair(view: View, tensor: str) -> Verdict:
     """Columns [1 - sigmoid(s), sigmoid(s)], as skl2onnx writes a binary MLP."""
     pair = view.made_by(tensor, "Concat")
     if pair is None or len(pair.input) != 2 or not _is_last_axis(view, pair.output[0], attribute(pair, "axis")):
@@ -579,7 +584,7 @@ _TREES, _LINEAR, _SVM = (f"ai.onnx.ml.{name}Classifier" for name in ("TreeEnsemb
 _LOGARITHM = "the graph does not show its logits, so the logarithm of the probabilities is used"
 
 
-def _classifier_operator(view: _View, tensor: str) -> Verdict:
+def _classifier_operator(view: View, tensor: str) -> Verdict:
     """The second output of an ai.onnx.ml classifier: probabilities or scores, by post_transform."""
     node, origin = view.made_by(tensor, _TREES, _LINEAR, _SVM), view.origin(tensor)
     if node is None or origin == node.output[0]:
@@ -645,7 +650,7 @@ def _leaves_are_frequencies(trees: onnx.NodeProto) -> bool:
     return bool(largest.sum() <= 1 + _LEAF_ROUNDING)
 
 
-def _normaliser(view: _View, tensor: str) -> Verdict:
+def _normaliser(view: View, tensor: str) -> Verdict:
     """Rows divided by their sum, if none of it is negative: Normalizer or LpNormalization with the 1-norm."""
     node = view.made_by(tensor, "ai.onnx.ml.Normalizer", "LpNormalization")
     if node is None or (attribute(node, "norm"), attribute(node, "p")) not in (("L1", None), (None, 1)):
@@ -658,7 +663,7 @@ def _normaliser(view: _View, tensor: str) -> Verdict:
 # A dense layer and a name.
 
 
-def _dense_layer(view: _View, tensor: str) -> Verdict:
+def _dense_layer(view: View, tensor: str) -> Verdict:
     """The result of the last MatMul or Gemm, biased or scaled, as it is."""
     layer = _last_layer(view, tensor)
     if layer is None:
@@ -678,7 +683,7 @@ def _dense_layer(view: _View, tensor: str) -> Verdict:
 _LARGEST = ("ReduceMax", "TopK", "Max", "GatherElements")
 
 
-def _name(view: _View, tensor: str) -> Verdict:
+def _name(view: View, tensor: str) -> Verdict:
     """An output called probabilities, if nothing in the graph contradicts it."""
     names = {tensor, *(output for output, shown in view.outputs.items() if shown == tensor)}
     if not any("prob" in name.lower() for name in names) or view.source(tensor) is None:
@@ -701,7 +706,7 @@ _MIXING |= {*_AFFINE, *_KEEPS_VALUES, *_KEEPS_ROWS, "ai.onnx.ml.ArrayFeatureExtr
 _SCORERS = {f"ai.onnx.ml.{name}" for name in ("TreeEnsembleRegressor", "LinearRegressor", "SVMRegressor", "Scaler")}
 
 
-def _signed_source(view: _View, tensor: str) -> str | None:
+def _signed_source(view: View, tensor: str) -> str | None:
     """Something that may be negative and that a tensor is a mixture of; an unknown operator is trusted.
 
     skl2onnx names the scores of an SVM `probabilities`, too; their logarithm would be nonsense.
@@ -722,7 +727,7 @@ def _signed_source(view: _View, tensor: str) -> str | None:
     return None
 
 
-RULES: tuple[tuple[int, Callable[[_View, str], Verdict]], ...] = (
+RULES: tuple[tuple[int, Callable[[View, str], Verdict]], ...] = (
     (4, _softmax_operator),
     (4, _softmax_division),
     (4, _softmax_difference),

@@ -65,7 +65,7 @@ def _worker(settings: Settings, member: Member, supervisor: Connection) -> None:
 
 
 def inspect(arguments: argparse.Namespace) -> None:
-    from service.console import inspection_table
+    from service.console import inspection_table, layers_table
     from service.inference.repository import ModelFolder, folders
 
     folder_or_file = Path(arguments.model)
@@ -75,7 +75,9 @@ def inspect(arguments: argparse.Namespace) -> None:
         from calibrators import inspect_model
 
         try:
-            Console().print(inspection_table(folder_or_file.name, inspect_model(onnx.load(str(folder_or_file)))))
+            model = onnx.load(str(folder_or_file))
+            inspection = inspect_model(model)
+            Console().print(inspection_table(folder_or_file.name, inspection), layers_table(model, inspection))
         except ValueError as error:
             raise Refused(str(error)) from error
         return
@@ -87,7 +89,8 @@ def inspect(arguments: argparse.Namespace) -> None:
     for version in folder.versions():
         proto, _ = folder.read_model(version)
         try:
-            Console().print(inspection_table(f"{folder.name}/{version}", folder.inspect(proto)))
+            inspection = folder.inspect(proto)
+            Console().print(inspection_table(f"{folder.name}/{version}", inspection), layers_table(proto, inspection))
         except ValueError as error:
             raise Refused(str(error)) from error
 

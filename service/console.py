@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 
+import onnx
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
 from calibrators.auto import Candidate
 from calibrators.inspection import Inspection
+from calibrators.layers import default_layers, find_layers, multiply_adds, named_layers
 from calibrators.metrics import Estimate
 from service.client import Evaluation, Model, Revision
 from service.rpc.tokens import Token
@@ -148,6 +150,25 @@ def journal_table(contents: Iterable[Contents]) -> Table:
             f"{datetime.fromtimestamp(ms / 1000, UTC):%Y-%m-%d %H:%M}" for ms in (found.oldest_ms, found.newest_ms)
         )
         table.add_row(found.model, *counts, *times)
+    return table
+
+
+def layers_table(model: onnx.ModelProto, inspection: Inspection) -> Table:
+    """The layers that calibrators may read, what each costs, and which are read where nobody names any."""
+    layers, products = find_layers(model, inspection), multiply_adds(model)
+    read = {layer.tensor for layer in default_layers(layers)} if not inspection.layers else {*inspection.layers}
+    whole = f", of {products:,} products a row" if products else ""
+    table = Table(title=f"layers{whole}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("tensor", "shape", "width", "products a row and 1,000 reference rows", "because"):
+        table.add_column(heading, overflow="fold")
+    found = {layer.tensor for layer in layers}
+    named = [name for name in inspection.layers if name not in found]
+    for layer in [*layers, *named_layers(model, inspection, named)]:
+        shape = ", ".join(str(size or "?") for size in layer.shape)
+        share = f" ({1000 * layer.width / products:.1%} of the model)" if products else ""
+        name = f"[bold]{escape(layer.tensor)}[/]" if layer.tensor in read else escape(layer.tensor)
+        table.add_row(name, escape(f"[{shape}]"), str(layer.width), f"{1000 * layer.width:,}{share}", layer.reason)
+    table.caption = "density_aware reads the bold ones unless told otherwise"
     return table
 
 

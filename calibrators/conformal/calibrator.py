@@ -15,7 +15,7 @@ Base and thresholds are one artifact and one revision, so a threshold never stan
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -29,6 +29,7 @@ from calibrators.conformal.score import Score, emit_members, members
 from calibrators.conformal.scores import create_score, score_class
 from calibrators.conformal.thresholds import Thresholds
 from calibrators.graph import Graph
+from calibrators.layers import Layer
 from calibrators.numerics import Array, blocks
 from calibrators.registry import create
 
@@ -86,6 +87,17 @@ class ConformalCalibrator(Calibrator):
 
     def signal_shapes(self, n_classes: int) -> dict[str, tuple[int, ...]]:
         return self._base().signal_shapes(n_classes)
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        return self._base().taps
+
+    def on_model(self, layers: Callable[[Sequence[str] | None], Sequence[Layer]]) -> Self:
+        base = self._base()
+        found = base.on_model(layers).get_params(deep=False)
+        if found == base.get_params(deep=False):
+            return self
+        return type(self)(**(self.get_params(deep=False) | {"base_params": found}))
 
     @property
     def float32_atol(self) -> float:  # type: ignore[override]
@@ -215,7 +227,8 @@ class ConformalCalibrator(Calibrator):
         rows = _Rows(logits, y, uniforms(hashes) if self.randomised else None, signals)
         base = create(self.base, **(self.base_params or {}))
         own = rows.take(learned)
-        base.fit(own.logits, own.y, sample_weight=(tuning if self._tunes else weight)[learned], **own.signals)
+        read: dict[str, Any] = dict(own.signals)
+        base.fit(own.logits, own.y, sample_weight=(tuning if self._tunes else weight)[learned], **read)
         score = self._tuned(base, rows.take(tuning > 0), tuning[tuning > 0])
         scores = rows.scores(base, score)
         groups = self._groups(scores, y, tuning, ranking, logits.shape[1])

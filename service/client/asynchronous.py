@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import builtins
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Self
 
@@ -24,8 +24,8 @@ from service import errors
 from service.client import requests
 from service.client.connection import Pem, Security
 from service.client.failures import DEFAULT_RETRIES, Retries, is_cut_off, translated, translation
-from service.client.following import POLL_SECONDS, Following, progress_bars
-from service.client.requests import Inputs
+from service.client.following import POLL_SECONDS, Following, progress_bars, sending
+from service.client.requests import Inputs, Reference
 from service.client.results import (
     Array,
     Evaluation,
@@ -120,6 +120,10 @@ class AsyncClient:
         logits: ArrayLike | None = None,
         inputs: Inputs | None = None,
         sample_weight: ArrayLike | None = None,
+        reference: Reference | None = None,
+        shifted_inputs: Inputs | None = None,
+        shifted_labels: ArrayLike | None = None,
+        augment: float = 0.0,
         held_out_fraction: float = 0.2,
         seed: int = 0,
         **params: Any,
@@ -134,6 +138,10 @@ class AsyncClient:
         inputs : the model's inputs, rows first, by name (a bare array if there is one): the server computes the logits,
             and the views for a kind that reads them; a kind that is fitted through the model takes no other rows
         sample_weight : (n_samples,), not negative
+        reference : for a kind that compares rows with others: inputs without labels, all at once or batch by batch from
+            an iterable, which is sent as it comes; the calibration rows themselves where nothing is given
+        shifted_inputs, shifted_labels : for a kind that wants them: further rows, distorted or of another origin
+        augment : have distorted copies of this share of the images made (`calibrators.augment`), and added to these
         held_out_fraction : of the rows, kept from the fit that is scored; the revision itself is fitted on all rows
         params : constructor parameters of the kind
 
@@ -144,7 +152,11 @@ class AsyncClient:
         """
         spec = requests.fit_spec(model, kind, params, held_out_fraction, seed)
         rows = await self._rows(model, labels, logits, inputs, sample_weight)
-        operation = await self._send(self._calibrators.FitCalibrator, spec, rows, f"fit {kind}")
+        metadata = await self._metadata(model) if reference is not None or shifted_inputs is not None else None
+        shifted = None if shifted_inputs is None else requests.named(shifted_inputs, metadata)
+        rows = requests.with_shifted(rows, shifted, shifted_labels, augment, seed)
+        batches = requests.batches(reference, metadata)
+        operation = await self._send(self._calibrators.FitCalibrator, spec, rows, f"fit {kind}", batches)
         return revision_of(operation.revision)
 
     async def evaluate(
@@ -307,17 +319,24 @@ class AsyncClient:
     async def _metadata(self, model: str) -> Any:
         return await self._read(self._inference.ModelMetadata, inference.ModelMetadataRequest(name=model))
 
-    async def _send(self, method: Any, spec: Any, columns: dict[str, Array], what: str) -> resources.Operation:
+    async def _send(
+        self,
+        method: Any,
+        spec: Any,
+        columns: dict[str, Array],
+        what: str,
+        reference: Iterable[Mapping[str, Array]] = (),
+    ) -> resources.Operation:
         """Send the rows in bounded chunks, then follow the operation to its end."""
         with progress_bars(self._show_progress) as progress:
-            sending = progress.add_task(f"{what}: sending rows", total=len(columns["labels"]))
+            sent = sending(progress, what, len(columns["labels"]))
             for tried in range(1, MOST_SENDINGS + 1):
-                chunks = requests.in_chunks(spec, columns, lambda sent: progress.update(sending, completed=sent))
+                chunks = requests.in_chunks(spec, columns, sent, reference)
                 try:
                     following = Following(progress, what, await method(chunks))
                     break
                 except grpc.RpcError as error:
-                    if tried == MOST_SENDINGS or not is_cut_off(error):
+                    if tried == MOST_SENDINGS or not is_cut_off(error) or isinstance(reference, Iterator):
                         raise translation(error) from None
             while following.running:
                 wait = following.wait_request()

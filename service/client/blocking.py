@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import grpc
@@ -22,8 +22,8 @@ from service import errors
 from service.client import requests
 from service.client.connection import Pem, Security
 from service.client.failures import DEFAULT_RETRIES, Retries, translated, translation
-from service.client.following import POLL_SECONDS, Following, progress_bars
-from service.client.requests import Inputs
+from service.client.following import POLL_SECONDS, Following, progress_bars, sending
+from service.client.requests import Inputs, Reference
 from service.client.results import (
     Array,
     Evaluation,
@@ -114,6 +114,10 @@ class Client:
         logits: ArrayLike | None = None,
         inputs: Inputs | None = None,
         sample_weight: ArrayLike | None = None,
+        reference: Reference | None = None,
+        shifted_inputs: Inputs | None = None,
+        shifted_labels: ArrayLike | None = None,
+        augment: float = 0.0,
         held_out_fraction: float = 0.2,
         seed: int = 0,
         **params: Any,
@@ -128,6 +132,10 @@ class Client:
         inputs : the model's inputs, rows first, by name (a bare array if there is one): the server computes the logits,
             and the views for a kind that reads them; a kind that is fitted through the model takes no other rows
         sample_weight : (n_samples,), not negative
+        reference : for a kind that compares rows with others: inputs without labels, all at once or batch by batch from
+            an iterable, which is sent as it comes; the calibration rows themselves where nothing is given
+        shifted_inputs, shifted_labels : for a kind that wants them: further rows, distorted or of another origin
+        augment : have distorted copies of this share of the images made (`calibrators.augment`), and added to these
         held_out_fraction : of the rows, kept from the fit that is scored; the revision itself is fitted on all rows
         params : constructor parameters of the kind
 
@@ -138,7 +146,11 @@ class Client:
         """
         spec = requests.fit_spec(model, kind, params, held_out_fraction, seed)
         rows = self._rows(model, labels, logits, inputs, sample_weight)
-        operation = self._send(self._calibrators.FitCalibrator, spec, rows, f"fit {kind}")
+        metadata = self._metadata(model) if reference is not None or shifted_inputs is not None else None
+        shifted = None if shifted_inputs is None else requests.named(shifted_inputs, metadata)
+        rows = requests.with_shifted(rows, shifted, shifted_labels, augment, seed)
+        batches = requests.batches(reference, metadata)
+        operation = self._send(self._calibrators.FitCalibrator, spec, rows, f"fit {kind}", batches)
         return revision_of(operation.revision)
 
     def evaluate(
@@ -281,11 +293,18 @@ class Client:
     def _metadata(self, model: str) -> Any:
         return self._read(self._inference.ModelMetadata, inference.ModelMetadataRequest(name=model))
 
-    def _send(self, method: Any, spec: Any, columns: dict[str, Array], what: str) -> resources.Operation:
+    def _send(
+        self,
+        method: Any,
+        spec: Any,
+        columns: dict[str, Array],
+        what: str,
+        reference: Iterable[Mapping[str, Array]] = (),
+    ) -> resources.Operation:
         """Send the rows in bounded chunks, then follow the operation to its end."""
         with progress_bars(self._show_progress) as progress:
-            sending = progress.add_task(f"{what}: sending rows", total=len(columns["labels"]))
-            chunks = requests.in_chunks(spec, columns, lambda sent: progress.update(sending, completed=sent))
+            sent = sending(progress, what, len(columns["labels"]))
+            chunks = requests.in_chunks(spec, columns, sent, reference)
             with translated():
                 following = Following(progress, what, method(chunks))
             while following.running:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from calserve.v1 import calibrator_service_pb2 as pb
@@ -19,6 +20,17 @@ def progress_bars(show: bool | None) -> Progress:
     progress = Progress(*columns)
     progress.disable = not (progress.console.is_terminal if show is None else show)
     return progress
+
+
+def sending(progress: Progress, what: str, total: int) -> Callable[[int, int], None]:
+    """A bar for rows that are sent; to be told how many are, and of how many to compare with the total is not known."""
+    bar = progress.add_task(f"{what}: sending rows", total=total)
+
+    def sent(rows: int, compared: int) -> None:
+        reference = f", {compared} of the reference" if compared else ""
+        progress.update(bar, completed=rows, description=f"{what}: sending rows{reference}")
+
+    return sent
 
 
 class Following:

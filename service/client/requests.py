@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -13,17 +14,21 @@ from calserve.v1 import feedback_service_pb2 as feedback
 from calserve.v1 import resources_pb2 as resources
 from numpy.typing import ArrayLike
 
+from calibrators.augment import augmented
 from calibrators.numerics import to_numpy
 from service import errors
 from service.client.results import Array, Prediction
 from service.rpc import tensors
 from service.rpc.wire import inference
 
+log = logging.getLogger(__name__)
+
 CHUNK_BYTES = 1 << 20
 LABELS_PER_MESSAGE = 10_000
 RESULTS = {number: name.removeprefix("LABEL_RESULT_").lower() for name, number in feedback.LabelResult.items()}
 
 Inputs: TypeAlias = ArrayLike | Mapping[str, ArrayLike]
+Reference: TypeAlias = Array | Mapping[str, ArrayLike] | Iterable[Array | Mapping[str, ArrayLike]]
 
 
 def fit_spec(model: str, kind: str, params: Mapping[str, Any], held_out_fraction: float, seed: int) -> Any:
@@ -110,22 +115,87 @@ def calibration_set(
     return columns
 
 
-def in_chunks(spec: Any, columns: Mapping[str, Array], sent: Callable[[int], object]) -> Iterator[Any]:
-    """The request with the spec, then the rows in requests of its kind, of about CHUNK_BYTES."""
+def with_shifted(
+    columns: dict[str, Array],
+    shifted: Mapping[str, Array] | None,
+    labels: ArrayLike | None,
+    augment: float = 0.0,
+    seed: int = 0,
+) -> dict[str, Array]:
+    """A calibration set with rows appended that are marked as shifted: the caller's, and distorted copies of images."""
+    if (shifted is None) != (labels is None):
+        raise errors.InvalidRequest("shifted rows have shifted_inputs and shifted_labels: pass both")
+    more = [_copies(columns, augment, seed)] if augment else []
+    if shifted is not None and labels is not None:
+        more.append(calibration_set(labels, None, shifted, None))
+    for added in more:
+        if "sample_weight" in columns:
+            added["sample_weight"] = np.ones(len(added["labels"]))
+        if added.keys() != columns.keys():
+            raise errors.InvalidRequest("shifted rows come as the model's inputs, and so must the others")
+    marks = [np.full(len(part["labels"]), part is not columns) for part in (columns, *more)]
+    joined = {name: np.concatenate([column, *(part[name] for part in more)]) for name, column in columns.items()}
+    return joined | {"shifted": np.concatenate(marks)} if more else columns
+
+
+def _copies(columns: Mapping[str, Array], augment: float, seed: int) -> dict[str, Array]:
+    images = [name for name in columns if name.startswith("/")]
+    if len(images) != 1:
+        raise errors.InvalidRequest("augment makes copies of images: pass them as the one input of the model")
+    try:
+        copies = augmented(columns[images[0]], augment, seed=seed)
+    except (ValueError, TypeError) as error:
+        raise errors.InvalidRequest(f"augment: {error}") from error
+    log.info("%s", copies)
+    return {images[0]: copies.images, "labels": columns["labels"][copies.index]}
+
+
+def batches(reference: Reference | None, metadata: Any) -> Iterable[dict[str, Array]]:
+    """A reference as batches of inputs by name: it is one, or an iterable of them."""
+    if reference is None:
+        return []
+    if isinstance(reference, Mapping | np.ndarray):
+        return [named(reference, metadata)]
+    if isinstance(reference, Iterator):
+        return (named(batch, metadata) for batch in reference)
+    return [named(batch, metadata) for batch in reference]
+
+
+def in_chunks(
+    spec: Any,
+    columns: Mapping[str, Array],
+    sent: Callable[[int, int], object],
+    reference: Iterable[Mapping[str, Array]] = (),
+) -> Iterator[Any]:
+    """The request with the spec, then the rows and the reference in requests of its kind, of about CHUNK_BYTES."""
     yield spec
-    total = len(columns["labels"])
+    done = compared = 0
+    for part in _pieces(columns):
+        yield type(spec)(rows=_filled(resources.Rows(), part))
+        done += len(part["labels"])
+        sent(done, 0)
+    for batch in reference:
+        for part in _pieces({f"/{name}": values for name, values in batch.items()}):
+            yield type(spec)(reference=_filled(resources.ReferenceRows(), part))
+            compared += len(next(iter(part.values())))
+            sent(done, compared)
+
+
+def _pieces(columns: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
+    total = len(next(iter(columns.values())))
     row_bytes = sum(column.nbytes / max(1, total) for column in columns.values())
     step = max(1, math.floor(CHUNK_BYTES / max(1.0, row_bytes)))
     for start in range(0, total, step):
-        rows = resources.Rows()
-        for name, column in columns.items():
-            message = rows.inputs.add(name=name[1:]).array if name.startswith("/") else getattr(rows, name)
-            part = column[start : start + step]
-            message.datatype = tensors.datatype_of(name, part)
-            message.shape.extend(part.shape)
-            message.data = tensors.to_raw(part)
-        yield type(spec)(rows=rows)
-        sent(min(start + step, total))
+        yield {name: column[start : start + step] for name, column in columns.items()}
+
+
+def _filled(rows: Any, columns: Mapping[str, Array]) -> Any:
+    for name, part in columns.items():
+        message = rows.inputs.add(name=name[1:]).array if name.startswith("/") else getattr(rows, name)
+        message.datatype = tensors.datatype_of(name, part)
+        message.shape.extend(part.shape)
+        message.data = tensors.to_raw(part)
+    return rows
 
 
 def label_requests(

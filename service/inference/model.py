@@ -13,7 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -22,9 +22,19 @@ from numpy.typing import NDArray
 
 from calibrators import Calibrator, differentiable, fuse
 from calibrators.conformal.calibrator import ConformalCalibrator
-from calibrators.graph import LOGITS, PREFIX, VIEWS, FusedModel, check_copies, parameters_of, signature
+from calibrators.graph import (
+    FEATURES,
+    LOGITS,
+    PREFIX,
+    VIEWS,
+    FusedModel,
+    check_copies,
+    parameters_of,
+    signature,
+)
 from calibrators.inspection import Inspection
 from calibrators.kinds.identity import Identity
+from calibrators.layers import Layer, default_layers, find_layers, named_layers
 from service.errors import InvalidRequest, Refused
 from service.inference import datatypes
 from service.inference.batcher import Answer, Batcher, Lane, Limits, Run
@@ -126,6 +136,7 @@ class ServedModel:
         self.statistics = Statistics()
         self._proto = proto
         self._sessions: OrderedDict[str, tuple[Session, FusedModel]] = OrderedDict()
+        self._tapped: tuple[tuple[str, ...], Snapshot | None] = ((), None)
         self._building = threading.Lock()  # two requests for one graph must not build it twice
         if inspection is None:
             self.n_classes = 0
@@ -153,13 +164,35 @@ class ServedModel:
     def is_classifier(self) -> bool:
         return self.inspection is not None
 
+    def layers(self, names: Sequence[str] | None = None) -> list[Layer]:
+        """The layers of these tensors; by default those that calserve.toml names, or else the last ones found.
+
+        ValueError for a tensor that cannot be read as a layer.
+        """
+        self._check_classifier()
+        inspection = cast(Inspection, self.inspection)
+        if names := names or inspection.layers:
+            return named_layers(self._proto, inspection, names)
+        return default_layers(find_layers(self._proto, inspection))
+
+    def reader(self, calibrator: Calibrator) -> Calibrator:
+        """The calibrator, not fitted, as it reads this model; Refused, naming what the model shows, if it cannot."""
+        try:
+            return calibrator.on_model(self.layers)
+        except ValueError as error:
+            raise Refused(f"model {self.name!r}: {error}", reason="SIGNAL_MISSING") from error
+
     def check_signals(self, calibrator: Calibrator, *, to_fit: bool = False) -> None:
         """Refused, naming what is missing and what is there, unless this model shows what the calibrator reads."""
         features = {"features"} if self.inspection is not None and self.inspection.features else set()
         shown = {"inputs"} | ({"logits"} if self.is_classifier else set()) | features
         needed = calibrator.needs | (calibrator.fit_needs if to_fit else frozenset())
         why = ""
-        for signal, check in (("views", self._check_views), ("input_gradients", self._check_gradients)):
+        checks = {"views": self._check_views, "input_gradients": self._check_gradients}
+        if calibrator.taps:
+            shown.discard("features")
+            checks["features"] = self._check_taps
+        for signal, check in checks.items():
             if signal in needed:
                 try:
                     check(calibrator)
@@ -175,6 +208,9 @@ class ServedModel:
 
     def _check_views(self, calibrator: Calibrator) -> None:
         check_copies(self._proto, calibrator)
+
+    def _check_taps(self, calibrator: Calibrator) -> None:
+        self.layers(calibrator.taps)
 
     def _check_gradients(self, calibrator: Calibrator) -> None:
         differentiable.check(self.with_logits(), calibrator.tensor)
@@ -215,6 +251,16 @@ class ServedModel:
                 self._sessions.popitem(last=False)
         self._sessions.move_to_end(key)
         return self._sessions[key]
+
+    def tapped(self, taps: Sequence[str]) -> Snapshot:
+        """A snapshot that shows the vectors of these layers; the last that was asked for is kept."""
+        with self._building:
+            kept, snapshot = self._tapped
+            if snapshot is None or kept != tuple(taps):
+                fused = fuse(self._proto, Identity.of(self.n_classes), self.inspection, taps=taps)
+                snapshot = Snapshot(NO_REVISION, Session(fused.to_bytes(), self.device), {}, fused.own_outputs)
+                self._tapped = tuple(taps), snapshot
+        return snapshot
 
     def export(self, calibrator: Calibrator | None) -> bytes:
         """The model with a calibrator inside (None: its own probabilities), as plain ONNX."""
@@ -333,7 +379,12 @@ class ServedModel:
 
     async def signals(self, calibrator: Calibrator, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """The logits, and what `calibrator` reads beside them, by name; ValueError if it cannot act on the inputs."""
-        signals = {"logits": await self.logits(feeds)}
+        if calibrator.taps:
+            snapshot = await asyncio.to_thread(self.tapped, calibrator.taps)
+            answer = await self.run([LOGITS, FEATURES], feeds, snapshot)
+            signals = {"logits": answer.part(LOGITS), "features": answer.part(FEATURES)}
+        else:
+            signals = {"logits": await self.logits(feeds)}
         if "views" in calibrator.needs and hasattr(calibrator, "n_classes_"):
             snapshot = await asyncio.to_thread(self.snapshot, calibrator, NO_REVISION)
             signals["views"] = (await self.run([VIEWS], feeds, snapshot)).part(VIEWS)

@@ -41,6 +41,7 @@ TOML_KEYS = (*SIGNAL_KEYS, "labels", "journal")
 JOURNAL_MODES = ("off", "async", "sync")
 LOAD_SECONDS = 600.0
 """A model may loop for ever on the rows that are made up for its first runs; an engine for a GPU takes minutes."""
+TOML_LISTS = ("layers",)
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class ModelFolder:
 
     path: Path
     config: Any  # inference.ModelConfig
-    signals: dict[str, str]  # tensor names written in calserve.toml
+    signals: dict[str, Any]  # tensor names written in calserve.toml, lists of them under TOML_LISTS
     class_names: tuple[str, ...]
     journal: str = ""  # off, async or sync; empty: as the server is set
 
@@ -348,7 +349,7 @@ def _checked(path: Path, config: Any) -> Any:
     return config
 
 
-def _read_toml(file: Path) -> dict[str, str]:
+def _read_toml(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
@@ -356,10 +357,11 @@ def _read_toml(file: Path) -> dict[str, str]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise Refused(f"calserve.toml of model {file.parent.name!r}: {error}") from error
     for key, value in settings.items():
-        if key not in TOML_KEYS or not isinstance(value, str):
+        listed = key in TOML_LISTS and isinstance(value, list) and all(isinstance(name, str) for name in value)
+        if not listed and (key not in TOML_KEYS or not isinstance(value, str)):
             raise Refused(
                 f"calserve.toml of model {file.parent.name!r}: {shown(key)} = {shown(value)}; "
-                f"known keys, each a string: {', '.join(TOML_KEYS)}"
+                f"known keys, each a string: {', '.join(TOML_KEYS)}; each a list of strings: {', '.join(TOML_LISTS)}"
             )
     return settings
 

@@ -7,6 +7,8 @@
     model.onnx      and that model, its logits among its outputs
     labels.i64      int64
     weights.f64     float64
+    shifted.f64     likewise, 1 where a row is shifted; only where the caller said so of some
+    reference.logits.f32, reference.views.f32 ...   the same signals of rows without labels; only where there are any
     result.json     what came of it, written last
     artifact, golden    the fitted calibrator, and rows to check it by (fits only)
 
@@ -27,11 +29,11 @@ from numpy.typing import NDArray
 
 from service.store.files import sync_folder, write_whole
 
-LABELS, WEIGHTS = "labels.i64", "weights.f64"
+LABELS, WEIGHTS, SHIFTED = "labels.i64", "weights.f64", "shifted.f64"
 RESULT, ARTIFACT, GOLDEN, MODEL = "result.json", "artifact", "golden", "model.onnx"
 
-INPUT = "inputs."
-"""Before the number of one of the model's inputs: the name of that signal."""
+INPUT, REFERENCE = "inputs.", "reference."
+"""Before the number of one of the model's inputs, and before a signal's name: the signal of a reference row."""
 
 AUTO = "auto"
 """The kind that compares the others and takes the best."""
@@ -77,28 +79,61 @@ class RowWriter:
         self._folder = folder
         self._files: dict[str, BinaryIO] = {}
         self._forms: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
-        self.row_count = 0
+        self.row_count = self.shifted_count = self.reference_count = 0
         self.byte_count = 0
 
-    def expect(self, signals: Mapping[str, NDArray[Any]]) -> None:
+    def expect(self, signals: Mapping[str, NDArray[Any]], *, shifted: bool = False) -> None:
         """Open the files of the first rows; ValueError if later rows have another form."""
+        self._open(LABELS, WEIGHTS, *self._formed(signals))
+        if shifted and SHIFTED not in self._files:
+            self._open(SHIFTED)
+            self._write(SHIFTED, np.zeros(self.row_count))
+
+    def expect_reference(self, signals: Mapping[str, NDArray[Any]]) -> None:
+        """The same for reference rows, whose signals have the form of the others'."""
+        self._open(*(f"{REFERENCE}{file}" for file in self._formed(signals)))
+
+    def append(
+        self,
+        signals: Mapping[str, NDArray[Any]],
+        labels: NDArray[Any],
+        weights: NDArray[Any],
+        shifted: NDArray[np.bool_] | None = None,
+    ) -> None:
+        """Write rows that were expected."""
+        arrays = {_file_of(name, _stored(signal.dtype)): signal for name, signal in signals.items()}
+        arrays |= {LABELS: labels, WEIGHTS: weights}
+        if SHIFTED in self._files:
+            arrays[SHIFTED] = np.zeros(len(labels)) if shifted is None else shifted
+            self.shifted_count += int(arrays[SHIFTED].sum())
+        for file, array in arrays.items():
+            self._write(file, array)
+        self.row_count += len(labels)
+
+    def append_reference(self, signals: Mapping[str, NDArray[Any]]) -> None:
+        """Write reference rows that were expected."""
+        for name, signal in signals.items():
+            self._write(f"{REFERENCE}{_file_of(name, _stored(signal.dtype))}", signal)
+        self.reference_count += len(signals["logits"])
+
+    def _formed(self, signals: Mapping[str, NDArray[Any]]) -> list[str]:
+        """The files of these signals; ValueError unless each has the form that it had before."""
         forms = {name: (signal.shape[1:], _stored(signal.dtype)) for name, signal in signals.items()}
         for name, form in forms.items():
             known = self._forms.setdefault(name, form)
             if form != known:
                 raise ValueError(f"rows of {name} have shape and type {form}, those before had {known}")
-        for file in (*(_file_of(name, dtype) for name, (_, dtype) in forms.items()), LABELS, WEIGHTS):
+        return [_file_of(name, dtype) for name, (_, dtype) in forms.items()]
+
+    def _open(self, *files: str) -> None:
+        for file in files:
             if file not in self._files:
                 self._files[file] = (self._folder / file).open("wb")
 
-    def append(self, signals: Mapping[str, NDArray[Any]], labels: NDArray[Any], weights: NDArray[Any]) -> None:
-        """Write rows that were expected."""
-        arrays = {_file_of(name, _stored(signal.dtype)): signal for name, signal in signals.items()}
-        for file, array in (arrays | {LABELS: labels, WEIGHTS: weights}).items():
-            stored = np.ascontiguousarray(array, dtype=_TYPES.get(file) or _stored(array.dtype))
-            self._files[file].write(stored.data)
-            self.byte_count += stored.nbytes
-        self.row_count += len(labels)
+    def _write(self, file: str, array: NDArray[Any]) -> None:
+        stored = np.ascontiguousarray(array, dtype=_TYPES.get(file) or _stored(array.dtype))
+        self._files[file].write(stored.data)
+        self.byte_count += stored.nbytes
 
     def finish(self, spec: JobSpec) -> None:
         """Make the rows durable, then the spec, with their form: a folder with a spec is complete."""
@@ -119,22 +154,30 @@ class RowWriter:
 
 @dataclass(frozen=True)
 class Rows:
-    """Labelled rows, mapped from the folder's files. `signals` are what a calibrator reads, the logits among them."""
+    """Labelled rows, mapped from the folder's files. `signals` are what a calibrator reads, the logits among them;
+    `reference` are the same of rows without labels."""
 
     signals: Mapping[str, NDArray[Any]]
     labels: NDArray[np.int64]
     weights: NDArray[np.float64]
+    shifted: NDArray[np.float64] | None = None
+    reference: Mapping[str, NDArray[np.float32]] | None = None
 
     @classmethod
     def read(cls, folder: Path, spec: JobSpec) -> Self:
         labels = np.fromfile(folder / LABELS, dtype="<i8")
         weights = np.fromfile(folder / WEIGHTS, dtype="<f8")
+        shifted = np.fromfile(folder / SHIFTED, dtype="<f8") if (folder / SHIFTED).exists() else None
         types = {name: np.dtype(spec.signal_types.get(name, "<f4")) for name in spec.shapes}
-        signals = {
-            name: np.memmap(folder / _file_of(name, types[name]), types[name], "r").reshape(-1, *shape)
-            for name, shape in spec.shapes.items()
-        }
-        return cls(signals, labels, weights)
+
+        def mapped(prefix: str, name: str) -> NDArray[Any]:
+            file = folder / f"{prefix}{_file_of(name, types[name])}"
+            return np.memmap(file, types[name], "r").reshape(-1, *spec.shapes[name])
+
+        names = [name for name in spec.shapes if not name.startswith(INPUT)]
+        there = (folder / f"{REFERENCE}{_file_of('logits', types['logits'])}").exists()
+        reference = {name: mapped(REFERENCE, name) for name in names} if there else None
+        return cls({name: mapped("", name) for name in spec.shapes}, labels, weights, shifted, reference)
 
     @property
     def logits(self) -> NDArray[np.float32]:
@@ -145,10 +188,23 @@ class Rows:
 
     def take(self, index: NDArray[np.int64]) -> Rows:
         signals = {name: signal[index] for name, signal in self.signals.items()}
-        return Rows(signals, self.labels[index], self.weights[index])
+        shifted = None if self.shifted is None else self.shifted[index]
+        return Rows(signals, self.labels[index], self.weights[index], shifted, self.reference)
+
+    def and_(self, more: Rows) -> Rows:
+        """These rows, then more of the same signals."""
+        both = {name: np.concatenate([signal, more.signals[name]]) for name, signal in self.signals.items()}
+        labels, weights = (np.concatenate([getattr(self, n), getattr(more, n)]) for n in ("labels", "weights"))
+        moved = [np.zeros(len(rows)) if rows.shifted is None else rows.shifted for rows in (self, more)]
+        return Rows(both, labels, weights, np.concatenate(moved), self.reference)
+
+    @property
+    def beside(self) -> dict[str, Any]:
+        """What `Calibrator.fit` takes besides the logits and the labels."""
+        return {"sample_weight": self.weights, "shifted": self.shifted, "reference": self.reference}
 
 
-_TYPES = {LABELS: np.dtype("<i8"), WEIGHTS: np.dtype("<f8")}
+_TYPES = {LABELS: np.dtype("<i8"), WEIGHTS: np.dtype("<f8"), SHIFTED: np.dtype("<f8")}
 
 
 def _stored(dtype: np.dtype[Any]) -> np.dtype[Any]:

@@ -59,7 +59,7 @@ def fit(folder: Path, spec: JobSpec, rows: Rows, report: Report) -> dict[str, An
     held_out, through = None, _model_of(folder, spec)
     if spec.held_out_fraction > 0:
         in_order = bool(json.loads(spec.params_json).get("time_ordered"))
-        fitted_on, unseen = (split_in_time if in_order else split)(rows, spec.held_out_fraction, spec.seed)
+        fitted_on, unseen = held_out_of(rows, split_in_time if in_order else split, spec)
         scored, _ = fit_kind(spec, fitted_on, through, lambda share, text: report(0.1 + 0.3 * share, text))
         report(0.4, f"scoring on {len(unseen)} rows")
         held_out = compare(scored, _as_served(scored, unseen, through), spec.seed)
@@ -87,8 +87,8 @@ def fit_kind(
     if spec.kind != AUTO:
         report(0.0, f"fitting on {len(rows)} rows")
         calibrator = calibrators.create(spec.kind, **params)
-        beside = _beside(rows, through) | ({"progress": report} if through else {})
-        return calibrator.fit(rows.logits, rows.labels, sample_weight=rows.weights, **beside), []
+        beside = rows.beside | _beside(rows, through) | ({"progress": report} if through else {})
+        return calibrator.fit(rows.logits, rows.labels, **beside), []
     selection = auto.select(
         rows.logits, rows.labels, sample_weight=rows.weights, seed=spec.seed, progress=report, **params
     )
@@ -124,6 +124,17 @@ def evaluate(folder: Path, spec: JobSpec, rows: Rows, report: Report) -> dict[st
     calibrator = calibrators.loads((folder / ARTIFACT).read_bytes())
     report(0.2, f"scoring on {len(rows)} rows")
     return {"evaluation": compare(calibrator, rows, spec.seed)}
+
+
+def held_out_of(
+    rows: Rows, divide: Callable[[Rows, float, int], tuple[Rows, Rows]], spec: JobSpec
+) -> tuple[Rows, Rows]:
+    """Rows to fit on and rows held out. Shifted rows are fitted on, every one: the scores are of rows as they come."""
+    if rows.shifted is None:
+        return divide(rows, spec.held_out_fraction, spec.seed)
+    ordinary, moved = (rows.take(np.flatnonzero(rows.shifted == value)) for value in (0, 1))
+    fitted_on, unseen = divide(ordinary, spec.held_out_fraction, spec.seed)
+    return fitted_on.and_(moved), unseen
 
 
 def split(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:

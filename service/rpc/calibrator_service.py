@@ -64,7 +64,9 @@ class CalibratorService:
         spec: pb.FitCalibratorRequest.Spec = await _first_spec(requests)
         model = self._classifier(spec.model, spec.model_version)
         params = _params(spec.params_json)
-        reader = _unfitted(spec.kind, params)
+        reader = await asyncio.to_thread(model.reader, _unfitted(spec.kind, params))
+        if reader.kind == spec.kind:
+            params = reader.get_params(deep=False)
         await asyncio.to_thread(model.check_signals, reader, to_fit=True)
         job = JobSpec(
             action="fit",
@@ -187,14 +189,23 @@ class CalibratorService:
     ) -> None:
         """Write what `reader` reads of the streamed rows into the job's folder, each chunk checked when it comes."""
         async for request in requests:
-            if request.WhichOneof("payload") != "rows":
-                raise InvalidRequest("only the first message of the stream may hold a spec; the others hold rows")
-            try:
-                rows = await self._read_rows(model, reader, request.rows, through_model)
-                writer.expect(rows[0])
-            except (ValueError, TypeError) as error:
-                raise InvalidRequest(f"rows from {writer.row_count} on: {error}") from error
-            await asyncio.to_thread(writer.append, *rows)
+            match request.WhichOneof("payload"):
+                case "rows":
+                    try:
+                        rows = await self._read_rows(model, reader, request.rows, through_model)
+                        writer.expect(rows[0], shifted=rows[-1] is not None)
+                    except (ValueError, TypeError) as error:
+                        raise InvalidRequest(f"rows from {writer.row_count} on: {error}") from error
+                    await asyncio.to_thread(writer.append, *rows)
+                case "reference":
+                    try:
+                        signals = await self._read_reference(model, reader, request.reference)
+                        writer.expect_reference(signals)
+                    except (ValueError, TypeError) as error:
+                        raise InvalidRequest(f"reference rows from {writer.reference_count} on: {error}") from error
+                    await asyncio.to_thread(writer.append_reference, signals)
+                case _:
+                    raise InvalidRequest("only the first message of the stream may hold a spec; the others hold rows")
             if writer.byte_count > self.operations.limits.bytes_per_job:
                 raise InvalidRequest(
                     f"a calibration set takes at most {self.operations.limits.bytes_per_job} bytes; "
@@ -205,8 +216,8 @@ class CalibratorService:
 
     async def _read_rows(
         self, model: ServedModel, reader: Calibrator, rows: resources.Rows, through_model: bool
-    ) -> tuple[dict[str, NDArray[Any]], NDArray[Any], NDArray[Any]]:
-        """Signals, labels, weights."""
+    ) -> tuple[dict[str, NDArray[Any]], NDArray[Any], NDArray[Any], NDArray[np.bool_] | None]:
+        """Signals, labels, weights, and which are shifted."""
         if rows.HasField("logits") == bool(rows.inputs):
             raise InvalidRequest("rows hold either logits or the model's inputs")
         beside = reader.signal_shapes(model.n_classes)
@@ -227,16 +238,23 @@ class CalibratorService:
             signals = await self._signals(model, reader, inputs)
             if through_model:
                 signals |= {f"{INPUT}{place}": inputs[spec.name] for place, spec in enumerate(model.inputs)}
-        logits = signals["logits"] = check_logits(signals["logits"], n_classes=model.n_classes)
-        for name, shape in beside.items():
-            check_signal(name, signals[name], (len(logits), *shape))
+        logits = _checked(signals, model.n_classes, beside)["logits"]
         labels = check_labels(_array("labels", rows.labels), n_samples=len(logits), n_classes=model.n_classes)
         weights = np.ones(len(logits))
         if rows.HasField("sample_weight"):
             weights = _array("sample_weight", rows.sample_weight).astype(np.float64)
             if weights.shape != (len(logits),) or not np.isfinite(weights).all() or weights.min(initial=0.0) < 0:
                 raise InvalidRequest(f"sample_weight must be {len(logits)} finite numbers, none negative")
-        return signals, labels, weights
+        return signals, labels, weights, _shifted(reader, rows, len(logits))
+
+    async def _read_reference(
+        self, model: ServedModel, reader: Calibrator, rows: resources.ReferenceRows
+    ) -> dict[str, NDArray[Any]]:
+        if "reference" not in reader.fit_reads:
+            raise InvalidRequest(f"{reader.kind} does not read a reference")
+        inputs = {named.name: _array(named.name, named.array) for named in rows.inputs}
+        signals = await self._signals(model, reader, inputs)
+        return _checked(signals, model.n_classes, reader.signal_shapes(model.n_classes))
 
     async def _signals(
         self, model: ServedModel, reader: Calibrator, inputs: Mapping[str, NDArray[Any]]
@@ -335,6 +353,26 @@ def _unfitted(kind: str, params: Mapping[str, Any]) -> Calibrator:
 
 def _bytes_with_logits(model: ServedModel) -> bytes:
     return bytes(model.with_logits().SerializeToString())
+
+
+def _checked(
+    signals: dict[str, NDArray[Any]], n_classes: int, beside: Mapping[str, tuple[int, ...]]
+) -> dict[str, NDArray[Any]]:
+    signals["logits"] = check_logits(signals["logits"], n_classes=n_classes)
+    for name, shape in beside.items():
+        check_signal(name, signals[name], (len(signals["logits"]), *shape))
+    return signals
+
+
+def _shifted(reader: Calibrator, rows: resources.Rows, count: int) -> NDArray[np.bool_] | None:
+    if not rows.HasField("shifted"):
+        return None
+    if "shifted" not in reader.fit_reads:
+        raise InvalidRequest(f"{reader.kind} does not ask which rows are shifted")
+    shifted = _array("shifted", rows.shifted)
+    if shifted.dtype != np.bool_ or shifted.shape != (count,):
+        raise InvalidRequest(f"shifted must be {count} of BOOL, got {shifted.dtype} of shape {shifted.shape}")
+    return shifted
 
 
 def _held_out_fraction(spec: pb.FitCalibratorRequest.Spec) -> float:

@@ -34,15 +34,21 @@ PARAMETERS: dict[str, list[dict[str, Any]]] = {
     "beta": [{}, {"form": "am"}, {"form": "ab"}],
     "class_conditional_conformal": [{}, {"score": "aps", "base": "histogram_binning", "base_params": {"n_bins": 5}}],
     "clustered_conformal": [{}, {"score": "raps", "base": "platt"}],
+    "density_aware": [
+        {},
+        {"link": "linear", "normalise": "l2"},
+        {"link": "anchored_power", "distance": "mean", "base": "structured_vector"},
+    ],
     "ensemble_temperature": [{}, {"loss": "brier"}],
+    "feature_clipping": [{}, {"loss": "ece"}],
     "histogram_binning": [{}, {"strategy": "equal_width"}, {"top_label": True}],
     "isotonic": [{}, {"method": "accuracy_preserving"}],
     "split_conformal": [{}, {"score": "saps", "allow_empty": False}],
 }
 """Variants of a kind, where its defaults alone would leave arithmetic untested."""
 
-LEAVE_OVERCONFIDENCE = {"identity", "class_prior"}
-"""Kinds that have nothing with which to temper a logit."""
+LEAVE_OVERCONFIDENCE = {"identity", "class_prior", "feature_clipping"}
+"""Kinds that have nothing with which to temper a logit, or temper large ones alone."""
 
 VARIANTS = [(kind, params) for kind in calibrators.kinds() for params in PARAMETERS.get(kind, [{}])]
 every_kind = pytest.mark.parametrize(
@@ -59,8 +65,10 @@ def draw_rows(n_samples: int, n_classes: int, *, scale: float = 2.0, seed: int =
     return scale * z, labels
 
 
-def fitted(kind: str, params: dict[str, Any], n_classes: int = 4, *, n_samples: int = 200, seed: int = 0) -> Calibrator:
-    return fit(kind, params, *draw_rows(n_samples, n_classes, seed=seed))
+def fitted(
+    kind: str, params: dict[str, Any], n_classes: int = 4, *, n_samples: int = 200, seed: int = 0, **beside: Any
+) -> Calibrator:
+    return fit(kind, params, *draw_rows(n_samples, n_classes, seed=seed), **beside)
 
 
 def session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
@@ -351,7 +359,10 @@ def test_the_graph_computes_what_the_kind_computes_beside_the_probabilities(kind
 
 @every_kind
 def test_another_fit_is_another_feed_and_not_another_session(kind: str, params: dict[str, Any]) -> None:
-    one, other = fitted(kind, params, seed=0), fitted(kind, params, n_samples=500, seed=1)
+    # A reference set is part of the graph: fits that compare with the same rows share it.
+    reads_reference = "reference" in calibrators.create(kind).fit_reads
+    beside = {"reference": {"logits": draw_rows(150, 4, seed=3)[0]}} if reads_reference else {}
+    one, other = fitted(kind, params, **beside), fitted(kind, params, n_samples=500, seed=1, **beside)
     assert signature(one) == signature(other)
     assert signature(one) != signature(fitted(kind, params, n_classes=5))
     logits = draw_rows(30, 4, seed=2)[0].astype(np.float32)

@@ -46,6 +46,12 @@ def classifier(
     )
 
 
+def hidden(x: np.ndarray, seed: int = 0) -> np.ndarray:
+    """What the last layer of `classifier` reads, its tensor `h`."""
+    w1, b1 = weights(N_FEATURES, 8, seed)
+    return np.maximum(x @ w1 + b1, 0)
+
+
 def regressor() -> onnx.ModelProto:
     """x FP32 [N, 6] -> mean FP32 [N]: not a classifier."""
     return model(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -18,6 +19,9 @@ from tests.service import models
 from tests.service.conftest import RunningServer, settings_for
 
 X, LOGITS, LABELS = models.labelled_rows(2000, seed=1)
+
+READ_LAYERS = {"density_aware", "feature_clipping"}
+"""Kinds that read layers of a model unless told otherwise, so rows come as its inputs."""
 
 
 def test_a_fit_from_logits_is_served_as_the_fused_graph_computes_it(server: RunningServer, client: Client) -> None:
@@ -85,15 +89,15 @@ def test_weight_two_is_the_row_twice_through_the_wire(client: Client) -> None:
 @pytest.mark.parametrize("kind", calibrators.kinds())
 def test_every_kind_is_fitted_activated_and_served(client: Client, kind: str) -> None:
     through_model = "input_gradients" in calibrators.create(kind).fit_needs
-    rows = {"inputs": X} if through_model else {"logits": LOGITS}
-    revision = client.fit("mlp", kind, **rows, labels=LABELS, held_out_fraction=0.0)
+    rows: dict[str, Any] = {"inputs": X} if kind in READ_LAYERS or through_model else {"logits": LOGITS}
+    revision = client.fit("mlp", kind, labels=LABELS, held_out_fraction=0.0, **rows)
     client.activate("mlp", revision.revision)
     prediction = client.predict("mlp", X[:50])
     assert prediction.calibrator_revision == revision.revision == f"{kind}-1"
     calibrator = client.calibrator("mlp", revision.revision)
-    np.testing.assert_allclose(
-        prediction.probabilities, calibrator.predict_proba(LOGITS[:50].astype(np.float32)), atol=calibrator.float32_atol
-    )
+    signals = {"features": models.hidden(X[:50])} if kind in READ_LAYERS else {}
+    expected = calibrator.predict_proba(LOGITS[:50].astype(np.float32), **signals)
+    np.testing.assert_allclose(prediction.probabilities, expected, atol=calibrator.float32_atol)
 
 
 def test_auto_compares_fits_the_best_and_tells_the_ranking(client: Client) -> None:

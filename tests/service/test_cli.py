@@ -77,6 +77,8 @@ def test_inspect_says_what_was_found_and_why(root: Path, capsys: pytest.CaptureF
     for text in (by_name, by_file):
         assert "z (logits)" in text
         assert "Softmax" in text
+        assert "of 80 products a row" in text
+        assert "8,000" in text  # of the hidden layer, for a reference of 1,000 rows
 
 
 def test_kinds_lists_every_kind_with_its_first_line(capsys: pytest.CaptureFixture[str]) -> None:
