@@ -122,7 +122,11 @@ class RowWriter:
         for name, form in forms.items():
             known = self._forms.setdefault(name, form)
             if form != known:
-                raise ValueError(f"rows of {name} have shape and type {form}, those before had {known}")
+                (shape, dtype), (known_shape, known_dtype) = form, known
+                raise ValueError(
+                    f"rows of {name} have shape {shape} and type {dtype.name}, "
+                    f"those before had {known_shape} and {known_dtype.name}"
+                )
         return [_file_of(name, dtype) for name, (_, dtype) in forms.items()]
 
     def _open(self, *files: str) -> None:
