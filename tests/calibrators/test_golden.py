@@ -16,6 +16,7 @@ import pytest
 from numpy.typing import NDArray
 
 from calibrators.conformal import Thresholds, create_score
+from calibrators.conformal.online import ConformalPID
 from calibrators.conformal.score import members
 from calibrators.kinds.dirichlet import DirichletCalibration
 from calibrators.kinds.platt import PlattScaling
@@ -37,7 +38,7 @@ def binary(scores: Array) -> Array:
 
 def test_every_record_says_where_it_comes_from() -> None:
     names = sorted(path.stem for path in GOLDEN.glob("*.json"))
-    assert names == ["crepes", "dirichletcal", "libsvm", "mapie", "torchcp", "venn-abers"]
+    assert names == ["conformal-time-series", "crepes", "dirichletcal", "libsvm", "mapie", "torchcp", "venn-abers"]
     for name in names:
         assert recorded(name).keys() >= PROVENANCE
         assert recorded(name)["command"].endswith(f" {name}")
@@ -124,3 +125,23 @@ def test_scores_are_torchcps(name: str) -> None:
     shares = np.full(len(p), SHARES[name]) if name in SHARES else None
     found = np.stack([score.of_labels(p, np.full(len(p), k), shares) for k in range(p.shape[1])], axis=1)
     np.testing.assert_allclose(found + (name == "lac"), record["expected"][name]["scores"], atol=1e-6)
+
+
+def test_the_controlled_threshold_is_the_authors() -> None:
+    """They give the first score no part in the integral, and scale no step by the range of scores: it is 1 here."""
+    record = recorded("conformal-time-series")
+    settings, scores = record["settings"], np.array(record["input"]["scores"])
+    learner = ConformalPID(
+        1 - settings["alpha"],
+        scores=[0.0, 1.0],
+        step=settings["lr"],
+        strength=settings["KI"],
+        saturation=settings["Csat"],
+        window=len(scores) + 2,
+    )
+    learner.state["control"] = np.array([record["expected"]["q"][1], 0.0, 0.0])
+    found = []
+    for score in scores[1:]:
+        found.append(learner.threshold)
+        learner.update(score)
+    np.testing.assert_allclose(found, record["expected"]["q"][1:], atol=1e-12)

@@ -1,6 +1,7 @@
 """Records what other implementations say, for `test_golden.py` to compare with.
 
     python tests/calibrators/golden/record.py [libsvm] [dirichletcal] [venn-abers] [torchcp] [mapie] [crepes]
+        [conformal-time-series]
 
 writes one JSON file a tool into this folder: tool, version, command, date, input, expected. It needs the tools
 (`benchmarks/peers.txt`); the tests need only the files. Inputs are rounded to six digits, so that they read back exactly.
@@ -200,6 +201,21 @@ def crepes() -> dict[str, Any]:
     return {"input": {"p": p.tolist(), "y": y.tolist()}, "expected": {"lac": sets}}
 
 
+def conformal_time_series() -> dict[str, Any]:
+    """The authors' conformal PID without its forecast, from a checkout of their repository (np.infty is np.inf by now)."""
+    from core.methods import quantile_integrator_log
+
+    scores = np.random.default_rng(0).random(400).round(6)
+    options = {"alpha": 0.1, "lr": 0.05, "Csat": 0.3, "KI": 0.4, "T_burnin": 0}
+    found = quantile_integrator_log(scores, **options)["q"]
+    return {
+        "version": "aangelopoulos/conformal-time-series 146054e",
+        "settings": options,
+        "input": {"scores": scores.tolist()},
+        "expected": {"q": found.tolist()},
+    }
+
+
 TOOLS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "libsvm": ("libsvm-official", libsvm),
     "dirichletcal": ("dirichletcal", dirichletcal),
@@ -207,6 +223,7 @@ TOOLS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "torchcp": ("torchcp", torchcp),
     "mapie": ("mapie", mapie),
     "crepes": ("crepes", crepes),
+    "conformal-time-series": ("", conformal_time_series),
 }
 
 
@@ -214,8 +231,8 @@ def main() -> None:
     for name in sys.argv[1:] or TOOLS:
         package, record = TOOLS[name]
         provenance = {
-            "tool": package,
-            "version": version(package),
+            "tool": package or name,
+            "version": version(package) if package else "",
             "command": f"python tests/calibrators/golden/record.py {name}",
             "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
         }
