@@ -163,7 +163,7 @@ class Pack:
 
     def encode(self) -> bytes:
         begun = int(self.times_ms[0])
-        after = np.clip(self.times_ms - begun, 0, LONGEST_MS)  # a clock may have been set
+        after: NDArray[np.int64] = np.clip(self.times_ms - begun, 0, LONGEST_MS)  # a clock may have been set
         head = _HEAD.pack(
             self.kept.logits.shape[1], len(self.row_counts), len(self.kept), self.kept.classes is not None
         )

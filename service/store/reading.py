@@ -158,13 +158,15 @@ class Reader:
         )
         with self._journal.reading() as connection:
             steps = connection.execute(query, (self._model, self._name)).fetchall()
-        begin = Position()
+        begin: Position | None = None
         for *place, crc in steps:
             if checksum(*place) != crc:
                 raise Damaged(f"a step of reader {self._name!r} is damaged: its checksum differs")
-            end = Position(*place[3:])
-            with self._journal.reading() as connection:
-                yield self._cohort(connection, place[2], begin, end, begin.record)
+            number, end = place[2], Position(*place[3:])
+            begin = Position() if number == 1 else begin
+            if begin is not None:  # else what came before it is forgotten
+                with self._journal.reading() as connection:
+                    yield self._cohort(connection, number, begin, end, begin.record)
             begin = end
 
     def _watermark(self, connection: Connection, begin: Position, record: int, most_rows: int) -> Position:

@@ -263,6 +263,33 @@ def test_what_does_not_fit_in_the_queue_is_counted_and_told_to_readers(
     kept.close()
 
 
+def test_what_comes_while_a_transaction_is_made_is_written_behind_what_it_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service.store.journal, "FLUSH_SECONDS", FOREVER)
+    kept = Kept(tmp_path)
+    ids = kept.predict(answered(0), answered(1))
+    kept.stream.lost_rows["full"] += 5
+
+    def twice(connection: Connection, *, fail: bool) -> None:
+        kept.journal.write_waiting(connection)
+        ids.extend(kept.predict(answered(len(ids))))
+        kept.journal.write_waiting(connection)
+        if fail:
+            raise KeyError("a defect")
+
+    with pytest.raises(KeyError):
+        kept.journal.writer.write_now(lambda c: twice(c, fail=True))
+    kept.journal.writer.write_now(lambda c: twice(c, fail=False))
+    assert kept.label([NewLabel(known, 0, index % 4) for index, known in enumerate(ids)]) == [Result.RECORDED] * 4
+    cohort = reader_of(kept).read()
+    assert seen(cohort) == [(0, 0, 0), (1, 0, 1), (2, 0, 2), (3, 0, 3)]
+    assert cohort.dropped == 5
+    times = np.concatenate([part.times_ms for part in cohort.pairs])
+    assert times.tolist() == [answered(seed).time_ms for seed in range(4)]
+    kept.close()
+
+
 def test_predictions_are_written_by_themselves_within_a_moment(kept: Kept) -> None:
     kept.predict(answered(1))
     end = time.monotonic() + 20
@@ -327,6 +354,17 @@ def test_a_replay_gives_every_step_again_though_other_labels_have_come_since(kep
     assert [late(step) for step in again] == [late(step) for step in steps]
     assert sum(map(len, map(late, steps))) > 0
     assert sum(map(len, map(seen, steps))) == sum(1 + seed % 3 for seed in range(60))
+
+
+def test_a_replay_begins_where_what_is_kept_begins(kept: Kept) -> None:
+    reader, steps = reader_of(kept, 0), []
+    for seed in range(6):
+        kept.predict(answered(seed, time_ms=10**12 if seed < 4 else int(1000 * time.time()) - 1000))
+        kept.flush()
+        reader.commit(step := reader.read())
+        steps.append(step)
+    kept.journal.writer.write_now(lambda c: prune(c, Retention(seconds=3600)))
+    assert [seen(step) for step in reader.replay()] == [seen(step) for step in steps[4:]]
 
 
 def test_state_and_position_are_written_together_and_by_one_reader(kept: Kept) -> None:
