@@ -168,7 +168,13 @@ class Pack:
             self.kept.logits.shape[1], len(self.row_counts), len(self.kept), self.kept.classes is not None
         )
         lengths = [len(caller_id) for caller_id in self.caller_ids] or [0] * len(self.row_counts)
-        columns: list[NDArray[Any]] = [self.row_counts, after, self.revision_indices, self.states, np.array(lengths)]
+        columns: tuple[NDArray[Any], ...] = (
+            self.row_counts,
+            after,
+            self.revision_indices,
+            self.states,
+            np.array(lengths),
+        )
         return b"".join([head, *map(_column, columns), *self.caller_ids, *self.kept.encode()])
 
     @classmethod
@@ -192,7 +198,7 @@ class Pack:
         )
 
 
-def _column(values: NDArray[np.generic]) -> bytes:
+def _column(values: NDArray[Any]) -> bytes:
     """A whole number a request, in as few bytes as the largest takes; none where all are the same."""
     numbers = values.astype(np.uint32)
     if (numbers == numbers[0]).all():
