@@ -168,13 +168,7 @@ class Pack:
             self.kept.logits.shape[1], len(self.row_counts), len(self.kept), self.kept.classes is not None
         )
         lengths = [len(caller_id) for caller_id in self.caller_ids] or [0] * len(self.row_counts)
-        columns: tuple[NDArray[Any], ...] = (
-            self.row_counts,
-            after,
-            self.revision_indices,
-            self.states,
-            np.array(lengths),
-        )
+        columns: list[NDArray[Any]] = [self.row_counts, after, self.revision_indices, self.states, np.array(lengths)]
         return b"".join([head, *map(_column, columns), *self.caller_ids, *self.kept.encode()])
 
     @classmethod
