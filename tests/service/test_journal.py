@@ -21,6 +21,7 @@ from service.store.keys import IdMaker, IdReader, Keys
 from service.store.labels import NewLabel, Result
 from service.store.packs import ALL_UP_TO, MOST_PROBABLE, Answered, Pack
 from service.store.reading import NO_LABEL, Cohort, Position, Reader
+from service.store.verification import problems
 from tests.service.journals import MODEL, N_CLASSES, Kept, answered
 
 FOREVER = 1e9
@@ -388,6 +389,29 @@ def test_another_models_predictions_are_not_read(kept: Kept) -> None:
     kept.label_one(two, 2, model="other")
     assert seen(reader_of(kept).read()) == [(0, 0, 1)]
     assert [part.stream.model for part in Reader(kept.journal, "other", "learner", 1).read().pairs] == ["other"]
+
+
+class Interrupted:
+    """A connection; after each of its queries somebody else has written a label."""
+
+    def __init__(self, kept: Kept) -> None:
+        self._kept, self._connection = kept, kept.journal.connect()
+        self.close = self._connection.close
+
+    @property
+    def in_transaction(self) -> bool:
+        return self._connection.in_transaction
+
+    def execute(self, *query: object) -> object:
+        found = self._connection.execute(*query)  # type: ignore[arg-type]
+        self._kept.label_one(self._kept.predict(answered(1))[0], 1)
+        return found
+
+
+def test_a_journal_is_found_whole_while_it_is_written(kept: Kept) -> None:
+    connection = Interrupted(kept)
+    assert list(problems(connection)) == []  # type: ignore[arg-type]
+    connection.close()
 
 
 @pytest.mark.parametrize("bound", [Retention(seconds=3600), Retention(bytes=1)], ids=["age", "bytes"])
