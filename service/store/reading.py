@@ -101,7 +101,7 @@ class Cohort:
         return sum(int((part.labels == NO_LABEL).sum()) for part in self.pairs)
 
     def __bool__(self) -> bool:
-        """Whether there is anything in it to learn from, or to number."""
+        """Whether there is anything in it to learn from or to count."""
         return bool(self.pairs or self.late)
 
 
@@ -171,11 +171,8 @@ class Reader:
 
     def _watermark(self, connection: Connection, begin: Position, record: int, most_rows: int) -> Position:
         """The position after the last row that may be passed, of labels up to `record`."""
-        oldest_ms, at, left = (
-            int(1000 * time.time()) - self._wait_ms,
-            Position(begin.pack, begin.row, record),
-            most_rows,
-        )
+        oldest_ms = int(1000 * time.time()) - self._wait_ms
+        at, left = Position(begin.pack, begin.row, record), most_rows
         for row in self._packs(connection, begin, None):
             pack = load_pack(connection, row)
             start = begin.row if row.pack == begin.pack else 0
