@@ -26,7 +26,7 @@ from service.store.journal_tables import (
     insert_stream,
     prune,
 )
-from service.store.keys import IdMaker, Keys
+from service.store.keys import IdMaker, Key, Keys
 from service.store.packs import Answered, Pack
 from service.store.verification import verify
 from service.store.writer import Writer
@@ -51,15 +51,16 @@ class OpenStream:
     def __init__(self, journal: Journal, row: StreamRow) -> None:
         self.row = row
         self.waiting: deque[Answered] = deque()
-        self.written, self.recorded = 0, False  # the writer's: requests in packs; whether the stream's row is there
+        self.written, self.recorded = 0, False  # requests that are past; whether the stream's row is there
         self.lost_rows: Counter[str] = Counter()  # why -> how many
         self.kept_rows = self.told_lost = 0
         self._journal, self._next = journal, 0
-        self.use_newest_key()
+        self._key: Key | None = None
+        self.sign_with(journal.keys.newest)
 
-    def use_newest_key(self) -> None:
-        key = self._journal.keys.newest
-        self._signing = (key, IdMaker(key, self.row.stream))
+    def sign_with(self, key: Key) -> None:
+        if self._key is not key:
+            self._ids, self._key = IdMaker(key, self.row.stream), key
 
     def append(self, request: Answered) -> int | None:
         """The request's number in the stream; None if there is no room, which is counted."""
@@ -71,10 +72,10 @@ class OpenStream:
         return number
 
     def prediction_id(self, number: int) -> bytes:
-        return self._signing[1].make(number)
+        return self._ids.make(number)
 
     def receipt(self, number: int, request: Answered) -> bytes:
-        return receipts.issue(self._signing[0], self.row, number, request)
+        return receipts.issue(self._key or self._journal.keys.newest, self.row, number, request)
 
 
 class Journal:
@@ -102,7 +103,7 @@ class Journal:
         self.keys = Keys(folder / "journal.keys", may_write=learns)
         self._queue_bytes, self._added, self._taken = queue_bytes, 0, 0
         self._streams: list[OpenStream] = []
-        self._in_flight: list[tuple[OpenStream, list[Answered]]] = []
+        self._in_flight: list[tuple[OpenStream, list[Answered], int]] = []  # of this transaction; rows told as lost
         self._flush_at: float | None = None
         self._prune_at = time.monotonic() + PRUNE_SECONDS if learns else float("inf")
         self._reading = threading.Lock()
@@ -167,7 +168,7 @@ class Journal:
         return stream
 
     def refusal(self, size: int) -> str:
-        """Why there is no room for so many bytes more; empty: they number, and are written within FLUSH_SECONDS."""
+        """Why there is no room for so many bytes more; empty: they count, and are written within FLUSH_SECONDS."""
         if not self.writer.writable:
             return "disk"
         if self._added - self._taken + size > self._queue_bytes:
@@ -187,11 +188,18 @@ class Journal:
         """Write what was appended, inside a transaction of the writer's."""
         self._flush_at = None
         self.keys.refresh()
+        newest = self.keys.newest
         for stream in self._streams:
+            stream.sign_with(newest)
             waiting = [stream.waiting.popleft() for _ in range(len(stream.waiting))]
             if waiting:
-                self._in_flight.append((stream, waiting))
-                self._write_packs(connection, stream, waiting)
+                before = [flight for flight in self._in_flight if flight[0] is stream]
+                first = stream.written + sum(len(requests) for _, requests, _ in before)
+                lost = stream.lost_rows.total()
+                self._in_flight.append((stream, waiting, lost))
+                self._write_packs(
+                    connection, stream, waiting, first, lost - (before[-1][2] if before else stream.told_lost)
+                )
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[Connection]:
@@ -207,18 +215,22 @@ class Journal:
             finally:
                 self._read_connection.execute("COMMIT")
 
-    def _write_packs(self, connection: Connection, stream: OpenStream, waiting: list[Answered]) -> None:
+    @staticmethod
+    def _write_packs(
+        connection: Connection, stream: OpenStream, waiting: list[Answered], first: int, lost: int
+    ) -> None:
         if not stream.recorded:
             insert_stream(connection, stream.row)
-        lost = stream.lost_rows.total() - stream.told_lost
         for start in range(0, len(waiting), MOST_REQUESTS_IN_PACK):
-            pack = Pack.of(stream.written + start, waiting[start : start + MOST_REQUESTS_IN_PACK])
+            pack = Pack.of(first + start, waiting[start : start + MOST_REQUESTS_IN_PACK])
             append_pack(connection, stream.row, pack, lost if start == 0 else 0)
 
     def _ended(self, committed: bool, disk: bool) -> None:
         """A transaction of the writer's has ended: what it wrote is there, is lost, or waits again."""
         flights, self._in_flight = self._in_flight, []
-        for stream, waiting in flights:
+        if not committed:
+            flights.reverse()
+        for stream, waiting, told in flights:
             rows = sum(len(request.logits) for request in waiting)
             if not committed and not disk:
                 stream.waiting.extendleft(reversed(waiting))
@@ -229,7 +241,7 @@ class Journal:
             if committed:
                 stream.recorded = True
                 stream.kept_rows += rows
-                stream.told_lost = stream.lost_rows.total()
+                stream.told_lost = told
             else:
                 stream.lost_rows["disk"] += rows
 
@@ -245,9 +257,7 @@ class Journal:
         if self._prune_at <= now:
             more = prune(connection, self.retention)
             self._prune_at = now if more else now + PRUNE_SECONDS
-            if self.keys.rotate(KEY_SECONDS, 2 * KEY_SECONDS + self.retention.seconds):
-                for stream in self._streams:
-                    stream.use_newest_key()
+            self.keys.rotate(KEY_SECONDS, 2 * KEY_SECONDS + self.retention.seconds)
 
 
 def size_of(request: Answered) -> int:

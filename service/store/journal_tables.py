@@ -101,6 +101,15 @@ PACK_COLUMNS = ", ".join(PackRow._fields)
 _LABEL = struct.Struct("<6q")
 
 
+_FORGET_RELEASES = """
+    DELETE FROM releases WHERE pack <= ? AND number < (
+        SELECT max(number) FROM releases AS other
+        WHERE other.model = releases.model AND other.reader = releases.reader AND pack <= ?
+    )
+"""
+"""The last one stays, as the place where a replay begins."""
+
+
 def checksum(*values: object) -> int:
     """The CRC of a row's values: whole numbers, times, texts."""
     return zlib.crc32(repr(values).encode())
@@ -170,6 +179,9 @@ def prune(connection: Connection, retention: Retention, most: int = PRUNED_TOGET
     forgotten = packs if over else [pack for pack in packs if pack.time_ms < oldest_ms]
     for pack in forgotten:
         forget_pack(connection, pack)
+    if forgotten:
+        connection.execute("DELETE FROM records WHERE record < (SELECT min(record) FROM labels)")
+        connection.execute(_FORGET_RELEASES, (forgotten[-1].pack,) * 2)
     return bool(forgotten) and len(forgotten) == most
 
 

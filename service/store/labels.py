@@ -31,6 +31,8 @@ from service.store.reading import Pairs, pairs_of
 
 ROWS_TOGETHER = (512, 64, 8, 1)
 """Labels of one statement: one of many rows lets go of the interpreter once, where one a row would each time."""
+MOST_ROWS_UNSEEN = 1 << 16
+"""Of a prediction that is not here no more rows are believed to be."""
 _MARKS = "(?, ?, ?, ?, ?, ?, ?)"
 
 
@@ -174,7 +176,7 @@ class Labels:
         rows = located.get(place)
         if rows is None and place.number < self._pruned(connection, place.stream):
             return Result.EXPIRED
-        if not 0 <= label.row < (1 << 31 if rows is None else rows):
+        if not 0 <= label.row < (MOST_ROWS_UNSEEN if rows is None else rows):
             return Result.UNKNOWN
         return Result.RECORDED if 0 <= label.label < stream.class_count else Result.INVALID_CLASS
 
@@ -185,13 +187,13 @@ class Labels:
 
     @staticmethod
     def _pruned(connection: Connection, stream: int) -> int:
-        (pruned,) = connection.execute("SELECT pruned FROM streams WHERE stream = ?", (stream,)).fetchone()
-        return int(pruned)
+        found = connection.execute("SELECT pruned FROM streams WHERE stream = ?", (stream,)).fetchone()
+        return int(found[0]) if found else 0
 
 
 def _row_counts(connection: Connection, pack: PackRow) -> list[int]:
-    numbers: list[int] = load_pack(connection, pack).row_counts.tolist()
-    return numbers
+    row_counts: list[int] = load_pack(connection, pack).row_counts.tolist()
+    return row_counts
 
 
 def _own_id(connection: Connection, place: Place) -> bytes:

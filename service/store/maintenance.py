@@ -65,6 +65,7 @@ def export(store: Path, model: str) -> Iterator[dict[str, Any]]:
     keys, connection = Keys(store / KEYS, may_write=False), open_journal(store)
     try:
         with reading_errors("journal"):
+            connection.execute("BEGIN")  # it may be written meanwhile
             for found in connection.execute(query, (model,)).fetchall():
                 for part in pairs_of(connection, PackRow(*found)):
                     yield from _rows(part, IdMaker(keys.newest, part.stream.stream))

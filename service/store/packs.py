@@ -163,7 +163,7 @@ class Pack:
 
     def encode(self) -> bytes:
         begun = int(self.times_ms[0])
-        after = np.clip(self.times_ms - begun, 0, LONGEST_MS)  # a clock may have been set
+        after: NDArray[np.int64] = np.clip(self.times_ms - begun, 0, LONGEST_MS)  # a clock may have been set
         head = _HEAD.pack(
             self.kept.logits.shape[1], len(self.row_counts), len(self.kept), self.kept.classes is not None
         )
@@ -192,7 +192,7 @@ class Pack:
         )
 
 
-def _column(values: NDArray[np.generic]) -> bytes:
+def _column(values: NDArray[Any]) -> bytes:
     """A whole number a request, in as few bytes as the largest takes; none where all are the same."""
     numbers = values.astype(np.uint32)
     if (numbers == numbers[0]).all():

@@ -101,7 +101,7 @@ class Cohort:
         return sum(int((part.labels == NO_LABEL).sum()) for part in self.pairs)
 
     def __bool__(self) -> bool:
-        """Whether there is anything in it to learn from, or to number."""
+        """Whether there is anything in it to learn from or to count."""
         return bool(self.pairs or self.late)
 
 
@@ -158,22 +158,21 @@ class Reader:
         )
         with self._journal.reading() as connection:
             steps = connection.execute(query, (self._model, self._name)).fetchall()
-        begin = Position()
+        begin: Position | None = None
         for *place, crc in steps:
             if checksum(*place) != crc:
                 raise Damaged(f"a step of reader {self._name!r} is damaged: its checksum differs")
-            end = Position(*place[3:])
-            with self._journal.reading() as connection:
-                yield self._cohort(connection, place[2], begin, end, begin.record)
+            number, end = place[2], Position(*place[3:])
+            begin = Position() if number == 1 else begin
+            if begin is not None:  # else what came before it is forgotten
+                with self._journal.reading() as connection:
+                    yield self._cohort(connection, number, begin, end, begin.record)
             begin = end
 
     def _watermark(self, connection: Connection, begin: Position, record: int, most_rows: int) -> Position:
         """The position after the last row that may be passed, of labels up to `record`."""
-        oldest_ms, at, left = (
-            int(1000 * time.time()) - self._wait_ms,
-            Position(begin.pack, begin.row, record),
-            most_rows,
-        )
+        oldest_ms = int(1000 * time.time()) - self._wait_ms
+        at, left = Position(begin.pack, begin.row, record), most_rows
         for row in self._packs(connection, begin, None):
             pack = load_pack(connection, row)
             start = begin.row if row.pack == begin.pack else 0

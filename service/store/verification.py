@@ -24,8 +24,9 @@ def verify(connection: Connection) -> None:
 
 
 def problems(connection: Connection) -> Iterator[str]:
-    """What is wrong, in words; each table is read in one piece of time."""
+    """What is wrong, in words, with one state of the journal; it may be written meanwhile."""
     try:
+        connection.execute("BEGIN")
         yield from _in_packs(connection)
         yield from _in_labels(connection)
         for table, query in ROWS.items():
@@ -34,6 +35,9 @@ def problems(connection: Connection) -> Iterator[str]:
                 yield f"{bad} rows of the journal's table {table} are damaged: their checksums differ"
     except sqlite3.DatabaseError as error:
         yield f"the journal cannot be read: {error}"
+    finally:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
 
 
 def checksum_of(values: Sequence[Any]) -> int:

@@ -30,6 +30,7 @@ Work = Callable[[Connection], T]
 MOST_TOGETHER = 4096
 MOST_WAITING = 20_000
 """Pieces of work that wait; more are refused."""
+CLOSE_SECONDS = 20.0
 RETRY_SECONDS = 1.0
 """Time between two tries to write again."""
 
@@ -79,11 +80,14 @@ class Writer:
         self._thread.start()
 
     def close(self) -> None:
-        """Write what waits, then close the database."""
+        """Write what waits, then close the database. A disk that hangs is not waited for without end."""
         self._closing = True
         self._jobs.put(None)
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(CLOSE_SECONDS)
+        if self._thread.is_alive():
+            log.error("the %s could not be closed in %.0f s: the disk does not answer", self._name, CLOSE_SECONDS)
+            return
         if self._connection is not None:
             self._connection.close()
 

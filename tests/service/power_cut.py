@@ -18,8 +18,8 @@ from typing import Any
 
 OK, FULL, IOERR_FSYNC = 0, 13, 10 | 4 << 8
 POINTER, INT, INT64, NAME = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_char_p
-OPEN = ctypes.CFUNCTYPE(INT, POINTER, NAME, POINTER, INT, POINTER)
-DELETE = ctypes.CFUNCTYPE(INT, POINTER, NAME, INT)
+OPEN = ctypes.CFUNCTYPE(INT, POINTER, POINTER, POINTER, INT, POINTER)
+DELETE = ctypes.CFUNCTYPE(INT, POINTER, POINTER, INT)
 WRITE = ctypes.CFUNCTYPE(INT, POINTER, POINTER, INT, INT64)
 TRUNCATE = ctypes.CFUNCTYPE(INT, POINTER, INT64)
 SYNC = ctypes.CFUNCTYPE(INT, POINTER, INT)
@@ -144,18 +144,19 @@ class _Recorder:
         real_open = OPEN(real.contents.open)
         real_delete = DELETE(real.contents.delete)
 
-        def open_(vfs: int, name: bytes | None, file: int, flags: int, out: int) -> int:
-            code = real_open(ctypes.addressof(real.contents), name, file, flags, out)
-            if code == OK and name is not None and name.startswith(self._folder) and not name.endswith(b"-shm"):
-                self._names[file] = Path(name.decode()).name
+        def open_(vfs: int, name: int | None, file: int, flags: int, out: int) -> int:
+            code = real_open(ctypes.addressof(real.contents), name, file, flags, out)  # it keeps the very pointer
+            path = ctypes.string_at(name) if name else b""
+            if code == OK and path.startswith(self._folder):
+                self._names[file] = Path(path.decode()).name
                 slot = ctypes.cast(file, ctypes.POINTER(POINTER))
                 slot[0] = ctypes.addressof(self._methods(slot[0]))
             return code
 
-        def delete(vfs: int, name: bytes, sync: int) -> int:
-            code = real_delete(ctypes.addressof(real.contents), name, sync)
-            if code == OK and name.startswith(self._folder):
-                self.disk.events.append(Event("delete", Path(name.decode()).name))
+        def delete(vfs: int, name: int, sync: int) -> int:
+            code, path = real_delete(ctypes.addressof(real.contents), name, sync), ctypes.string_at(name)
+            if code == OK and path.startswith(self._folder):
+                self.disk.events.append(Event("delete", Path(path.decode()).name))
             return code
 
         self._kept += [real_open, real_delete, OPEN(open_), DELETE(delete), ours]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import sqlite3
 import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -31,6 +34,7 @@ from service.store.reading import Reader
 from tests.service import models, power_cut
 from tests.service.conftest import RunningServer, settings_for
 from tests.service.test_durability import until
+from tests.service.test_lifecycle import Process
 from tests.service.test_workers import Workers, connections
 
 X, LOGITS, _ = models.labelled_rows(20, seed=3)
@@ -186,6 +190,43 @@ def test_predictions_and_labels_are_there_after_a_restart(root: Path) -> None:
     with serving(root) as (_, client):
         assert client.label("mlp", [known, known], [1, 1], rows=[0, 1]) == ["duplicate", "recorded"]
         assert client.get_prediction("mlp", known).label == 1
+
+
+def flooded(address: str, stop: Callable[[int], object]) -> dict[tuple[str, int], int]:
+    """The labels that were acknowledged to several callers until the server went away; `stop` is told how many are."""
+    history: dict[tuple[str, int], int] = {}
+
+    def caller(seed: int) -> None:
+        with Client(address, show_progress=False, timeout_seconds=10, retries=Retries(most=0)) as client:
+            try:
+                for turn in range(1000):
+                    known, label = client.predict("mlp", X).prediction_id, (seed + turn) % 4
+                    if client.label("mlp", [known] * 3, [label] * 3, rows=range(3)) == ["recorded"] * 3:
+                        history.update({(known, row): label for row in range(3)})
+                    stop(len(history))
+            except errors.CalserveError:
+                pass  # it is gone
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(caller, range(4)))
+    return history
+
+
+def test_a_killed_server_has_every_label_that_it_acknowledged(root: Path) -> None:
+    history: dict[tuple[str, int], int] = {}
+    for _ in range(2):
+        process = Process(root)
+        process.wait_until_ready()
+        kill = partial(process.send, signal.SIGKILL)
+        history |= flooded(f"127.0.0.1:{process.port}", lambda count, kill=kill: count >= 150 and kill())
+        assert process.end() == -signal.SIGKILL
+        assert len(history) >= 150
+    with serving(root) as (server, client):
+        ids, rows = zip(*history, strict=True)
+        assert set(client.label("mlp", ids, list(history.values()), rows=rows)) == {"duplicate"}
+        with server.app._journal.reading() as connection:
+            (count,) = connection.execute("SELECT count(*) FROM labels").fetchone()
+        assert len(history) <= count <= len(history) + 2 * 4 * 3  # each caller may have had one call on its way
 
 
 def test_a_receipt_stands_in_for_a_journal_that_was_lost(root: Path) -> None:
@@ -412,5 +453,5 @@ def test_labels_find_their_predictions_through_whichever_worker(tmp_path: Path) 
             for known in ids:
                 until(label_of(known))
     finally:
-        workers.send(15)
+        workers.send(signal.SIGTERM)
         workers.end()

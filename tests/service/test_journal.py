@@ -21,6 +21,7 @@ from service.store.keys import IdMaker, IdReader, Keys
 from service.store.labels import NewLabel, Result
 from service.store.packs import ALL_UP_TO, MOST_PROBABLE, Answered, Pack
 from service.store.reading import NO_LABEL, Cohort, Position, Reader
+from service.store.verification import problems
 from tests.service.journals import MODEL, N_CLASSES, Kept, answered
 
 FOREVER = 1e9
@@ -263,6 +264,33 @@ def test_what_does_not_fit_in_the_queue_is_counted_and_told_to_readers(
     kept.close()
 
 
+def test_what_comes_while_a_transaction_is_made_is_written_behind_what_it_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service.store.journal, "FLUSH_SECONDS", FOREVER)
+    kept = Kept(tmp_path)
+    ids = kept.predict(answered(0), answered(1))
+    kept.stream.lost_rows["full"] += 5
+
+    def twice(connection: Connection, *, fail: bool) -> None:
+        kept.journal.write_waiting(connection)
+        ids.extend(kept.predict(answered(len(ids))))
+        kept.journal.write_waiting(connection)
+        if fail:
+            raise KeyError("a defect")
+
+    with pytest.raises(KeyError):
+        kept.journal.writer.write_now(lambda c: twice(c, fail=True))
+    kept.journal.writer.write_now(lambda c: twice(c, fail=False))
+    assert kept.label([NewLabel(known, 0, index % 4) for index, known in enumerate(ids)]) == [Result.RECORDED] * 4
+    cohort = reader_of(kept).read()
+    assert seen(cohort) == [(0, 0, 0), (1, 0, 1), (2, 0, 2), (3, 0, 3)]
+    assert cohort.dropped == 5
+    times = np.concatenate([part.times_ms for part in cohort.pairs])
+    assert times.tolist() == [answered(seed).time_ms for seed in range(4)]
+    kept.close()
+
+
 def test_predictions_are_written_by_themselves_within_a_moment(kept: Kept) -> None:
     kept.predict(answered(1))
     end = time.monotonic() + 20
@@ -329,6 +357,17 @@ def test_a_replay_gives_every_step_again_though_other_labels_have_come_since(kep
     assert sum(map(len, map(seen, steps))) == sum(1 + seed % 3 for seed in range(60))
 
 
+def test_a_replay_begins_where_what_is_kept_begins(kept: Kept) -> None:
+    reader, steps = reader_of(kept, 0), []
+    for seed in range(6):
+        kept.predict(answered(seed, time_ms=10**12 if seed < 4 else int(1000 * time.time()) - 1000))
+        kept.flush()
+        reader.commit(step := reader.read())
+        steps.append(step)
+    kept.journal.writer.write_now(lambda c: prune(c, Retention(seconds=3600)))
+    assert [seen(step) for step in reader.replay()] == [seen(step) for step in steps[4:]]
+
+
 def test_state_and_position_are_written_together_and_by_one_reader(kept: Kept) -> None:
     (one,) = kept.predict(answered(1))
     kept.label_one(one, 1)
@@ -350,6 +389,29 @@ def test_another_models_predictions_are_not_read(kept: Kept) -> None:
     kept.label_one(two, 2, model="other")
     assert seen(reader_of(kept).read()) == [(0, 0, 1)]
     assert [part.stream.model for part in Reader(kept.journal, "other", "learner", 1).read().pairs] == ["other"]
+
+
+class Interrupted:
+    """A connection; after each of its queries somebody else has written a label."""
+
+    def __init__(self, kept: Kept) -> None:
+        self._kept, self._connection = kept, kept.journal.connect()
+        self.close = self._connection.close
+
+    @property
+    def in_transaction(self) -> bool:
+        return self._connection.in_transaction
+
+    def execute(self, *query: object) -> object:
+        found = self._connection.execute(*query)  # type: ignore[arg-type]
+        self._kept.label_one(self._kept.predict(answered(1))[0], 1)
+        return found
+
+
+def test_a_journal_is_found_whole_while_it_is_written(kept: Kept) -> None:
+    connection = Interrupted(kept)
+    assert list(problems(connection)) == []  # type: ignore[arg-type]
+    connection.close()
 
 
 @pytest.mark.parametrize("bound", [Retention(seconds=3600), Retention(bytes=1)], ids=["age", "bytes"])
