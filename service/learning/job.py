@@ -122,11 +122,7 @@ class RowWriter:
         for name, form in forms.items():
             known = self._forms.setdefault(name, form)
             if form != known:
-                (shape, dtype), (known_shape, known_dtype) = form, known
-                raise ValueError(
-                    f"rows of {name} have shape {shape} and type {dtype.name}, "
-                    f"those before had {known_shape} and {known_dtype.name}"
-                )
+                raise ValueError(f"rows of {name} are {_in_words(*form)}, those before were {_in_words(*known)}")
         return [_file_of(name, dtype) for name, (_, dtype) in forms.items()]
 
     def _open(self, *files: str) -> None:
@@ -206,6 +202,10 @@ class Rows:
     def beside(self) -> dict[str, Any]:
         """What `Calibrator.fit` takes besides the logits and the labels."""
         return {"sample_weight": self.weights, "shifted": self.shifted, "reference": self.reference}
+
+
+def _in_words(shape: tuple[int, ...], dtype: np.dtype[Any]) -> str:
+    return f"{dtype.name} {list(shape)}"
 
 
 _TYPES = {LABELS: np.dtype("<i8"), WEIGHTS: np.dtype("<f8"), SHIFTED: np.dtype("<f8")}
