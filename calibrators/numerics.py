@@ -17,9 +17,9 @@ Array: TypeAlias = NDArray[Any]
 MAX_ABS_LOGIT = 1e30
 """Largest magnitude accepted in a logit: beyond it float32 arithmetic overflows."""
 
-ELEMENTS_AT_ONCE = 1 << 16
+ELEMENTS_AT_ONCE = 1 << 15
 
-FEW_COLUMNS = 128
+FEW_COLUMNS = 64
 """Up to here a block of logits is transformed with each column in one piece of memory."""
 
 FAINT = {"f": 1e-30, "d": 1e-290}
@@ -133,20 +133,27 @@ def memory_order(width: int) -> Literal["F", "C"]:
 def by_blocks(transform: Callable[..., Array], logits: Array, beside: Mapping[str, Array]) -> Array:
     """Rows of finite logits (n_samples, n_classes), and of the arrays beside them, transformed a block at a time.
 
-    So what is in between stays in a processor's cache. Where columns are few, a block holds them one after the other:
-    the sum of ten numbers in a row costs numpy ten times what it costs in ten columns added up. `transform` must not
-    write on what it is given: where columns are many, these are the caller's own rows.
+    So what is in between stays in a processor's cache. `transform` is given a copy of the rows, which it may write on
+    and return. Where columns are few, the copy holds them one after the other: the sum of ten numbers in a row costs
+    numpy ten times what it costs in ten columns added up. Where they are many, the copy lies where the result is
+    wanted, and what is computed in its memory is there already.
     """
     order = memory_order(logits.shape[1])
     transformed = np.empty(logits.shape, logits.dtype)
     for block in blocks(*logits.shape):
-        rows = logits[block]
+        rows, result = logits[block], transformed[block]
         if not _is_finite(rows):
             check_finite(logits)  # names the place in the whole
         # A row by itself is doubled: numpy would sum it in another order than it does among others.
         chosen = [0, 0] if len(rows) == 1 else slice(None)
         of_rows = {name: array[block][chosen] for name, array in beside.items()}
-        transformed[block] = transform(np.asarray(rows[chosen], order=order), **of_rows)[: len(rows)]
+        if len(rows) == 1 or order == "F":
+            result[...] = transform(np.array(rows[chosen], order=order), **of_rows)[: len(rows)]
+            continue
+        result[...] = rows
+        found = transform(result, **of_rows)
+        if found is not result:
+            result[...] = found
     return transformed
 
 
@@ -199,11 +206,11 @@ def log_odds(logits: Array) -> Array:
     logits are the largest, g = 0 and the second line is taken.
     """
     top = logits.argmax(axis=1)[:, None]
-    first, second = two_largest(logits, top)
+    terms = logits.copy(order="K")
+    first, second = _take_largest(terms, top)
     gap = first - second
     above = logits - second
-    terms = np.minimum(above, 0)
-    np.exp(terms, out=terms)
+    np.exp(np.minimum(above, 0, out=terms), out=terms)
     total = terms.sum(axis=1, keepdims=True) - 1
     np.subtract(total, terms, out=terms)
     terms *= np.exp(-gap)
@@ -216,23 +223,33 @@ def log_odds(logits: Array) -> Array:
 
 def two_largest(logits: Array, top: Array) -> tuple[Array, Array]:
     """The largest of each row, which stands in the column `top`, and the largest of the others; (n_samples, 1) each."""
-    others = logits.copy(order="K")
-    np.put_along_axis(others, top, -np.inf, axis=1)
-    return np.take_along_axis(logits, top, axis=1), others.max(axis=1, keepdims=True)
+    return _take_largest(logits.copy(order="K"), top)
+
+
+def _take_largest(logits: Array, top: Array) -> tuple[Array, Array]:
+    """`two_largest`, of logits the largest of which are overwritten."""
+    first = np.take_along_axis(logits, top, axis=1)
+    np.put_along_axis(logits, top, -np.inf, axis=1)
+    return first, logits.max(axis=1, keepdims=True)
+
+
+def sigmoid(log_odds: Array) -> Array:
+    """1 / (1 + exp(-t)) = min(1, exp(t)) / (1 + exp(-|t|)), whose numerator is 1 or the denominator's exponential."""
+    decay = np.abs(log_odds)
+    np.negative(decay, out=decay)
+    np.exp(decay, out=decay)
+    p: Array = np.where(log_odds < 0, decay, log_odds.dtype.type(1))
+    decay += 1
+    p /= decay
+    return p
 
 
 def normalised_sigmoid(log_odds: Array) -> Array:
     """Rows of sigmoid(t_k) / sum_j sigmoid(t_j): one-vs-rest probabilities made into a distribution.
 
-    sigmoid(t) = min(1, exp(t)) / (1 + exp(-|t|)), and the numerator is 1 or the exponential of the denominator. A row
-    whose every sigmoid nears underflow is shifted by its largest first, so it is a distribution like any other.
+    A row whose every sigmoid nears underflow is shifted by its largest first, so it is a distribution like any other.
     """
-    decay = np.abs(log_odds)
-    np.negative(decay, out=decay)
-    np.exp(decay, out=decay)
-    p = np.where(log_odds < 0, decay, log_odds.dtype.type(1))
-    decay += 1
-    p /= decay
+    p = sigmoid(log_odds)
     total = p.sum(axis=1, keepdims=True)
     faint = total < FAINT[log_odds.dtype.char]
     if faint.any():  # there exp(t) is sigmoid(t)

@@ -33,7 +33,7 @@ from scipy.linalg import cho_factor, cho_solve
 
 from calibrators.base import Calibrator, check_tensor
 from calibrators.graph import Graph
-from calibrators.numerics import Array, blocks, centre, softmax, softmax_in_place
+from calibrators.numerics import Array, blocks, softmax, softmax_in_place
 
 GRADIENT_TOLERANCE = 1e-11
 MAX_STEPS = 300
@@ -81,9 +81,9 @@ class ClassPrior(Calibrator):
         self.bias_, self.converged_ = _minimise(_Loss(logits, y, weight, self.pseudo_count))
 
     def _predict_proba(self, logits: Array) -> Array:
-        scores = centre(logits)
-        scores += self.bias_.astype(logits.dtype)
-        return softmax_in_place(scores)
+        logits -= logits.max(axis=1, keepdims=True)
+        logits += self.bias_.astype(logits.dtype)
+        return softmax_in_place(logits)
 
     def emit(self, graph: Graph, logits: str) -> str:
         return graph.softmax(graph.node("Add", graph.centre(logits), graph.parameter("bias", self.bias_)))
