@@ -60,7 +60,7 @@ FEW_CLASSES_ONLY = {"dirichlet": 20, "matrix": 50, "structured_matrix": 200, "ve
 """Most classes for which a kind is a sensible candidate: its fit or its state grows too fast beyond."""
 
 INCUMBENT = "empirical_bayes"
-LEAST_LEAD_IN_ERRORS = 1.0
+LEAST_LEAD_IN_ERRORS = 3.0
 LEAST_GAIN_IN_ERRORS = 0.5
 MOST_FOLDS = 50
 

@@ -157,8 +157,8 @@ def places(s: Array, edges: Array, maps: Array) -> Array:
     n_edges = edges.shape[1]
     part = max(1, (n_edges + 1) // COUNTED_PARTS)
     passed, count = np.empty_like(s, dtype=bool), np.zeros_like(s, dtype=np.int8)
-    for edge in range(part - 1, n_edges, part):
-        np.greater_equal(s, edges[:, edge][maps], out=passed)
+    for edge in np.ascontiguousarray(edges.T[part - 1 :: part]):
+        np.greater_equal(s, edge[maps], out=passed)
         count += passed.view(np.int8)
     place = count * np.int64(part)
     place += n_edges * maps
@@ -177,8 +177,7 @@ def look_up(s: Array, edges: Array, levels: Array, maps: Array | None = None) ->
     maps = np.arange(len(levels)) if maps is None else maps
     place = places(s, edges, maps)
     place += maps  # every map has one level more than it has edges
-    found: Array = levels.ravel()[place]
-    return found
+    return levels.ravel().take(place, mode="clip")
 
 
 def distributions(t: Array, dtype: DTypeLike) -> Array:
