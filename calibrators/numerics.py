@@ -17,9 +17,9 @@ Array: TypeAlias = NDArray[Any]
 MAX_ABS_LOGIT = 1e30
 """Largest magnitude accepted in a logit: beyond it float32 arithmetic overflows."""
 
-ELEMENTS_AT_ONCE = 1 << 15
+ELEMENTS_AT_ONCE = 1 << 16
 
-FEW_COLUMNS = 64
+FEW_COLUMNS = 128
 """Up to here a block of logits is transformed with each column in one piece of memory."""
 
 FAINT = {"f": 1e-30, "d": 1e-290}
@@ -157,9 +157,23 @@ def by_blocks(transform: Callable[..., Array], logits: Array, beside: Mapping[st
     return transformed
 
 
+def row_maxima(logits: Array) -> Array:
+    """The largest of each row (n_samples, 1). Along rows of memory numpy finds its place in half the time."""
+    if not logits.flags.c_contiguous:
+        return np.asarray(logits.max(axis=1, keepdims=True))
+    return np.asarray(logits[np.arange(len(logits)), logits.argmax(axis=1)][:, None])
+
+
+def row_sums(p: Array) -> Array:
+    """The sum of each row (n_samples, 1). Along rows of memory einsum is quicker; it needs the digits of float64."""
+    if p.flags.c_contiguous and p.dtype == np.float64:
+        return np.asarray(np.einsum("ik->i", p)[:, None])
+    return np.asarray(p.sum(axis=1, keepdims=True))
+
+
 def centre(logits: Array) -> Array:
     """Logits less their row's largest."""
-    difference: Array = logits - logits.max(axis=1, keepdims=True)
+    difference: Array = logits - row_maxima(logits)
     return difference
 
 
@@ -170,7 +184,7 @@ def softmax(logits: Array) -> Array:
 
 def softmax_in_place(logits: Array) -> Array:
     """`softmax`, computed in the memory of the logits."""
-    logits -= logits.max(axis=1, keepdims=True)
+    logits -= row_maxima(logits)
     return softmax_of_centred(logits)
 
 
@@ -182,7 +196,7 @@ def softmax_of_centred(logits: Array) -> Array:
 
 def normalise(p: Array) -> Array:
     """Rows divided by their sums, in their own memory."""
-    p /= p.sum(axis=1, keepdims=True)
+    p /= row_sums(p)
     return p
 
 

@@ -23,7 +23,7 @@ from calibrators.base import Calibrator, check_tensor
 from calibrators.graph import Graph
 from calibrators.kinds.temperature import TemperatureScaling
 from calibrators.multinomial import Rows, identity_map, minimise
-from calibrators.numerics import Array, softmax_in_place, softmax_of_centred
+from calibrators.numerics import Array, row_maxima, row_sums, softmax_in_place, softmax_of_centred
 
 LARGEST_WEIGHT = 1e7
 """A slope or bias that float32 holds with room for sums."""
@@ -112,11 +112,11 @@ def first_step(logits: Array, y: Array, weight: Array) -> tuple[Array, Array]:
 def mixed_log(logits: Array, temperature: Array, mix: Array) -> Array:
     """l (n_samples, n_classes), in the dtype of the logits and in their memory."""
     p = logits
-    p -= p.max(axis=1, keepdims=True)
+    p -= row_maxima(p)
     with np.errstate(over="ignore"):  # minus infinity is a probability of zero
         p *= logits.dtype.type(1 / temperature)
     np.exp(p, out=p)
-    p *= logits.dtype.type(1 - mix) / p.sum(axis=1, keepdims=True)
+    p *= logits.dtype.type(1 - mix) / row_sums(p)
     p += logits.dtype.type(mix / logits.shape[1])
     return np.log(p, out=p)
 
