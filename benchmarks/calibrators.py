@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import io
 import logging
 import math
@@ -27,7 +28,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -52,6 +53,7 @@ from calibrators.metrics import (
     log_loss,
     smooth_calibration_error,
 )
+from calibrators.metrics.proper import log_losses
 
 METRICS: dict[str, Callable[[NDArray[Any], NDArray[Any]], float]] = {
     "log loss": log_loss,
@@ -62,6 +64,8 @@ METRICS: dict[str, Callable[[NDArray[Any], NDArray[Any]], float]] = {
     "smooth": smooth_calibration_error,
     "accuracy": accuracy,
 }
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+
 TIMING_SECONDS = 0.1
 LEAST_ROUNDS = 5
 QUICK_FIT_SECONDS = 0.5
@@ -72,6 +76,8 @@ LINEAR = ("temperature", "class_prior", "vector", "structured_vector")
 BINNED = ("isotonic", "histogram_binning", "scaling_binning", "bbq")
 MOST_SOFTMAXES = dict.fromkeys(LINEAR, 1.5) | dict.fromkeys(BINNED, 6.0)
 """Goal: a transform of many classes (100 and more) in so many times the softmax of its rows."""
+
+RESAMPLES = 400
 
 MOST_OVER_BEST_PEER = 1.01
 MOST_OVER_TEMPERATURE = 1.003
@@ -92,6 +98,8 @@ class Result:
     transform_speed: float = math.nan
     transform_per_softmax: float = math.nan
     failed: str = ""
+    losses: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    """Log loss of each test row."""
 
 
 # ---- one calibrator on one data set
@@ -134,6 +142,7 @@ def run(candidate: Peer, data: DataSet, *, is_ours: bool, limit_seconds: float) 
         fit_per_softmax=seconds / fit_floor,
         transform_speed=len(data.test_labels) / transform,
         transform_per_softmax=transform / floor,
+        losses=log_losses(probabilities, data.test_labels),
     )
 
 
@@ -180,6 +189,18 @@ def plain_softmax(logits: Logits) -> Logits:
     p: Logits = np.exp(logits - logits.max(axis=1, keepdims=True))
     p /= p.sum(axis=1, keepdims=True)
     return p
+
+
+def keep_freed_memory() -> None:
+    """Freed memory stays with the process, where the C library is glibc and lets us say so.
+
+    Else it depends on what ran before whether large arrays are new pages of the system, and a softmax costs 2.4 to 12
+    nanoseconds a number: the floor would move more than what is measured against it.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        c_library = ctypes.CDLL(None)
+        c_library.mallopt(M_MMAP_THRESHOLD, 1 << 25)
+        c_library.mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
 def timed_fit(fit: Fit, data: DataSet) -> tuple[Fitted, float]:
@@ -234,33 +255,64 @@ def show(data: DataSet, results: list[Result], console: Console) -> None:
 
 @dataclass(frozen=True)
 class Standing:
-    """The log loss of `auto` on one data set, over that of the best peer in hindsight and of temperature scaling."""
+    """The log loss of `auto` on one data set, over that of the best peer in hindsight and of temperature scaling.
+
+    `interval` is that of `to_peer`, 95 % by bootstrap of the test rows. `to_chosen` is what is left when the peer may
+    not be chosen by the rows that score it: the median, over random halvings of the test rows, of the ratio on one half
+    to the peer that is best on the other.
+    """
 
     data_set: str
     peer: str
     to_peer: float
+    interval: tuple[float, float]
+    to_chosen: float
     to_temperature: float
 
 
 def standings(found: dict[str, list[Result]]) -> list[Standing]:
     listed = []
     for name, results in found.items():
-        own = {result.name: result.scores["log loss"] for result in results if result.ours and not result.failed}
-        rivals = {result.name: result.scores["log loss"] for result in results if not result.ours and not result.failed}
+        own = {result.name: result.losses for result in results if result.ours and not result.failed}
+        rivals = {result.name: result.losses for result in results if not result.ours and not result.failed}
         if "auto" in own and rivals:
-            best = min(rivals, key=rivals.__getitem__)
-            to_temperature = own["auto"] / own.get("temperature", math.nan)
-            listed.append(Standing(name, best, own["auto"] / rivals[best], to_temperature))
+            best = min(rivals, key=lambda peer: float(rivals[peer].mean()))
+            to_peer = float(own["auto"].mean() / rivals[best].mean())
+            to_temperature = float(own["auto"].mean() / own["temperature"].mean()) if "temperature" in own else math.nan
+            interval = ratio_interval(own["auto"], rivals[best])
+            to_chosen = ratio_to_chosen(own["auto"], np.stack(list(rivals.values())))
+            listed.append(Standing(name, best, to_peer, interval, to_chosen, to_temperature))
     return listed
+
+
+def ratio_interval(losses: NDArray[np.float64], others: NDArray[np.float64]) -> tuple[float, float]:
+    """95 % interval of the ratio of mean losses on the same rows, by bootstrap."""
+    rng = np.random.default_rng(0)
+    draws = (rng.integers(0, len(losses), len(losses)) for _ in range(RESAMPLES))
+    low, high = np.quantile([losses[rows].mean() / others[rows].mean() for rows in draws], [0.025, 0.975])
+    return float(low), float(high)
+
+
+def ratio_to_chosen(losses: NDArray[np.float64], rivals: NDArray[np.float64]) -> float:
+    """Median ratio of the mean loss on half of the rows to that of the rival (m, n_rows) best on the other half."""
+    rng = np.random.default_rng(0)
+    ratios = []
+    for _ in range(RESAMPLES):
+        choosing, scoring = np.array_split(rng.permutation(len(losses)), 2)
+        chosen = rivals[rivals[:, choosing].mean(axis=1).argmin()]
+        ratios.append(losses[scoring].mean() / chosen[scoring].mean())
+    return float(np.median(ratios))
 
 
 def show_standings(listed: list[Standing], console: Console) -> None:
     table = Table(title="held-out log loss of auto, as a ratio")
     table.add_column("data set")
-    for heading in ("to the best peer in hindsight", "which", "to temperature scaling"):
+    for heading in ("to the best peer in hindsight", "95 %", "which", "to one chosen on other rows", "to temperature"):
         table.add_column(heading, justify="right")
     for standing in listed:
-        table.add_row(standing.data_set, f"{standing.to_peer:.4f}", standing.peer, f"{standing.to_temperature:.4f}")
+        low, high = standing.interval
+        ratios = f"{standing.to_peer:.4f}", f"{low:.3f}-{high:.3f}", standing.peer, f"{standing.to_chosen:.4f}"
+        table.add_row(standing.data_set, *ratios, f"{standing.to_temperature:.4f}")
     console.print(table)
 
 
@@ -313,6 +365,7 @@ def main() -> None:
     arguments = parse()
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
+    keep_freed_memory()
     console = Console(record=True, width=190)
     rivals, absent = ([], {}) if arguments.no_peers else peers.find()
     for tool, reason in absent.items():

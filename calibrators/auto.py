@@ -9,9 +9,11 @@ Four rules keep the choice from doing harm:
 1. `identity` and `temperature` are always candidates.
 2. Only kinds whose log loss is bounded whatever the rows (no exact zeros) are.
 3. The lowest of many noisy estimates is too good to be true, so `INCUMBENT`, which mixes its members where others are
-   chosen, is taken unless another kind leads it by `LEAST_LEAD_IN_ERRORS` standard errors of the paired difference.
-4. Likewise a kind replaces temperature scaling only if it gains at least `LEAST_GAIN_IN_ERRORS` standard errors;
-   `INCUMBENT`, which holds temperature scaling in its mixture, if it gains at all.
+   chosen, and holds identity and temperature scaling among them, is taken unless another kind leads it by
+   `LEAST_LEAD_IN_ERRORS` standard errors of the paired difference. (The largest of fifteen standard normal numbers is
+   1.7 on average. On 75 problems of two classes a lead of one error misled in three cases of four: loss over the best
+   kind in hindsight 1.016, at worst 1.33; with three errors 1.010, at worst 1.12. On 36 of more classes both are .99.)
+4. Without `INCUMBENT`, a kind replaces temperature scaling only if it gains `LEAST_GAIN_IN_ERRORS` standard errors.
 
 Rows that drift are not exchangeable, and folds drawn from all of them let a candidate see the future of the rows that
 it is judged on. With `time_ordered`, which the caller must say, each fold is predicted from the rows before it alone
@@ -60,7 +62,7 @@ FEW_CLASSES_ONLY = {"dirichlet": 20, "matrix": 50, "structured_matrix": 200, "ve
 """Most classes for which a kind is a sensible candidate: its fit or its state grows too fast beyond."""
 
 INCUMBENT = "empirical_bayes"
-LEAST_LEAD_IN_ERRORS = 1.0
+LEAST_LEAD_IN_ERRORS = 3.0
 LEAST_GAIN_IN_ERRORS = 0.5
 MOST_FOLDS = 50
 
@@ -271,10 +273,8 @@ class _Comparison:
         ranked = sorted(self.losses, key=lambda kind: float(self._share @ self.losses[kind]))
         best = ranked[0]
         if INCUMBENT in self.losses:
-            lead, error = self._difference(INCUMBENT, best)
-            best = best if lead > LEAST_LEAD_IN_ERRORS * error else INCUMBENT
-        gain, error = self._difference("temperature", best)
-        if best not in ALWAYS and gain < (0.0 if best == INCUMBENT else LEAST_GAIN_IN_ERRORS) * error:
+            best = next((kind for kind in ranked if self._is_ahead(kind, INCUMBENT, LEAST_LEAD_IN_ERRORS)), INCUMBENT)
+        elif not self._is_ahead(best, "temperature", LEAST_GAIN_IN_ERRORS):
             best = next(kind for kind in ranked if kind in ALWAYS)
         if prefer == "simple":
             simple = sorted(self.losses, key=_freedom)
@@ -289,6 +289,11 @@ class _Comparison:
         ]
         compared.sort(key=lambda candidate: candidate.scores["log_loss"].value)
         return compared + [candidate for candidate in self.found.values() if candidate.skipped]
+
+    def _is_ahead(self, kind: str, other: str, errors: float) -> bool:
+        """Whether a kind's mean loss is below the other's, by more than so many standard errors."""
+        lead, error = self._difference(other, kind)
+        return lead > errors * error
 
     def _is_close(self, kind: str, best: str) -> bool:
         """Within one standard error of the best, by the paired difference."""

@@ -10,7 +10,8 @@ into the same cells. Between numpy and the graph the last bit of an exponential 
 none to take): a score within 1e-6 of an edge may fall on its other side. Edges therefore lie midway between scores of
 the calibration set.
 
-A cell is found by bisection: `log2(n_cells)` comparisons for each class, none of which branches.
+A cell is found by comparisons none of which branches: with the seven edges that part a map in eight, then by bisection
+within the part. The seven need no look at a table, and together cost less than the three halvings that they replace.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from calibrators.base import Calibrator, check_tensor
 from calibrators.graph import Graph
-from calibrators.numerics import Array, centre, log_odds, normalised_sigmoid
+from calibrators.numerics import Array, centre, log_odds, normalise, sigmoid
 
 BEYOND = float(np.finfo(np.float32).max)
 """An edge that no score reaches."""
+
+COUNTED_PARTS = 8
 
 LARGEST_LEVEL = 60.0
 """Calibrated log-odds stay within ±60, so that no probability underflows in float32."""
@@ -55,7 +59,7 @@ class OneVsRestSteps(Calibrator):
         return levels
 
     def _predict_proba(self, logits: Array) -> Array:
-        return distributions(look_up(scores(logits), self.edges_, self._levels()).astype(logits.dtype, copy=False))
+        return distributions(look_up(scores(logits), self.edges_, self._levels()), logits.dtype)
 
     def emit(self, graph: Graph, logits: str) -> str:
         edges, levels = graph.parameter("edges", self.edges_), graph.parameter("levels", self._levels())
@@ -151,11 +155,16 @@ def places(s: Array, edges: Array, maps: Array) -> Array:
     that no edge is above has the place after its map's last.
     """
     n_edges = edges.shape[1]
-    place = np.empty_like(s, dtype=np.int64)
-    place[...] = n_edges * maps
+    part = max(1, (n_edges + 1) // COUNTED_PARTS)
+    passed, count = np.empty_like(s, dtype=bool), np.zeros_like(s, dtype=np.int8)
+    for edge in np.ascontiguousarray(edges.T[part - 1 :: part]):
+        np.greater_equal(s, edge[maps], out=passed)
+        count += passed.view(np.int8)
+    place = count * np.int64(part)
+    place += n_edges * maps
     # In one dimension, in the order of memory, and with "clip", which checks no bounds, numpy takes fastest.
     at, score = place.ravel(order="K"), s.ravel(order="K")
-    flat, step = edges.ravel(), (n_edges + 1) // 2
+    flat, step = edges.ravel(), part // 2
     while step:
         passed = score >= flat[step - 1 :].take(at, mode="clip")
         at += np.int16(step) * passed.view(np.int8)  # small integers: a quarter of the memory to go through
@@ -168,13 +177,16 @@ def look_up(s: Array, edges: Array, levels: Array, maps: Array | None = None) ->
     maps = np.arange(len(levels)) if maps is None else maps
     place = places(s, edges, maps)
     place += maps  # every map has one level more than it has edges
-    found: Array = levels.ravel()[place]
-    return found
+    return levels.ravel().take(place, mode="clip")
 
 
-def distributions(t: Array) -> Array:
-    """Rows of probabilities from calibrated log-odds (n_samples, n_maps)."""
-    return normalised_sigmoid(np.hstack([-t, t]) if t.shape[1] == 1 else t)
+def distributions(t: Array, dtype: DTypeLike) -> Array:
+    """Rows of probabilities in this dtype from calibrated log-odds (n_samples, n_maps), one of each row above -60.
+
+    Levels are float32, so in float32 their sigmoids lose nothing but what underflows; the rows' sums are in `dtype`.
+    """
+    p = sigmoid(np.hstack([-t, t]) if t.shape[1] == 1 else t)
+    return normalise(p.astype(dtype, copy=False))
 
 
 def emit_scores(graph: Graph, logits: str, n_maps: int) -> str:
@@ -226,10 +238,6 @@ def thin(levels: Array, n_cells: int) -> Array:
     variation = np.cumsum(np.abs(np.diff(levels, prepend=levels[0])))
     part = np.floor(variation * ((n_cells - 1) / variation[-1]))
     return np.flatnonzero(np.diff(part, prepend=-1.0))
-
-
-def sigmoid(log_odds: Array) -> Array:
-    return np.exp(-np.logaddexp(0, -log_odds))
 
 
 def logit(p: Array) -> Array:

@@ -133,26 +133,47 @@ def memory_order(width: int) -> Literal["F", "C"]:
 def by_blocks(transform: Callable[..., Array], logits: Array, beside: Mapping[str, Array]) -> Array:
     """Rows of finite logits (n_samples, n_classes), and of the arrays beside them, transformed a block at a time.
 
-    So what is in between stays in a processor's cache. Where columns are few, a block holds them one after the other:
-    the sum of ten numbers in a row costs numpy ten times what it costs in ten columns added up. `transform` must not
-    write on what it is given: where columns are many, these are the caller's own rows.
+    So what is in between stays in a processor's cache. `transform` is given a copy of the rows, which it may write on
+    and return. Where columns are few, the copy holds them one after the other: the sum of ten numbers in a row costs
+    numpy ten times what it costs in ten columns added up. Where they are many, the copy lies where the result is
+    wanted, and what is computed in its memory is there already.
     """
     order = memory_order(logits.shape[1])
     transformed = np.empty(logits.shape, logits.dtype)
     for block in blocks(*logits.shape):
-        rows = logits[block]
+        rows, result = logits[block], transformed[block]
         if not _is_finite(rows):
             check_finite(logits)  # names the place in the whole
         # A row by itself is doubled: numpy would sum it in another order than it does among others.
         chosen = [0, 0] if len(rows) == 1 else slice(None)
         of_rows = {name: array[block][chosen] for name, array in beside.items()}
-        transformed[block] = transform(np.asarray(rows[chosen], order=order), **of_rows)[: len(rows)]
+        if len(rows) == 1 or order == "F":
+            result[...] = transform(np.array(rows[chosen], order=order), **of_rows)[: len(rows)]
+            continue
+        result[...] = rows
+        found = transform(result, **of_rows)
+        if found is not result:
+            result[...] = found
     return transformed
+
+
+def row_maxima(logits: Array) -> Array:
+    """The largest of each row (n_samples, 1). Along rows of memory numpy finds its place in half the time."""
+    if not logits.flags.c_contiguous:
+        return np.asarray(logits.max(axis=1, keepdims=True))
+    return np.asarray(logits[np.arange(len(logits)), logits.argmax(axis=1)][:, None])
+
+
+def row_sums(p: Array) -> Array:
+    """The sum of each row (n_samples, 1). Along rows of memory einsum is quicker; it needs the digits of float64."""
+    if p.flags.c_contiguous and p.dtype == np.float64:
+        return np.asarray(np.einsum("ik->i", p)[:, None])
+    return np.asarray(p.sum(axis=1, keepdims=True))
 
 
 def centre(logits: Array) -> Array:
     """Logits less their row's largest."""
-    difference: Array = logits - logits.max(axis=1, keepdims=True)
+    difference: Array = logits - row_maxima(logits)
     return difference
 
 
@@ -163,7 +184,7 @@ def softmax(logits: Array) -> Array:
 
 def softmax_in_place(logits: Array) -> Array:
     """`softmax`, computed in the memory of the logits."""
-    logits -= logits.max(axis=1, keepdims=True)
+    logits -= row_maxima(logits)
     return softmax_of_centred(logits)
 
 
@@ -175,7 +196,7 @@ def softmax_of_centred(logits: Array) -> Array:
 
 def normalise(p: Array) -> Array:
     """Rows divided by their sums, in their own memory."""
-    p /= p.sum(axis=1, keepdims=True)
+    p /= row_sums(p)
     return p
 
 
@@ -198,41 +219,50 @@ def log_odds(logits: Array) -> Array:
     R >= 1, and R - exp(v) >= 0 is a sum of terms of one sign, so nothing overflows and nothing cancels. Where several
     logits are the largest, g = 0 and the second line is taken.
     """
-    top = logits.argmax(axis=1)[:, None]
-    first, second = two_largest(logits, top)
+    top = logits.argmax(axis=1)
+    terms = logits.copy(order="K")
+    first, second = _take_largest(terms, top)
     gap = first - second
     above = logits - second
-    terms = np.minimum(above, 0)
-    np.exp(terms, out=terms)
+    np.exp(np.minimum(above, 0, out=terms), out=terms)
     total = terms.sum(axis=1, keepdims=True) - 1
     np.subtract(total, terms, out=terms)
     terms *= np.exp(-gap)
     above -= gap
     above -= np.log1p(terms, out=terms)
-    tied = np.take_along_axis(above, top, axis=1)
-    np.put_along_axis(above, top, np.where(gap > 0, gap - np.log(total), tied), axis=1)
+    alone = np.flatnonzero(gap > 0)
+    above[alone, top[alone]] = gap[alone, 0] - np.log(total[alone, 0])
     return above
 
 
 def two_largest(logits: Array, top: Array) -> tuple[Array, Array]:
     """The largest of each row, which stands in the column `top`, and the largest of the others; (n_samples, 1) each."""
-    others = logits.copy(order="K")
-    np.put_along_axis(others, top, -np.inf, axis=1)
-    return np.take_along_axis(logits, top, axis=1), others.max(axis=1, keepdims=True)
+    return _take_largest(logits.copy(order="K"), top)
+
+
+def _take_largest(logits: Array, top: Array) -> tuple[Array, Array]:
+    """`two_largest`, of logits the largest of which are overwritten."""
+    places = np.arange(len(logits)), top  # a third of the time of take_along_axis and put_along_axis
+    first = logits[places][:, None]
+    logits[places] = -np.inf
+    return first, logits.max(axis=1, keepdims=True)
+
+
+def sigmoid(log_odds: Array) -> Array:
+    """1 / (1 + exp(-t)), exact to the last digits unless it underflows."""
+    p = np.negative(log_odds)
+    with np.errstate(over="ignore"):  # one over infinity is the zero that it underflows to
+        np.exp(p, out=p)
+    p += 1
+    return np.reciprocal(p, out=p)
 
 
 def normalised_sigmoid(log_odds: Array) -> Array:
     """Rows of sigmoid(t_k) / sum_j sigmoid(t_j): one-vs-rest probabilities made into a distribution.
 
-    sigmoid(t) = min(1, exp(t)) / (1 + exp(-|t|)), and the numerator is 1 or the exponential of the denominator. A row
-    whose every sigmoid nears underflow is shifted by its largest first, so it is a distribution like any other.
+    A row whose every sigmoid nears underflow is shifted by its largest first, so it is a distribution like any other.
     """
-    decay = np.abs(log_odds)
-    np.negative(decay, out=decay)
-    np.exp(decay, out=decay)
-    p = np.where(log_odds < 0, decay, log_odds.dtype.type(1))
-    decay += 1
-    p /= decay
+    p = sigmoid(log_odds)
     total = p.sum(axis=1, keepdims=True)
     faint = total < FAINT[log_odds.dtype.char]
     if faint.any():  # there exp(t) is sigmoid(t)

@@ -27,7 +27,7 @@ FRAGMENT_BYTES = 512
 LARGEST_FILE_BYTES = 1 << 20  # files are read whole, to know duplicates by
 FEWEST_FILES = 4  # of a class, so that each half has two
 MOST_FRAGMENTS = 5000
-MOST_OF_A_CLASS = 400  # however few the other classes give
+MOST_OF_A_CLASS = 200  # however few the other classes give; every one is read
 MOST_OF_A_FILE = 8  # in classes with few files; where there are enough, a file gives one
 
 # The model's input, as magika's config.min.json has it.
@@ -150,7 +150,7 @@ def paths_by_class(files: Iterable[tuple[str, str]], extensions: Mapping[str, in
 def gather(classes: Iterable[tuple[int, list[str]]], *, seed: int) -> Fragments:
     """Fragments of the files of each class: no two alike, in random order, split by file.
 
-    At most 5,000, shared as evenly as the classes allow; at most 400 of a class, which must have 4 files or more.
+    At most 5,000, shared as evenly as the classes allow; at most 200 of a class, which must have 4 files or more.
     Copies of a file count once; files under 512 bytes, over 1 MiB or unreadable do not count.
 
     Parameters

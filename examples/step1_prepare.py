@@ -205,7 +205,7 @@ def _write_model(out: Path, shipped: Shipped) -> None:
 
 def _write_fragments(out: Path, fragments: Fragments, class_names: list[str]) -> None:
     buffer = io.BytesIO()
-    np.savez_compressed(
+    np.savez(  # not compressed: that takes seconds
         buffer,
         inputs=fragments.inputs,
         labels=fragments.labels,

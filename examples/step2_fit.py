@@ -10,6 +10,8 @@ import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 
 from calibrators.metrics import Estimate
@@ -19,7 +21,7 @@ from service.console import ranking_table, scores_table
 
 MODEL = "magika"
 KINDS = ("temperature", "platt", "isotonic", "auto")  # auto compares all that suit the data, and takes the best
-AUTO_SECONDS = 40
+AUTO_SECONDS = 60
 ITSELF = "the model itself"
 
 
@@ -35,9 +37,10 @@ def fit(client: Client, data: Prepared) -> dict[str, Revision]:
     return revisions
 
 
-def judge(client: Client, data: Prepared, revisions: Mapping[str, Revision]) -> dict[str, dict[str, Estimate]]:
-    """Scores of the model itself and of each kind on the test half, which no fit has seen."""
-    logits, labels = client.logits(MODEL, data.inputs[data.is_test]), data.labels[data.is_test]
+def judge(
+    client: Client, revisions: Mapping[str, Revision], logits: NDArray[np.float32], labels: NDArray[np.int64]
+) -> dict[str, dict[str, Estimate]]:
+    """Scores of the model itself and of each kind on the rows of the test half, which no fit has seen."""
     scores: dict[str, dict[str, Estimate]] = {}
     for kind, revision in revisions.items():
         evaluation = client.evaluate(MODEL, revision.revision, logits=logits, labels=labels)
@@ -62,7 +65,8 @@ def main() -> None:
             if revision.ranking:
                 console.print(ranking_table(revision.ranking))
         chosen = best(revisions)
-        console.print(scores_table("on the test half", judge(client, data, revisions).items(), chosen))
+        logits, labels = client.logits(MODEL, data.inputs[data.is_test]), data.labels[data.is_test]
+        console.print(scores_table("on the test half", judge(client, revisions, logits, labels).items(), chosen))
         client.activate(MODEL, revisions[chosen].revision)
         console.print(f"[bold]{revisions[chosen].revision}[/] serves now")
 

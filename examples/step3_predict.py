@@ -19,32 +19,34 @@ from examples.step1_prepare import load
 from examples.step2_fit import MODEL
 
 BATCH = 64
-OWN_OUTPUT = "target_label"  # what the model itself calls its probabilities
+OUTPUTS = ("calserve/logits", "target_label", "probabilities")  # `target_label` is what the model itself says
 
 
 @dataclass(frozen=True)
 class Served:
-    """What came back: the model's own probabilities and the calibrated ones, and the revisions that computed them."""
+    """What came back: logits, the model's own probabilities, the calibrated ones, and the revisions that made these."""
 
+    logits: NDArray[np.float32]
     own: NDArray[np.float32]
     probabilities: NDArray[np.float32]
     revisions: set[str]
 
 
 def predict(address: str, inputs: NDArray[np.int32]) -> Served:
-    """Send all rows in batches."""
+    """Send all rows in batches. Outputs are named only to have the logits too, which nobody gets unasked."""
     client = triton.InferenceServerClient(address)
-    own, probabilities, revisions = [], [], set()
+    wanted = [triton.InferRequestedOutput(name) for name in OUTPUTS]
+    answers: list[list[NDArray[np.float32]]] = []
+    revisions = set()
     for start in track(range(0, len(inputs), BATCH), description="tritonclient: sending the test half"):
         batch = inputs[start : start + BATCH]
         tensor = triton.InferInput("bytes", list(batch.shape), "INT32")
         tensor.set_data_from_numpy(batch)
-        result = client.infer(MODEL, [tensor])
-        own.append(result.as_numpy(OWN_OUTPUT))
-        probabilities.append(result.as_numpy("probabilities"))
+        result = client.infer(MODEL, [tensor], outputs=wanted)
+        answers.append([result.as_numpy(name) for name in OUTPUTS])
         revisions.add(result.get_response().parameters["calibrator_revision"].string_param)
     client.close()
-    return Served(np.concatenate(own), np.concatenate(probabilities), revisions)
+    return Served(*map(np.concatenate, zip(*answers, strict=True)), revisions)
 
 
 def main() -> None:

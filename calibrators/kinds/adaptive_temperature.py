@@ -204,7 +204,7 @@ def _distinct(logits: Array, y: Array, weight: Array) -> tuple[Array, Array, Arr
 def _gaps(logits: Array, n_largest: int) -> Array:
     """The largest logit less each of the next n_largest - 1, in rising order of the gap."""
     if n_largest == 2:
-        first, second = two_largest(logits, logits.argmax(axis=1)[:, None])
+        first, second = two_largest(logits, logits.argmax(axis=1))
         return np.asarray(first - second)
     top = -np.sort(-np.partition(logits, -n_largest, axis=1)[:, -n_largest:], axis=1)
     gaps: Array = top[:, :1] - top[:, 1:]

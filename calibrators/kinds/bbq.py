@@ -27,8 +27,8 @@ from __future__ import annotations
 import numpy as np
 from scipy.special import gammaln, softmax
 
-from calibrators.binning import OneVsRestSteps, Steps, Ties, logit, sigmoid, thin
-from calibrators.numerics import Array
+from calibrators.binning import OneVsRestSteps, Steps, Ties, logit, thin
+from calibrators.numerics import Array, sigmoid
 
 PSEUDO_ROWS = 2.0
 """N' in the paper."""

@@ -33,7 +33,7 @@ from scipy.linalg import cho_factor, cho_solve
 
 from calibrators.base import Calibrator, check_tensor
 from calibrators.graph import Graph
-from calibrators.numerics import Array, blocks, centre, softmax, softmax_in_place
+from calibrators.numerics import Array, blocks, row_maxima, softmax, softmax_in_place, softmax_of_centred
 
 GRADIENT_TOLERANCE = 1e-11
 MAX_STEPS = 300
@@ -41,6 +41,9 @@ LEAST_DAMPING, FIRST_DAMPING, MOST_DAMPING = 1e-30, 1e-6, 1e6
 DAMPING_FACTOR = 10.0
 ROUNDING = 1e-14
 """A step may seem to raise the loss by so much of the sizes it is summed from."""
+
+NEAR = 60.0
+"""Biases within so much of each other leave a row's largest score so near 0 that float64 needs no other shift."""
 
 MAX_BIAS = 1e31
 """No finite bias beyond this could matter to logits that `check_logits` accepts."""
@@ -81,9 +84,12 @@ class ClassPrior(Calibrator):
         self.bias_, self.converged_ = _minimise(_Loss(logits, y, weight, self.pseudo_count))
 
     def _predict_proba(self, logits: Array) -> Array:
-        scores = centre(logits)
-        scores += self.bias_.astype(logits.dtype)
-        return softmax_in_place(scores)
+        logits -= row_maxima(logits)
+        below = self.bias_ - self.bias_.max()
+        logits += below.astype(logits.dtype)
+        if logits.dtype == np.float64 and below.min() > -NEAR:
+            return softmax_of_centred(logits)
+        return softmax_in_place(logits)
 
     def emit(self, graph: Graph, logits: str) -> str:
         return graph.softmax(graph.node("Add", graph.centre(logits), graph.parameter("bias", self.bias_)))

@@ -1,8 +1,9 @@
 """empirical_bayes: a mixture of log-linear maps around temperature scaling, as strong as the evidence lets them be.
 
-A method of this project. Six members, each a softmax, are mixed with weights w_j from held-out likelihood:
+A method of this project. Six members, each a softmax, and with two classes a seventh, are mixed with weights w_j from
+held-out likelihood:
 
-    p = sum_j w_j softmax(z^(j))
+    p = sum_j w_j softmax(z^(j)) + w_6 (the kind `isotonic`)
 
     0 identity     z = c                                                   c: the logits less their row's largest
     1 temperature  z = X = log softmax(c / T)
@@ -14,6 +15,10 @@ whose coefficients all classes share, bend the curve of confidence where it is l
 confidence; A says which class is mistaken for which. Of n rows of two classes epsilon_0 = 1 / 2n: a row that is wrong
 far out then says no more than n rows can know (1.1 % less held-out loss on mammography, no change on three other
 sets). With more classes it is the least number of float32: far tails tell classes apart there.
+
+Two classes. There one curve is the whole map, and that of a forest or of boosted trees may be one that no sum of four
+features follows. On 75 problems of ten tables and five models, 200 to 2,500 rows, the isotonic member takes the loss
+over that of the best of 15 kinds, chosen in hindsight, from 1.0121 to 1.0071; where it harms most, by 1.2 %.
 
 Temperature. Least log loss on the calibration set and half a pseudo-observation whose label is the runner-up, spread
 over the rows: separable rows have a finite T too.
@@ -49,13 +54,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from calibrators.base import Calibrator, check_tensor
 from calibrators.graph import Graph
+from calibrators.kinds.isotonic import GRID_POINTS, IsotonicCalibration
 from calibrators.mixture import DistinctRows, cautious_weights, mixture_weights
 from calibrators.numerics import Array, blocks, log_softmax, softmax
 from calibrators.ridge_softmax import RidgeSoftmax, minimise, solver_dtype
@@ -67,11 +73,15 @@ PATH = (1.0, 0.3, 0.1)
 """Of each full member, what its strengths are multiplied with."""
 
 N_MAPS = 1 + len(PATH)
-N_MEMBERS = 2 + N_MAPS
+TEMPERATURE = 1
+"""Its place among the members."""
 
 MOST_AXES = 64
 LEAST_AXIS = 1e-8
 """Of the largest variance: axes of less are left out."""
+
+CURVE = {"levels": (2, GRID_POINTS), "low": (2,), "high": (2,)}
+"""What the isotonic member learns: float32 of these shapes."""
 
 N_FOLDS = 5
 PSEUDO_COUNT = 0.5
@@ -103,13 +113,15 @@ TINY = float(np.finfo(np.float32).tiny)
 
 
 class EmpiricalBayes(Calibrator):
-    """A convex mixture of identity, temperature and four log-linear maps with a ridge. May change the argmax.
+    """A convex mixture of identity, temperature, four log-linear maps with a ridge, and of two classes isotonic.
+
+    May change the argmax.
 
     Never zero for a class, whether it occurred in the calibration set or not, unless float32 or float64 underflows.
 
     Attributes
     ----------
-    mixture_ : (6,) float64, w_j at or above 0, sum to one
+    mixture_ : (6,) or, of two classes, (7,) float64, w_j at or above 0, sum to one
     temperature_ : () float64, T > 0
     least_ : () float64, epsilon_0 > 0
     floor_ : () float64, at or below 0; centred logits are raised to it
@@ -119,6 +131,7 @@ class EmpiricalBayes(Calibrator):
     bias_ : (4, n_classes) float64, b; the mean of Phi is taken off here
     slope_ : (3, n_classes) float64, d of the full maps
     matrix_ : (3, r, n_classes) float64, A of the full maps
+    levels_, low_, high_ : as in the kind `isotonic` of two classes; zeros where there are more
 
     Examples
     --------
@@ -130,7 +143,10 @@ class EmpiricalBayes(Calibrator):
     [[0.28, 0.26, 0.46]]
     """
 
-    learned = ("mixture", "temperature", "least", "floor", "unseen", "axes", "softening", "bias", "slope", "matrix")
+    learned = (
+        *("mixture", "temperature", "least", "floor", "unseen", "axes", "softening", "bias", "slope", "matrix"),
+        *CURVE,
+    )
     float32_atol = 1e-5
 
     def _fit(self, logits: Array, y: Array, weight: Array) -> None:
@@ -141,9 +157,11 @@ class EmpiricalBayes(Calibrator):
         strengths = [_strengths(problem) for problem in _Fit.of(few, axes).problems]
         mixture = _weights(*_held_out(rows, axes, strengths), n_classes)
         fit = _Fit.of(rows, axes)
-        maps = fit.maps(strengths, mixture[2:] >= LEAST_FITTED)
+        maps = fit.maps(strengths, mixture[2 : 2 + N_MAPS] >= LEAST_FITTED)
         self.mixture_, self.floor_ = mixture, np.asarray(rows.centred.min())
-        for name, array in fit.members(axes, maps).arrays().items():
+        curve = _curve(rows)
+        of_curve = {name: getattr(curve, f"{name}_", np.zeros(CURVE[name], np.float32)) for name in CURVE}
+        for name, array in (fit.members(axes, maps).arrays() | of_curve).items():
             setattr(self, f"{name}_", array)
 
     def _predict_proba(self, logits: Array) -> Array:
@@ -151,8 +169,10 @@ class EmpiricalBayes(Calibrator):
         centred = np.maximum(logits - logits.max(axis=1, keepdims=True), dtype.type(self.floor_))
         learned = {name: getattr(self, f"{name}_") for name in _Members.__dataclass_fields__}
         members = _Members(**{name: array.astype(dtype, copy=False) for name, array in learned.items()})
+        curves = [self._curve()] if centred.shape[1] == 2 else []
+        probabilities = chain(members.probabilities(centred), (curve.predict_proba(centred) for curve in curves))
         mixed: Array = np.zeros_like(centred)
-        for w, p in zip(self.mixture_.astype(dtype), members.probabilities(centred), strict=True):
+        for w, p in zip(self.mixture_.astype(dtype), probabilities, strict=True):
             mixed += w * p
         mixed /= mixed.sum(axis=1, keepdims=True)
         return mixed
@@ -178,6 +198,8 @@ class EmpiricalBayes(Calibrator):
                 terms.append(graph.node("Mul", soft[0], graph.parameter(f"slope_{m}", self.slope_[m - 1])))
                 terms.append(graph.node("MatMul", phi, graph.parameter(f"matrix_{m}", self.matrix_[m - 1])))
             members.append(graph.softmax(graph.node("Sum", *terms)))
+        if self.n_classes_ == 2:
+            members.append(self._curve().emit(graph, centred))
         weighted = [
             graph.node("Mul", member, graph.parameter(f"mixture_{j}", self.mixture_[j]))
             for j, member in enumerate(members)
@@ -195,10 +217,14 @@ class EmpiricalBayes(Calibrator):
         log_sum = graph.node("Add", highest, graph.node("Log", graph.node("Max", total, graph.constant(TINY))))
         return graph.node("Mul", unseen, graph.node("Sub", x, log_sum))
 
+    def _curve(self) -> IsotonicCalibration:
+        learned = {name: getattr(self, f"{name}_") for name in CURVE}
+        return IsotonicCalibration().set_tensors(learned | {"n_classes": np.asarray(2, dtype=np.int64)})
+
     def _check_learned(self, tensors: Mapping[str, Array], n_classes: int) -> None:
         n_axes, n_soft = _n_axes(n_classes), 1 + len(SOFTENING)
         shapes: dict[str, tuple[int, ...]] = {
-            "mixture": (N_MEMBERS,),
+            "mixture": (2 + N_MAPS + (n_classes == 2),),
             "temperature": (),
             "least": (),
             "floor": (),
@@ -211,6 +237,10 @@ class EmpiricalBayes(Calibrator):
         }
         for name, shape in shapes.items():
             check_tensor(name, tensors[name], np.float64, shape)
+        for name, shape in CURVE.items():
+            check_tensor(name, tensors[name], np.float32, shape)
+        if n_classes == 2:
+            IsotonicCalibration()._check_learned({name: tensors[name] for name in CURVE}, n_classes)
         if tensors["mixture"].min() < 0 or not np.isclose(tensors["mixture"].sum(), 1):
             raise ValueError(f"mixture weights must not be negative and sum to one, got {tensors['mixture']}")
         if not LOWEST <= tensors["temperature"] <= HIGHEST:
@@ -395,15 +425,26 @@ def _all_soft(
 def _held_out(rows: DistinctRows, axes: _Axes, strengths: list[dict[str, float]]) -> tuple[Array, Array]:
     """Probability (members, rows) of held-out rows' labels under members fitted without them; the rows' weights."""
     scores, weights = [], []
+    of_two = rows.centred.shape[1] == 2
     wanted = min(max(FEWEST_HELD_OUT, SUBSET_LOGITS // rows.centred.shape[1]), MOST_SUBSET_ROWS)
     for kept, out in islice(rows.folds(N_FOLDS), -(-wanted * N_FOLDS // len(rows))):
         fit = _Fit.of(kept, axes)
-        members = fit.members(axes, fit.maps(strengths))
+        members, curve = fit.members(axes, fit.maps(strengths)), _curve(kept)
         for block in blocks(*out.centred.shape):
             own = np.arange(len(out.labels[block])), out.labels[block]
-            scores.append(np.stack([p[own] for p in members.probabilities(out.centred[block])]))
+            found = [p[own] for p in members.probabilities(out.centred[block])]
+            if of_two:
+                found.append(curve.predict_proba(out.centred[block])[own] if curve else found[TEMPERATURE])
+            scores.append(np.stack(found))
         weights.append(out.weight)
     return np.concatenate(scores, axis=1), np.concatenate(weights)
+
+
+def _curve(rows: DistinctRows) -> IsotonicCalibration | None:
+    """The isotonic member: of two classes, where both occur."""
+    if rows.centred.shape[1] > 2 or len(np.unique(rows.labels)) < 2:
+        return None
+    return IsotonicCalibration().fit(rows.centred, rows.labels, sample_weight=rows.weight)
 
 
 def _weights(held_out: Array, weight: Array, n_classes: int) -> Array:
@@ -411,7 +452,7 @@ def _weights(held_out: Array, weight: Array, n_classes: int) -> Array:
     mixture = mixture_weights(held_out, weight, PSEUDO_COUNT)
     if n_classes == 2:
         return mixture
-    plain = np.zeros(N_MEMBERS)
+    plain = np.zeros_like(mixture)
     plain[: len(PLAIN_COUNTS)] = mixture_weights(held_out[: len(PLAIN_COUNTS)], weight, PLAIN_COUNTS)
     return cautious_weights(held_out, weight, mixture, plain, DOUBT)
 

@@ -137,8 +137,9 @@ class HistogramBinning(Calibrator):
         if not self.top_label:
             s = scores(logits)
             t = look_up(s, self.edges_, self.levels_)
-            t += np.multiply(own, s, out=s)
-            return distributions(t.astype(logits.dtype, copy=False))
+            if own.any():  # whose log-odds know no least
+                t = t.astype(logits.dtype, copy=False) + own * s
+            return distributions(t, logits.dtype)
         z = centre(logits).astype(np.float32, copy=False)
         predicted = z.argmax(axis=1)[:, None]
         s = np.take_along_axis(log_odds(z), predicted, axis=1)

@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from calibrators.binning import LARGEST_LEVEL, OneVsRestSteps, Steps, Ties, power_of_two, scores, sigmoid, table
+from calibrators.binning import LARGEST_LEVEL, OneVsRestSteps, Steps, Ties, power_of_two, scores, table
 from calibrators.kinds.platt import PlattScaling
-from calibrators.numerics import Array
+from calibrators.numerics import Array, sigmoid
 
 
 class ScalingBinning(OneVsRestSteps):

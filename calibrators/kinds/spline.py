@@ -140,7 +140,7 @@ def _gap_and_rest(logits: Array) -> tuple[Array, Array]:
 
     The first less the second is the log-odds of the top class.
     """
-    first, second = two_largest(logits, logits.argmax(axis=1)[:, None])
+    first, second = two_largest(logits, logits.argmax(axis=1))
     terms = np.minimum(logits - second, 0)
     np.exp(terms, out=terms)
     return first - second, np.log(terms.sum(axis=1, keepdims=True) - 1)

@@ -83,7 +83,7 @@ class StructuredMatrixScaling(Calibrator):
     def _fit(self, logits: Array, y: Array, weight: Array) -> None:
         check_work(self.kind, *logits.shape)
         self.temperature_, self.mix_ = first_step(logits, y, weight)
-        rows = Rows.of(mixed_log(logits, self.temperature_, self.mix_), y, weight)
+        rows = Rows.of(mixed_log(logits.copy(), self.temperature_, self.mix_), y, weight)
         n_classes = logits.shape[1]
         precision = self._precision(n_classes, weight.sum())
         found, self.converged_ = minimise(rows, precision, identity_map(n_classes, diagonal=False))

@@ -23,10 +23,13 @@ from calibrators.base import Calibrator, check_tensor
 from calibrators.graph import Graph
 from calibrators.kinds.temperature import TemperatureScaling
 from calibrators.multinomial import Rows, identity_map, minimise
-from calibrators.numerics import Array, centre, softmax_in_place
+from calibrators.numerics import Array, row_maxima, row_sums, softmax_in_place, softmax_of_centred
 
 LARGEST_WEIGHT = 1e7
 """A slope or bias that float32 holds with room for sums."""
+
+WIDEST = 60.0
+"""Scores within so much of each other have exponentials, and sums of them, that float32 holds to its last digit."""
 
 
 class StructuredVectorScaling(Calibrator):
@@ -71,16 +74,21 @@ class StructuredVectorScaling(Calibrator):
         centre = identity_map(logits.shape[1], diagonal=True)
         precision = 2 * len(centre) ** self.rho / weight.sum() ** self.tau * np.ones_like(centre)
         precision *= [self.lambda_diagonal, self.lambda_bias]
-        rows = Rows.of(mixed_log(logits, self.temperature_, self.mix_), y, weight)
+        rows = Rows.of(mixed_log(logits.copy(), self.temperature_, self.mix_), y, weight)
         found, self.converged_ = minimise(rows, precision, centre)
         self.weight_, self.bias_ = np.clip(found.T, -LARGEST_WEIGHT, LARGEST_WEIGHT)
 
     def _predict_proba(self, logits: Array) -> Array:
-        weight, bias = self.weight_.astype(logits.dtype), self.bias_.astype(logits.dtype)
+        weight, bias = self.weight_, self.bias_
+        ends = np.log(self.mix_ / len(weight)) * weight + bias, np.log1p(self.mix_ / len(weight)) * weight + bias
+        highest = np.max(ends)
         scores = mixed_log(logits, self.temperature_, self.mix_)
-        scores *= weight
-        scores += bias
-        return softmax_in_place(scores)
+        scores *= weight.astype(logits.dtype)
+        if highest - np.min(ends) > WIDEST:
+            scores += bias.astype(logits.dtype)
+            return softmax_in_place(scores)
+        scores += (bias - highest).astype(logits.dtype)  # no row reaches so far down that its own top must be found
+        return softmax_of_centred(scores)
 
     def emit(self, graph: Graph, logits: str) -> str:
         mixed = emit_mixed_log(graph, logits, self.temperature_, self.mix_, self.n_classes_)
@@ -102,12 +110,13 @@ def first_step(logits: Array, y: Array, weight: Array) -> tuple[Array, Array]:
 
 
 def mixed_log(logits: Array, temperature: Array, mix: Array) -> Array:
-    """l (n_samples, n_classes), in the dtype of the logits."""
-    p = centre(logits)
+    """l (n_samples, n_classes), in the dtype of the logits and in their memory."""
+    p = logits
+    p -= row_maxima(p)
     with np.errstate(over="ignore"):  # minus infinity is a probability of zero
         p *= logits.dtype.type(1 / temperature)
     np.exp(p, out=p)
-    p *= logits.dtype.type(1 - mix) / p.sum(axis=1, keepdims=True)
+    p *= logits.dtype.type(1 - mix) / row_sums(p)
     p += logits.dtype.type(mix / logits.shape[1])
     return np.log(p, out=p)
 

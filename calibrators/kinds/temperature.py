@@ -26,7 +26,7 @@ import numpy as np
 
 from calibrators.base import Calibrator, check_tensor
 from calibrators.graph import Graph
-from calibrators.numerics import Array, blocks, centre, softmax_in_place, softmax_of_centred
+from calibrators.numerics import Array, blocks, row_maxima, softmax_in_place, softmax_of_centred
 
 LOG_RANGE = 16.0
 MAX_STEPS = 100
@@ -64,10 +64,10 @@ class TemperatureScaling(Calibrator):
         self.temperature_ = np.asarray(np.clip(scale * np.exp(-log_beta), LOWEST, HIGHEST))
 
     def _predict_proba(self, logits: Array) -> Array:
-        scores = centre(logits)
+        logits -= row_maxima(logits)
         with np.errstate(over="ignore"):  # minus infinity is a probability of zero
-            scores *= logits.dtype.type(1 / self.temperature_)
-        return softmax_of_centred(scores)
+            logits *= logits.dtype.type(1 / self.temperature_)
+        return softmax_of_centred(logits)
 
     def emit(self, graph: Graph, logits: str) -> str:
         # Centred before the division: float32 then errs in proportion to the distance from the top, not to the logit.

@@ -29,7 +29,7 @@ from calibrators.base import Calibrator, check_tensor
 from calibrators.graph import Graph
 from calibrators.kinds.temperature import TemperatureScaling
 from calibrators.multinomial import check_strength, fit_towards_identity
-from calibrators.numerics import Array, softmax_in_place
+from calibrators.numerics import Array, row_maxima, softmax_in_place
 
 LEAST_TEMPERATURE = 1e-5
 LARGEST_WEIGHT = 1e7
@@ -81,14 +81,14 @@ class VectorScaling(Calibrator):
     def _predict_proba(self, logits: Array) -> Array:
         weight, lean, bias = (array.astype(logits.dtype) for array in (self.weight_, self._lean(), self.bias_))
         if logits.dtype == np.float64:  # has digits enough for an offset
-            scores = weight * logits
+            logits *= weight
         else:
-            top = logits.max(axis=1, keepdims=True)
-            scores = logits - top
-            scores *= weight
-            scores += np.multiply(lean, top, out=np.empty_like(logits))  # in the logits' order of memory
-        scores += bias
-        return softmax_in_place(scores)
+            top = row_maxima(logits)
+            logits -= top
+            logits *= weight
+            logits += np.multiply(lean, top, out=np.empty_like(logits))  # in the logits' order of memory
+        logits += bias
+        return softmax_in_place(logits)
 
     def emit(self, graph: Graph, logits: str) -> str:
         top = graph.reduce("ReduceMax", logits)

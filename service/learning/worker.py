@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
+from sklearn.base import clone
 from sklearn.model_selection import train_test_split
 
 import calibrators
@@ -55,15 +56,18 @@ def run(folder: Path, report: Report) -> None:
 
 
 def fit(folder: Path, spec: JobSpec, rows: Rows, report: Report) -> dict[str, Any]:
-    """Score a fit on the rows it has not seen, then fit on all rows: that fit is the revision."""
+    """Score a fit on the rows it has not seen, then fit the like of it on all rows: that is the revision."""
     held_out, through = None, _model_of(folder, spec)
     if spec.held_out_fraction > 0:
         in_order = bool(json.loads(spec.params_json).get("time_ordered"))
         fitted_on, unseen = held_out_of(rows, split_in_time if in_order else split, spec)
-        scored, _ = fit_kind(spec, fitted_on, through, lambda share, text: report(0.1 + 0.3 * share, text))
-        report(0.4, f"scoring on {len(unseen)} rows")
+        scored, ranking = fit_kind(spec, fitted_on, through, lambda share, text: report(0.1 + 0.5 * share, text))
+        report(0.6, f"scoring on {len(unseen)} rows")
         held_out = compare(scored, _as_served(scored, unseen, through), spec.seed)
-    calibrator, ranking = fit_kind(spec, rows, through, lambda share, text: report(0.5 + 0.4 * share, text))
+        report(0.7, f"fitting {scored.kind} on all {len(rows)} rows")
+        calibrator = fit_rows(clone(scored), rows, through, lambda share, text: report(0.7 + 0.2 * share, text))
+    else:
+        calibrator, ranking = fit_kind(spec, rows, through, lambda share, text: report(0.1 + 0.8 * share, text))
     report(0.9, "writing the revision")
     artifact = calibrators.dumps(calibrator)
     write_whole(folder / ARTIFACT, artifact)
@@ -86,13 +90,18 @@ def fit_kind(
     params = json.loads(spec.params_json)
     if spec.kind != AUTO:
         report(0.0, f"fitting on {len(rows)} rows")
-        calibrator = calibrators.create(spec.kind, **params)
-        beside = rows.beside | _beside(rows, through) | ({"progress": report} if through else {})
-        return calibrator.fit(rows.logits, rows.labels, **beside), []
+        return fit_rows(calibrators.create(spec.kind, **params), rows, through, report), []
     selection = auto.select(
         rows.logits, rows.labels, sample_weight=rows.weights, seed=spec.seed, progress=report, **params
     )
     return selection.calibrator, [_ranked(candidate) for candidate in selection.candidates]
+
+
+def fit_rows(
+    calibrator: calibrators.Calibrator, rows: Rows, through: DifferentiableModel | None, report: Report
+) -> calibrators.Calibrator:
+    beside = rows.beside | _beside(rows, through) | ({"progress": report} if through else {})
+    return calibrator.fit(rows.logits, rows.labels, **beside)
 
 
 def _model_of(folder: Path, spec: JobSpec) -> DifferentiableModel | None:

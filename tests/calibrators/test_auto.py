@@ -85,6 +85,20 @@ def test_a_lead_within_the_noise_does_not_replace_the_mixture() -> None:
     assert selection.calibrator.kind in {"empirical_bayes", "temperature"}
 
 
+@pytest.mark.parametrize(
+    ("lead_in_errors", "winner"), [(-1.0, "empirical_bayes"), (2.5, "empirical_bayes"), (3.5, "platt")]
+)
+def test_the_mixture_is_left_only_for_a_lead_of_three_standard_errors(lead_in_errors: float, winner: str) -> None:
+    logits, y = rows(400, 3)
+    comparison = auto._Comparison(logits, y, np.ones(400), auto.splits_of(auto.folds(y, 5, 0)), 0, np.inf)
+    lead = np.random.default_rng(0).standard_normal(400)
+    lead = (lead - lead.mean()) / lead.std() + lead_in_errors / np.sqrt(400)
+    mixture = np.full(400, 3.0)
+    comparison.losses = {"identity": mixture + 1, "temperature": mixture + 1, "empirical_bayes": mixture}
+    comparison.losses["platt"] = mixture - lead
+    assert comparison.winner("best") == winner
+
+
 def test_simple_is_preferred_within_one_standard_error() -> None:
     logits, y = rows(1500, 2, bias=0.25)
     best, simple = (

@@ -51,6 +51,14 @@ def test_places_count_the_edges_at_or_below_a_score(values: list[int], n_bits: i
         np.testing.assert_array_equal(places(stored, edges, np.arange(2)) - first, expected)
 
 
+@pytest.mark.parametrize("n_cells", [2, 4, 8, 16, 1024])
+def test_cells_are_found_in_tables_of_any_size(n_cells: int) -> None:
+    edges = np.arange(1, n_cells, dtype=np.float32)[None]
+    scores = np.arange(0, n_cells, 0.5, dtype=np.float32)[:, None]
+    found = look_up(scores, edges, np.arange(n_cells, dtype=np.float32)[None])
+    np.testing.assert_array_equal(found, np.floor(scores))
+
+
 @pytest.mark.parametrize(("n_rows", "n_bins"), [(100, 10), (97, 10), (7, 10), (50, 1)])
 def test_bins_of_equal_mass_differ_by_one_row_at_most(n_rows: int, n_bins: int) -> None:
     rows = Ties.of(np.arange(n_rows, dtype=np.float32), np.zeros(n_rows), np.ones(n_rows))

@@ -282,6 +282,20 @@ def test_structured_kinds_are_the_authors_implementation(calibrator: Any, expect
 # ---- choices, absences, limits
 
 
+@pytest.mark.parametrize("slope", [1.0, -2.0, 50.0])  # from 50 on a row's largest score must be found
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_structured_vector_is_its_formula_whether_scores_lie_near_or_far(slope: float, dtype: Any) -> None:
+    logits = np.array([[0.0, -2.0, 3.0], [200.0, 0.0, -300.0], [-1e4, 0.0, 1.0]], dtype=dtype)
+    weight, bias, mix = slope * np.array([0.9, 1.0, 1.2]), np.array([0.3, -5.0, 2.0]), 0.01
+    learned = {"temperature": 2.0, "mix": mix, "weight": weight, "bias": bias}
+    tensors = {name: np.asarray(array) for name, array in learned.items()} | {"n_classes": np.asarray(3)}
+    calibrator = StructuredVectorScaling().set_tensors(tensors)
+    mixed = np.log((1 - mix) * softmax(logits.astype(float) / 2, axis=1) + mix / 3)
+    expected = softmax(weight * mixed + bias, axis=1)
+    rtol, underflow = (1e-3, 1e-37) if dtype == np.float32 else (1e-12, 1e-290)
+    np.testing.assert_allclose(calibrator.predict_proba(logits), expected, rtol=rtol, atol=underflow)
+
+
 def test_a_penalty_beyond_all_measure_is_temperature_scaling() -> None:
     logits, y = draw_rows(300)
     expected = TemperatureScaling().fit(logits, y).predict_proba(logits)

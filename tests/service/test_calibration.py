@@ -125,6 +125,18 @@ def test_rows_in_order_of_time_are_scored_on_the_last_ones(client: Client) -> No
         client.fit("mlp", "auto", logits=logits, labels=labels, time_ordered="yes")
 
 
+def test_rows_that_are_held_out_score_what_auto_chose_and_have_no_say_in_it(client: Client) -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((500, 4)).astype(np.float32)
+    labels = rng.integers(0, 4, 500)
+    labels[250:] = logits[250:].argmax(axis=1)  # of all rows, identity would be chosen
+    rows = {"logits": logits, "labels": labels, "time_ordered": True, "candidates": ["temperature"]}
+    chosen = client.fit("mlp", "auto", held_out_fraction=0.5, **rows)
+    assert chosen.kind == "temperature"
+    assert client.fit("mlp", "auto", held_out_fraction=0.0, **rows).kind == "identity"
+    assert chosen.row_count == 500
+
+
 def test_activating_another_fit_of_the_same_kind_builds_no_session(server: RunningServer, client: Client) -> None:
     first = client.fit("mlp", "temperature", logits=LOGITS, labels=LABELS)
     second = client.fit("mlp", "temperature", logits=LOGITS[:500], labels=LABELS[:500])
