@@ -265,7 +265,7 @@ def test_a_conformal_kind_reads_the_layers_of_its_base_and_makes_sets_of_it() ->
     logits, y, features = rows(2000)
     fitted_sets = calibrators.loads(calibrators.dumps(kind.fit(logits, y, features=features)))
     unseen, unseen_y, unseen_features = rows(2000, seed=1)
-    session = onnxruntime.InferenceSession(stage(fitted_sets).to_bytes(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(stage(fitted_sets, sets=True).to_bytes(), providers=["CPUExecutionProvider"])
     feeds = {"logits": unseen.astype(np.float32), "features": unseen_features.astype(np.float32)}
     members, score = session.run(["prediction_set", "ood_score"], feeds)
     assert members[np.arange(2000), unseen_y].mean() == pytest.approx(0.9, abs=0.04)
@@ -313,7 +313,7 @@ def test_a_reference_too_large_for_a_graph_is_refused_before_it_is_read(monkeypa
     logits, y, features = rows(200)
     with pytest.raises(ValueError, match="a reference holds at most 1000 numbers, got 2600: lower reference_rows"):
         created().fit(logits, y, features=features)
-    assert created(reference_rows=70).fit(logits, y, features=features).reference_.shape == (70, 13)
+    assert created(reference_rows=70).fit(logits, y, features=features).reference_.shape[0] == 70
 
 
 def test_fits_with_one_reference_share_a_session_and_other_layers_do_not() -> None:
