@@ -17,7 +17,7 @@ from sklearn.cluster import MiniBatchKMeans
 from calibrators.graph import Graph
 from calibrators.numerics import Array
 
-NUMBERS_AT_ONCE = 1 << 18
+NUMBERS_AT_ONCE = 1 << 17
 FARTHEST = 1e15
 """Coordinates are cut off here: their squares, summed, must be float32 numbers."""
 

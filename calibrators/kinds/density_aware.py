@@ -211,7 +211,7 @@ class DensityAware(Calibrator):
         signals = {"logits": logits} if features is None else {"logits": logits, "features": features}
         first, weight = distinct(np.column_stack([*signals.values(), y, moved]), weight)
         signals = {name: array[first] for name, array in signals.items()}
-        y, ordinary, weight = y[first], moved[first] == 0, weight / weight.sum()
+        y, ordinary = y[first], moved[first] == 0
         given = {name: array[ordinary] for name, array in signals.items()} if reference is None else reference
         self._embed(given, logits.shape[1])
         x = self._vectors(**signals)
@@ -221,7 +221,7 @@ class DensityAware(Calibrator):
         self._standardise(distances, ordinary, weight)
         scaling = TemperatureScaling().fit(signals["logits"][ordinary], y[ordinary], sample_weight=weight[ordinary])
         self.converged_, self.anchor_ = scaling.converged_, scaling.temperature_
-        self._weigh(_Rows(centre(signals["logits"]), y, weight), distances)
+        self._weigh(_Rows(centre(signals["logits"]), y, weight / weight.sum()), distances)
         distances = distances[:, self.kept_]
         self._rank(distances[ordinary], weight[ordinary])
         self._fit_base(signals["logits"], distances, y, weight)
