@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 from pathlib import Path
 
 import onnxruntime
@@ -17,6 +20,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure() -> None:
     onnxruntime.set_default_logger_severity(ONLY_ERRORS)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """A test that failed may leave a server behind, whose threads must not keep the run from ending."""
+    left = [thread for thread in threading.enumerate() if not thread.daemon and thread is not threading.main_thread()]
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if left and reporter is not None and reporter.stats.keys() & {"failed", "error"}:
+        sys.stdout.flush()
+        os._exit(1)
 
 
 @pytest.fixture(scope="session")
