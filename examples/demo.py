@@ -27,7 +27,7 @@ from calibrators.plots import (
     risk_coverage_chart,
     telling_example,
 )
-from examples import step1_prepare, step2_fit, step3_predict
+from examples import step1_prepare, step2_fit, step3_predict, step4_sets
 from examples.step1_prepare import Prepared
 from examples.step2_fit import ITSELF, MODEL
 from service.client import Client
@@ -49,7 +49,8 @@ def main() -> None:
     step(2, "the server wraps the model; calibrators are fitted on half of the rows")
     with server(data.model_repository) as address, Client(address, show_progress=True) as client:
         client.wait_until_ready()
-        revisions = step2_fit.fit(client, data)
+        logits = client.logits(MODEL, data.inputs[~data.is_test])
+        revisions = step2_fit.fit(client, data, logits)
         say("What auto compared, each row predicted by a fit that had not seen it:")
         for revision in revisions.values():
             if revision.ranking:
@@ -74,7 +75,12 @@ def main() -> None:
         scores = step2_fit.judge(client, revisions, served.logits, data.labels[data.is_test])
         console.print(scores_table(f"on {rows} rows, with 95% intervals", scores.items(), chosen))
 
-    step(5, "pictures")
+        step(5, "sets of answers that hold the right one as often as asked")
+        sets = step4_sets.fit(client, data, logits)
+        console.print(step4_sets.table(step4_sets.judge(client, sets, data)))
+        say("One fit; the level is a parameter of the request. Sets are small where the model knows, large where not.")
+
+    step(6, "pictures")
     write_report(data, served, scores, chosen)
     say(f"done in {time.monotonic() - begun:.0f} seconds; the server has stopped")
 
