@@ -105,28 +105,29 @@ def journal(folder: Path) -> Iterator[Journal]:
         opened.close()
 
 
-def filled(opened: Journal, count: int, n_classes: int, own_ids: bool = False) -> Callable[[int], str]:
-    """Predictions of one row; gives the id of each."""
+def filled(opened: Journal, count: int, n_classes: int, own_ids: bool = False) -> list[str]:
+    """Predictions of one row; the id of each."""
     rng = np.random.default_rng(0)
     logits = rng.standard_normal((1000, 1, n_classes)).astype(np.float32)
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=2, keepdims=True)
     stream = opened.open_stream("m", "1", "0" * 64, n_classes)
-    begun = int(1000 * time.time())
+    begun, ids = int(1000 * time.time()), []
     for index in range(count):
         caller_id = b"%020d" % index if own_ids else b""
         at = index % 1000
-        stream.append(Answered(begun + index, "temperature-1", 0, logits[at], probabilities[at], caller_id))
+        request = Answered(begun + index, "temperature-1", 0, logits[at], probabilities[at], caller_id)
+        ids.append(stream.append(request, 1).decode())
         if index % 1000 == 999:
             opened.writer.write_now(opened.write_waiting)
     opened.writer.write_now(opened.write_waiting)
-    return lambda number: stream.prediction_id(number).decode()
+    return ids
 
 
-def record_all(opened: Journal, id_of: Callable[[int], str], count: int) -> tuple[int, float, float]:
+def record_all(opened: Journal, ids: Sequence[str]) -> tuple[int, float, float]:
     """A label for each prediction, in batches: how many were recorded, in how many seconds, of the processor too."""
     joined, recorded, seconds, cpu = Labels(opened), 0, 0.0, 0.0
-    for start in range(0, count, BATCH):
-        batch = [NewLabel(id_of(number), 0, 1) for number in range(start, min(count, start + BATCH))]
+    for start in range(0, len(ids), BATCH):
+        batch = [NewLabel(prediction_id, 0, 1) for prediction_id in ids[start : start + BATCH]]
         begun, used = time.perf_counter(), time.process_time()
         became = opened.writer.write_now(partial(joined.record, model="m", producer="", labels=batch))
         seconds, cpu = seconds + time.perf_counter() - begun, cpu + time.process_time() - used
@@ -137,7 +138,7 @@ def record_all(opened: Journal, id_of: Callable[[int], str], count: int) -> tupl
 def opening(folder: Path, count: int) -> Iterator[list[str]]:
     """Batches straight into the journal, then a start with so many labels, and the rate of a reader."""
     with journal(folder) as opened:
-        recorded, seconds, cpu = record_all(opened, filled(opened, count, 10), count)
+        recorded, seconds, cpu = record_all(opened, filled(opened, count, 10))
         yield ["labels/s into the journal, in batches", f"{recorded / seconds:,.0f}"]
         yield ["processor us a label", f"{1e6 * cpu / recorded:.1f}"]
     begun = time.perf_counter()
@@ -161,9 +162,9 @@ def sizes(folder: Path, count: int = 100_000) -> Iterator[list[str]]:
     ):
         place = folder / name
         with journal(place) as opened:
-            id_of = filled(opened, count, n_classes, own_ids)
+            ids = filled(opened, count, n_classes, own_ids)
             if with_labels:
-                record_all(opened, id_of, count)
+                record_all(opened, ids)
         yield [f"bytes a prediction: {name}", f"{(place / 'journal.sqlite').stat().st_size / count:.0f}"]
 
 

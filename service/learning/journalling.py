@@ -43,23 +43,14 @@ class ModelJournal:
     def keep(self, answer: Answer, caller_id: bytes, *, receipt: bool = False) -> tuple[bytes, bytes]:
         """Append an answer's rows; the prediction's id and, if asked for, its receipt. Both are empty if there is no
         room, or are no rows."""
-        run, start, stop = answer
-        if start == stop:
+        rows = answer.stop - answer.start
+        if not rows:
             return b"", b""
-        request = Answered(
-            time.time_ns() // 1_000_000,
-            run.snapshot.revision,
-            0,
-            run.part(LOGITS, start, stop),
-            run.part(PROBABILITIES, start, stop),
-            caller_id,
-        )
-        number = self._stream.append(request)
-        if number is None:
-            if self.waits:
-                raise NotReady("the prediction cannot be kept now, which its model asks for", reason=READ_ONLY)
-            return b"", b""
-        return self._stream.prediction_id(number), self._stream.receipt(number, request) if receipt else b""
+        request = (time.time_ns(), answer, caller_id)
+        prediction_id = self._stream.append(request, rows)
+        if not prediction_id and self.waits:
+            raise NotReady("the prediction cannot be kept now, which its model asks for", reason=READ_ONLY)
+        return prediction_id, self._stream.receipt(request) if receipt and prediction_id else b""
 
     async def flush(self) -> None:
         """Return when the answers appended so far are on the disk. NotReady if they cannot be written."""
@@ -86,5 +77,12 @@ class Journalling:
         mode = Mode(model.journal or self._default)
         if mode is Mode.OFF or not model.is_classifier:
             return None
-        stream = self._journal.open_stream(model.name, model.version, model.digest, model.n_classes)
+        stream = self._journal.open_stream(model.name, model.version, model.digest, model.n_classes, _answered)
         return ModelJournal(self._journal, stream, waits=mode is Mode.SYNC)
+
+
+def _answered(kept: tuple[int, Answer, bytes]) -> Answered:
+    """What is kept of an answer."""
+    time_ns, answer, caller_id = kept
+    revision = answer.run.snapshot.revision
+    return Answered(time_ns // 1_000_000, revision, 0, answer.part(LOGITS), answer.part(PROBABILITIES), caller_id)

@@ -109,7 +109,9 @@ class Inference:
             answer = begun.answer if isinstance(begun.answer, Answer) else await begun.answer
             if plan.model.is_classifier and not answer.run.finite("confidence"):
                 _check_confidence(answer, begun.reading)
-            said = b"" if plan.journal is None else await _keep(plan.journal, plan, answer, begun.reading.id_field)
+            said = b"" if plan.journal is None else _keep(plan.journal, plan, answer, begun.reading.id_field)
+            if said and plan.journal is not None and plan.journal.waits:
+                await plan.journal.flush()
             reply = encode(plan, answer, begun.reading.id_field, said, final=in_stream and plan.final)
         except Exception:
             plan.model.statistics.refused(time.perf_counter_ns() - begun.begun_ns)
@@ -164,13 +166,11 @@ class Inference:
         return await plan.model.run(plan.lane.outputs, arrays, snapshot, deadline, caller)
 
 
-async def _keep(journal: ModelJournal, plan: Plan, answer: Answer, id_field: bytes) -> bytes:
+def _keep(journal: ModelJournal, plan: Plan, answer: Answer, id_field: bytes) -> bytes:
     """Append an answer to the journal; what it says of that, as bytes of the message."""
     prediction_id, receipt = journal.keep(answer, own_id(id_field), receipt=plan.receipt)
     if not prediction_id:
         return b""
-    if journal.waits:
-        await journal.flush()
     return PREDICTION_ID + prediction_id + (parameter(RECEIPT, receipt) if receipt else b"")
 
 

@@ -10,9 +10,10 @@ import contextlib
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from service.store import receipts
 from service.store.database import Connection, open_database, reading_errors
@@ -36,8 +37,10 @@ STREAM_BLOCK = 256
 FLUSH_SECONDS = 0.25
 """How long a prediction waits for company on its way to the disk. A crash loses no more than that of them."""
 MOST_REQUESTS_IN_PACK = 4096
-OVERHEAD_BYTES = 400
-"""What a waiting request takes besides its numbers."""
+OVERHEAD_BYTES, BYTES_OF_CLASS = 400, 8
+"""What a waiting request takes: besides its numbers; of each class of each row."""
+IDS_AHEAD = 32
+"""Ids that are made together: in a loop each costs a fraction."""
 LOST = ("full", "disk")
 """Why a prediction is not kept: too many wait, or the disk has failed."""
 PRUNE_SECONDS = 10.0
@@ -46,36 +49,49 @@ KEY_SECONDS = 30 * 86400.0
 
 
 class OpenStream:
-    """The requests of one served model on their way to the journal. `append` is for one thread."""
+    """The requests of one served model on their way to the journal. `append` is for one thread.
 
-    def __init__(self, journal: Journal, row: StreamRow) -> None:
-        self.row = row
-        self.waiting: deque[Answered] = deque()
+    `read` makes of what is appended what is kept: in the writer's thread, since every line in the path of a request
+    costs several times what it does in a loop.
+    """
+
+    def __init__(self, journal: Journal, row: StreamRow, read: Callable[[Any], Answered]) -> None:
+        self.row, self.read = row, read
+        self.waiting: deque[Any] = deque()
         self.written, self.recorded = 0, False  # requests that are past; whether the stream's row is there
         self.lost_rows: Counter[str] = Counter()  # why -> how many
         self.kept_rows = self.told_lost = 0
-        self._journal, self._next = journal, 0
-        self._key: Key | None = None
-        self.sign_with(journal.keys.newest)
+        self._journal, self._next, self._ids = journal, 0, list[bytes]()
+        self._maker = IdMaker(journal.keys.newest, row.stream)
+        self._row_bytes = BYTES_OF_CLASS * row.class_count
 
     def sign_with(self, key: Key) -> None:
-        if self._key is not key:
-            self._ids, self._key = IdMaker(key, self.row.stream), key
+        if self._maker.key is not key:
+            self._maker = IdMaker(key, self.row.stream)
 
-    def append(self, request: Answered) -> int | None:
-        """The request's number in the stream; None if there is no room, which is counted."""
-        if refused := self._journal.refusal(size_of(request)):
-            self.lost_rows[refused] += len(request.logits)
-            return None
-        number, self._next = self._next, self._next + 1
+    def append(self, request: Any, rows: int) -> bytes:
+        """The prediction's id; empty if there is no room, which is counted."""
+        if refused := self._journal.refusal(OVERHEAD_BYTES + rows * self._row_bytes):
+            self.lost_rows[refused] += rows
+            return b""
         self.waiting.append(request)
-        return number
+        number, self._next = self._next, self._next + 1
+        if not self._ids:
+            self._ids = [self._maker.make(later) for later in range(number + IDS_AHEAD - 1, number - 1, -1)]
+        return self._ids.pop()
 
-    def prediction_id(self, number: int) -> bytes:
-        return self._ids.make(number)
+    def receipt(self, request: Any) -> bytes:
+        """The receipt of what was appended last."""
+        return receipts.issue(self._maker.key, self.row, self._next - 1, self.read(request))
 
-    def receipt(self, number: int, request: Answered) -> bytes:
-        return receipts.issue(self._key or self._journal.keys.newest, self.row, number, request)
+
+class _Flight(NamedTuple):
+    """What a transaction writes of a stream: it is there, lost, or waits again, when the transaction has ended."""
+
+    stream: OpenStream
+    requests: list[Any]
+    rows: int
+    told_lost: int
 
 
 class Journal:
@@ -103,7 +119,7 @@ class Journal:
         self.keys = Keys(folder / "journal.keys", may_write=learns)
         self._queue_bytes, self._added, self._taken = queue_bytes, 0, 0
         self._streams: list[OpenStream] = []
-        self._in_flight: list[tuple[OpenStream, list[Answered], int]] = []  # of this transaction; rows told as lost
+        self._in_flight: list[_Flight] = []
         self._flush_at: float | None = None
         self._prune_at = time.monotonic() + PRUNE_SECONDS if learns else float("inf")
         self._reading = threading.Lock()
@@ -156,14 +172,16 @@ class Journal:
         """Those of this process."""
         return list(self._streams)
 
-    def open_stream(self, model: str, version: str, digest: str, class_count: int) -> OpenStream:
+    def open_stream(
+        self, model: str, version: str, digest: str, class_count: int, read: Callable[[Any], Answered] = lambda it: it
+    ) -> OpenStream:
         """A stream for what this process answers with one model file."""
         number = next(self._numbers, None)
         if number is None:
             self._numbers = self._take_numbers()
             number = next(self._numbers)
         row = StreamRow(number, model, version, digest, class_count, time.time())
-        stream = OpenStream(self, row)
+        stream = OpenStream(self, row, read)
         self._streams.append(stream)
         return stream
 
@@ -191,15 +209,9 @@ class Journal:
         newest = self.keys.newest
         for stream in self._streams:
             stream.sign_with(newest)
-            waiting = [stream.waiting.popleft() for _ in range(len(stream.waiting))]
-            if waiting:
-                before = [flight for flight in self._in_flight if flight[0] is stream]
-                first = stream.written + sum(len(requests) for _, requests, _ in before)
-                lost = stream.lost_rows.total()
-                self._in_flight.append((stream, waiting, lost))
-                self._write_packs(
-                    connection, stream, waiting, first, lost - (before[-1][2] if before else stream.told_lost)
-                )
+            requests = [stream.waiting.popleft() for _ in range(len(stream.waiting))]
+            if requests:
+                self._write_packs(connection, stream, requests)
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[Connection]:
@@ -215,35 +227,36 @@ class Journal:
             finally:
                 self._read_connection.execute("COMMIT")
 
-    @staticmethod
-    def _write_packs(
-        connection: Connection, stream: OpenStream, waiting: list[Answered], first: int, lost: int
-    ) -> None:
+    def _write_packs(self, connection: Connection, stream: OpenStream, requests: list[Any]) -> None:
+        before = [flight for flight in self._in_flight if flight.stream is stream]
+        told, lost = before[-1].told_lost if before else stream.told_lost, stream.lost_rows.total()
+        answers = list(map(stream.read, requests))
+        self._in_flight.append(_Flight(stream, requests, sum(len(answer.logits) for answer in answers), lost))
         if not stream.recorded:
             insert_stream(connection, stream.row)
-        for start in range(0, len(waiting), MOST_REQUESTS_IN_PACK):
-            pack = Pack.of(first + start, waiting[start : start + MOST_REQUESTS_IN_PACK])
-            append_pack(connection, stream.row, pack, lost if start == 0 else 0)
+        first = stream.written + sum(len(flight.requests) for flight in before)
+        for start in range(0, len(answers), MOST_REQUESTS_IN_PACK):
+            pack = Pack.of(first + start, answers[start : start + MOST_REQUESTS_IN_PACK])
+            append_pack(connection, stream.row, pack, lost - told if start == 0 else 0)
 
     def _ended(self, committed: bool, disk: bool) -> None:
-        """A transaction of the writer's has ended: what it wrote is there, is lost, or waits again."""
+        """A transaction of the writer's has ended."""
         flights, self._in_flight = self._in_flight, []
-        if not committed:
-            flights.reverse()
-        for stream, waiting, told in flights:
-            rows = sum(len(request.logits) for request in waiting)
+        for flight in flights if committed else reversed(flights):
+            stream = flight.stream
             if not committed and not disk:
-                stream.waiting.extendleft(reversed(waiting))
+                stream.waiting.extendleft(reversed(flight.requests))
                 self._flush_at = time.monotonic() + FLUSH_SECONDS
                 continue
-            stream.written += len(waiting)
-            self._taken += sum(map(size_of, waiting))
+            stream.written += len(flight.requests)
+            self._taken += OVERHEAD_BYTES * len(flight.requests)
+            self._taken += BYTES_OF_CLASS * stream.row.class_count * flight.rows
             if committed:
                 stream.recorded = True
-                stream.kept_rows += rows
-                stream.told_lost = told
+                stream.kept_rows += flight.rows
+                stream.told_lost = flight.told_lost
             else:
-                stream.lost_rows["disk"] += rows
+                stream.lost_rows["disk"] += flight.rows
 
     def _due_in(self) -> float | None:
         """Seconds until something is due; None: nothing will be."""
@@ -258,8 +271,3 @@ class Journal:
             more = prune(connection, self.retention)
             self._prune_at = now if more else now + PRUNE_SECONDS
             self.keys.rotate(KEY_SECONDS, 2 * KEY_SECONDS + self.retention.seconds)
-
-
-def size_of(request: Answered) -> int:
-    """The memory that a waiting request takes, about."""
-    return OVERHEAD_BYTES + 8 * request.logits.size

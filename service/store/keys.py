@@ -115,6 +115,7 @@ class IdMaker:
     """Makes the ids of one stream, quickly."""
 
     def __init__(self, key: Key, stream: int) -> None:
+        self.key = key
         self._head = stream.to_bytes(4)
         self._number = bytes([key.number])
         self._hasher = key.hasher(b"prediction", SIGNATURE_BYTES)

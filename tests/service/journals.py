@@ -38,10 +38,9 @@ class Kept:
 
     def predict(self, *requests: Answered, stream: OpenStream | None = None) -> list[str]:
         """The ids of predictions, which may not be on the disk yet."""
-        stream = stream or self.stream
-        numbers = [stream.append(request) for request in requests]
-        assert None not in numbers
-        return [stream.prediction_id(number).decode() for number in numbers if number is not None]
+        ids = [(stream or self.stream).append(request, len(request.logits)).decode() for request in requests]
+        assert all(ids)
+        return ids
 
     def flush(self) -> None:
         self.journal.writer.write_now(self.journal.write_waiting)

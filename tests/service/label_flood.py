@@ -11,6 +11,7 @@ from pathlib import Path
 
 import service.store.writer
 from service.errors import NotReady
+from service.store.keys import IdReader
 from service.store.labels import NewLabel, Result
 from tests.service.journals import Kept, answered
 
@@ -20,6 +21,7 @@ N_THREADS = 4
 def main() -> None:
     service.store.writer.RETRY_SECONDS = 0.05
     kept, lock = Kept(Path(sys.argv[1])), threading.Lock()
+    reader = IdReader(kept.journal.keys)
 
     def say(*words: object) -> None:
         with lock:
@@ -29,10 +31,11 @@ def main() -> None:
     def flood(seed: int) -> None:
         while True:
             with lock:  # a stream is appended to by one thread
-                number = kept.stream.append(answered(seed))
-            if number is None:
+                prediction_id = kept.stream.append(answered(seed), 1).decode()
+            if not prediction_id:
                 continue
-            prediction_id, label = kept.stream.prediction_id(number).decode(), number % 4
+            number = reader.read([prediction_id])[0].number  # type: ignore[union-attr]
+            label = number % 4
             try:
                 (result,) = kept.label([NewLabel(prediction_id, 0, label)])
             except NotReady as error:

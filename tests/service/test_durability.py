@@ -184,7 +184,7 @@ def test_after_an_error_of_the_disk_writes_are_refused_until_all_is_verified(
         assert not kept.journal.writer.writable
         with pytest.raises(NotReady):
             kept.label_one(third, 3)
-        assert kept.stream.append(answered(4)) is None
+        assert kept.stream.append(answered(4), 1) == b""
         assert kept.stream.lost_rows["disk"] == 1
         disk.fail = lambda *_: 0
         until(lambda: kept.journal.writer.writable)
