@@ -51,14 +51,16 @@ class ClassWise(OnlineCalibrator):
         return log_odds(logits)[:, -len(self.shares_) :]
 
     def _predict_proba(self, logits: Array) -> Array:
-        scores = self._scores(logits)
+        scores, mixed = self._scores(logits), np.empty_like(logits)
         theta = experts.served(self.theta_, self.beta).astype(logits.dtype)
         shares = self.shares_.astype(logits.dtype)
-        z = np.einsum("nkd,ked->nke", experts.features(scores, self.beta), theta)
-        z = np.clip(np.concatenate([scores[:, :, None], z], axis=2), -MOST, MOST)
-        if len(self.shares_) == 1:
-            z = np.concatenate([-z, z], axis=1)
-        return normalise(np.einsum("nke,ke->nk", 1 / (1 + np.exp(-z)), np.broadcast_to(shares, z.shape[1:])))
+        for k in range(scores.shape[1]):
+            of_experts = np.einsum("nd,ed->ne", experts.features(scores[:, k], self.beta), theta[k])
+            z = np.clip(np.column_stack([scores[:, k], of_experts]), -MOST, MOST)
+            if len(shares) == 1:
+                mixed[:, 0] = np.einsum("ne,e->n", 1 / (1 + np.exp(z)), shares[k])
+            mixed[:, k - scores.shape[1]] = np.einsum("ne,e->n", 1 / (1 + np.exp(-z)), shares[k])
+        return normalise(mixed)
 
     def emit(self, graph: Graph, logits: str) -> str:
         scores = graph.log_odds(logits)
