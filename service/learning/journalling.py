@@ -49,7 +49,7 @@ class ModelJournal:
         request = Answered(
             time.time_ns() // 1_000_000,
             run.snapshot.revision,
-            0,
+            run.snapshot.online_state or 0,
             run.part(LOGITS, start, stop),
             run.part(PROBABILITIES, start, stop),
             caller_id,
