@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from calibrators.graph import parameters_of
+from calibrators.numerics import Array
 from calibrators.online.learner import OnlineCalibrator
 from service.learning.progress import Rows, by_producer
 
@@ -44,6 +45,13 @@ class Verdict(NamedTuple):
     start: float = float("nan")
 
 
+class _Compared(NamedTuple):
+    """On one producer's rows: the losses of the new state, the best and the start; the new one's excess over both."""
+
+    losses: list[float]
+    excess: list[float]
+
+
 class Gate:
     """The held-out rows of one revision. `start` is its state before any label, `best` the best so far."""
 
@@ -55,25 +63,32 @@ class Gate:
         for producer, new in by_producer(rows):
             before = self._windows.pop(producer, None)
             joined = new if before is None else Rows(*map(np.concatenate, zip(before, new, strict=True)))
-            most = min(WINDOW_ROWS, max(100, WINDOW_VALUES // joined.logits.shape[1]))
-            self._windows[producer] = joined.chosen(slice(-most, None))
+            self._windows[producer] = joined.chosen(slice(-window_rows(joined.logits.shape[1]), None))
         while len(self._windows) > MOST_PRODUCERS:
             del self._windows[next(iter(self._windows))]
 
     def judge(self, state: OnlineCalibrator) -> Verdict:
         if not all(np.abs(values).max(initial=0) <= TRUSTED for values in parameters_of(state).values()):
             return Verdict("a parameter is out of bounds", best=False)
-        losses = [
-            [log_loss(calibrator, rows) for calibrator in (state, self.best, self.start)] for rows in self._judges()
-        ]
-        if not losses:
+        found = [self._compared(state, rows) for rows in self._judges()]
+        if not found:
             return Verdict("", best=True)
-        new, best, start = max(losses, key=lambda three: three[0] - min(three[1:]))
-        worse = [max(three[0] - three[1] for three in losses), max(three[0] - three[2] for three in losses)]
-        named = ("the best state so far", "the revision's start")
-        beaten = [name for name, by in zip(named, worse, strict=True) if not by <= MARGIN]
+        by_best, by_start = (max(one.excess[index] for one in found) for index in (0, 1))
+        worst = max(found, key=lambda one: max(one.excess))
+        beaten = [
+            name for name, excess in (("the best so far", by_best), ("the start", by_start)) if not excess <= MARGIN
+        ]
         refused = f"worse than {' and '.join(beaten)} on held-out labels" if beaten else ""
-        return Verdict(refused, not refused and worse[0] <= 0, new, best, start)
+        is_best = not refused and max(one.losses[0] - one.losses[1] for one in found) <= 0
+        return Verdict(refused, is_best, *worst.losses)
+
+    def _compared(self, state: OnlineCalibrator, rows: Rows) -> _Compared:
+        """While a window is not full, chance is allowed for: by the part of a standard error that is missing of it."""
+        new, *others = (log_losses(calibrator, rows) for calibrator in (state, self.best, self.start))
+        n, full = len(new), window_rows(rows.logits.shape[1])
+        chance = (1 - n / full) / np.sqrt(n)
+        excess = [float((new - other).mean() - chance * (new - other).std()) for other in others]
+        return _Compared([float(losses.mean()) for losses in (new, *others)], excess)
 
     def _judges(self) -> list[Rows]:
         newest = max((int(rows.times_ms.max()) for rows in self._windows.values()), default=0)
@@ -81,6 +96,13 @@ class Gate:
         return [rows for rows in recent if len(rows.labels) >= LEAST_ROWS]
 
 
-def log_loss(calibrator: OnlineCalibrator, rows: Rows) -> float:
+def window_rows(n_classes: int) -> int:
+    """How many held-out rows are kept of one producer."""
+    return min(WINDOW_ROWS, max(100, WINDOW_VALUES // n_classes))
+
+
+def log_losses(calibrator: OnlineCalibrator, rows: Rows) -> Array:
+    """Of each row."""
     probabilities = calibrator.predict_proba(rows.logits)[np.arange(len(rows.labels)), rows.labels]
-    return float(-np.log(np.maximum(probabilities, LEAST_PROBABILITY)).mean())
+    losses: Array = -np.log(np.maximum(probabilities, LEAST_PROBABILITY))
+    return losses

@@ -157,11 +157,11 @@ class Learner:
 
     def replay(self, setbacks: dict[int, int]) -> Replayed:
         """Learn everything again from the revision's start, beside what serves. Refused if it is no longer kept."""
+        if not self._reader.is_whole():
+            raise Refused(f"the journal no longer has all that {self.revision} has learned from")
         progress, number, made = Progress.begin(self.start, self.progress.quota), 0, {START: b""}
         for cohort in self._reader.replay():
-            number += 1
-            if cohort.number != number:
-                raise Refused(f"the journal no longer has the steps before {cohort.number} of {self.revision}")
+            number = cohort.number
             progress.take(cohort, self.digest)
             if number in setbacks.values():
                 made[number] = progress.artifact

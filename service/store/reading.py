@@ -176,6 +176,13 @@ class Reader:
                 pairs += pairs_of(connection, row, 0, position.record, slice(0, stop))
             return pairs
 
+    def is_whole(self) -> bool:
+        """Whether no prediction of the model was forgotten yet, so that a replay has every step."""
+        with self._journal.reading() as connection:
+            query = "SELECT count(*) FROM streams WHERE model = ? AND pruned > 0"
+            (forgotten,) = connection.execute(query, (self._model,)).fetchone()
+        return bool(forgotten == 0)
+
     def replay(self) -> Iterator[Cohort]:
         """Every step that was committed, as it was, as far as its predictions are still kept."""
         query = (
