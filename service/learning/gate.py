@@ -1,9 +1,14 @@
 """Whether what was learned may serve: do no harm.
 
-The judges are labelled rows that nothing learned from, the last ones of each producer. A new state serves only if its
-log loss there is, for every producer who sent enough of them, no worse by more than a margin than that of the
-revision's start and that of the best state so far. The best is replaced only by one that is no worse for anybody, so
-that many small steps lead no farther than one. One producer can keep a state from serving; none can make it serve.
+The judges are labelled rows that nothing learned from, the last ones of each producer. A new state serves only if on
+the rows of every producer who sent enough of them
+
+- its log loss is no worse, by more than a margin, than that of the revision's start and of the best state so far;
+- and it moves probabilities little from those of the best state, or betters its loss by more than a standard error:
+  the best of many states that were tried on the same few rows is better by chance, and an attacker tries many.
+
+A state is the best so far when it betters the one before by more than a standard error for everybody, so many small
+steps lead no farther than one. One producer can keep a state from serving; none can make it serve.
 """
 
 from __future__ import annotations
@@ -17,13 +22,15 @@ from calibrators.numerics import Array
 from calibrators.online.learner import OnlineCalibrator
 from service.learning.progress import Rows, by_producer
 
-WINDOW_ROWS, WINDOW_VALUES = 1000, 64_000
+WINDOW_ROWS, WINDOW_VALUES = 500, 32_000
 """Of one producer so many held-out rows are kept, fewer where they have so many classes that they would be more values
 than that."""
 LEAST_ROWS = 20
 """Who sent fewer held-out rows has no say."""
 MARGIN = 5e-4
-"""In nats a row: where probabilities are near one half, a shift by .016."""
+"""In nats a row."""
+MOVED = 0.01
+"""Mean total variation distance from the best state up to which a state need not be surely better."""
 EXPIRES_MS = 86_400_000
 """Held-out rows that were predicted so long before the newest one count no more."""
 MOST_PRODUCERS = 64
@@ -46,10 +53,20 @@ class Verdict(NamedTuple):
 
 
 class _Compared(NamedTuple):
-    """On one producer's rows: the losses of the new state, the best and the start; the new one's excess over both."""
+    """A new state on one producer's rows: its losses, the best state's and the start's; how far it moves from the best.
 
-    losses: list[float]
-    excess: list[float]
+    `sure` is whether it betters the best by more than a standard error.
+    """
+
+    new: float
+    best: float
+    start: float
+    moved: float
+    sure: bool
+
+    @property
+    def excess(self) -> float:
+        return self.new - min(self.best, self.start)
 
 
 class Gate:
@@ -63,7 +80,8 @@ class Gate:
         for producer, new in by_producer(rows):
             before = self._windows.pop(producer, None)
             joined = new if before is None else Rows(*map(np.concatenate, zip(before, new, strict=True)))
-            self._windows[producer] = joined.chosen(slice(-window_rows(joined.logits.shape[1]), None))
+            most = min(WINDOW_ROWS, max(100, WINDOW_VALUES // joined.logits.shape[1]))
+            self._windows[producer] = joined.chosen(slice(-most, None))
         while len(self._windows) > MOST_PRODUCERS:
             del self._windows[next(iter(self._windows))]
 
@@ -73,22 +91,26 @@ class Gate:
         found = [self._compared(state, rows) for rows in self._judges()]
         if not found:
             return Verdict("", best=True)
-        by_best, by_start = (max(one.excess[index] for one in found) for index in (0, 1))
-        worst = max(found, key=lambda one: max(one.excess))
-        beaten = [
-            name for name, excess in (("the best so far", by_best), ("the start", by_start)) if not excess <= MARGIN
-        ]
-        refused = f"worse than {' and '.join(beaten)} on held-out labels" if beaten else ""
-        is_best = not refused and max(one.losses[0] - one.losses[1] for one in found) <= 0
-        return Verdict(refused, is_best, *worst.losses)
+        reasons = {
+            "worse than the best so far": any(not one.new - one.best <= MARGIN for one in found),
+            "worse than the start": any(not one.new - one.start <= MARGIN for one in found),
+            "far from the best so far and not surely better": any(one.moved > MOVED and not one.sure for one in found),
+        }
+        refused = ", ".join(reason for reason, holds in reasons.items() if holds)
+        worst = max(found, key=lambda one: one.excess)
+        return Verdict(refused, not refused and all(one.sure for one in found), *worst[:3])
 
     def _compared(self, state: OnlineCalibrator, rows: Rows) -> _Compared:
-        """While a window is not full, chance is allowed for: by the part of a standard error that is missing of it."""
-        new, *others = (log_losses(calibrator, rows) for calibrator in (state, self.best, self.start))
-        n, full = len(new), window_rows(rows.logits.shape[1])
-        chance = (1 - n / full) / np.sqrt(n)
-        excess = [float((new - other).mean() - chance * (new - other).std()) for other in others]
-        return _Compared([float(losses.mean()) for losses in (new, *others)], excess)
+        new, best, start = (calibrator.predict_proba(rows.logits) for calibrator in (state, self.best, self.start))
+        losses = [_log_losses(probabilities, rows.labels) for probabilities in (new, best, start)]
+        gains, means = losses[1] - losses[0], [float(of_rows.mean()) for of_rows in losses]
+        return _Compared(
+            new=means[0],
+            best=means[1],
+            start=means[2],
+            moved=float(np.abs(new - best).sum(axis=1).mean()) / 2,
+            sure=bool(gains.mean() > gains.std() / np.sqrt(len(gains))),
+        )
 
     def _judges(self) -> list[Rows]:
         newest = max((int(rows.times_ms.max()) for rows in self._windows.values()), default=0)
@@ -96,13 +118,6 @@ class Gate:
         return [rows for rows in recent if len(rows.labels) >= LEAST_ROWS]
 
 
-def window_rows(n_classes: int) -> int:
-    """How many held-out rows are kept of one producer."""
-    return min(WINDOW_ROWS, max(100, WINDOW_VALUES // n_classes))
-
-
-def log_losses(calibrator: OnlineCalibrator, rows: Rows) -> Array:
-    """Of each row."""
-    probabilities = calibrator.predict_proba(rows.logits)[np.arange(len(rows.labels)), rows.labels]
-    losses: Array = -np.log(np.maximum(probabilities, LEAST_PROBABILITY))
+def _log_losses(probabilities: Array, labels: Array) -> Array:
+    losses: Array = -np.log(np.maximum(probabilities[np.arange(len(labels)), labels], LEAST_PROBABILITY))
     return losses

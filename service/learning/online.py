@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar, cast
 
+import numpy as np
+
 import calibrators
 from calibrators.online.learner import OnlineCalibrator
 from service.errors import CalserveError, Refused, shown
@@ -46,8 +48,7 @@ T = TypeVar("T")
 
 LOOK_SECONDS = 1.0
 """How often a learner looks without being told of labels: predictions pass the watermark with time alone."""
-STEP_ROWS = 2000
-"""Of a step: while it is computed other threads may have to wait."""
+STEP_ROWS = 10_000
 PACKS_BACK = 500
 """How far a start looks back for held-out rows."""
 
@@ -115,6 +116,9 @@ class Learner:
         self._gate = Gate(self.start, self._calibrator(best))
         self._gate.add(rows_apart(self._reader.passed(PACKS_BACK), self.digest, self.start))
         self.taken = self.acknowledged = 0
+        copy.deepcopy(self.start).learn(
+            np.zeros((1, self.start.n_classes_)), [0]
+        )  # compiles, before a label waits for it
 
     def step(self) -> bool:
         """Take the next step, if there is one; whether there was."""
@@ -187,11 +191,11 @@ class Learner:
             self._settle(verdict, serving)
 
     def _settle(self, verdict: Verdict, serving: Serving) -> None:
+        if verdict.refused and not self.verdict.refused:
+            log.warning("model %s goes on with state %d: %s", self.model, serving.number, verdict.refused)
         self.verdict, self.serving = verdict, serving
         self.counts["refused" if verdict.refused else "published"] += 1
-        if verdict.refused:
-            log.warning("model %s goes on with state %d: %s", self.model, serving.number, verdict.refused)
-        elif verdict.best:
+        if verdict.best:
             self._gate.best = copy.deepcopy(self.progress.calibrator)
 
     def _calibrator(self, artifact: bytes) -> OnlineCalibrator:

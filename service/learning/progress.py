@@ -21,10 +21,12 @@ from calibrators.online.learner import OnlineCalibrator
 from service.store.packs import Kept
 from service.store.reading import NO_LABEL, Cohort, Pairs
 
-HELD_OUT_EVERY = 10
+HELD_OUT_EVERY = 5
 """One labelled row in so many is never learned from: what judges the states."""
 QUOTA_MS = 3_600_000
 """The hour of the predictions of which one producer's labels are limited."""
+VALUES_TOGETHER = 4000
+"""Logits that are learned from in one piece, for which all threads may have to wait: a few milliseconds."""
 COUNTED = ("learned", "held_out", "late", "missing", "dropped", "over_quota", "unusable")
 _MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], np.uint64)
 
@@ -92,8 +94,10 @@ class Progress:
             held.append(rows.chosen(apart))
             taken.append(self._within_quota(rows.chosen(~apart)))
         rows = _joined(taken, n_classes)
-        if len(rows.labels):
-            self.calibrator.learn(rows.logits, rows.labels)
+        together = max(1, VALUES_TOGETHER // n_classes)
+        for start in range(0, len(rows.labels), together):
+            few = rows.chosen(slice(start, start + together))
+            self.calibrator.learn(few.logits, few.labels)
         held_out = _joined(held, n_classes)
         self.counts["learned"] += len(rows.labels)
         self.counts["held_out"] += len(held_out.labels)

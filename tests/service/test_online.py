@@ -20,6 +20,7 @@ import service.store.online_states
 from calibrators.online.learner import OnlineCalibrator
 from service import cli, errors
 from service.client import Client, OnlineState
+from service.learning import gate
 from service.learning.online import Learner
 from service.learning.progress import Progress, held_out
 from service.settings import Settings
@@ -62,6 +63,13 @@ def learning(root: Path) -> Iterator[tuple[RunningServer, Client]]:
         yield server, client
 
 
+@pytest.fixture
+def open_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every state serves."""
+    for bound in ("MARGIN", "MOVED"):
+        monkeypatch.setattr(gate, bound, np.inf)
+
+
 def teach(client: Client, rows: slice, labels: np.ndarray = LABELS) -> None:
     known, count = client.predict("mlp", X[rows]).prediction_id, len(X[rows])
     assert set(client.label("mlp", [known] * count, labels[rows], rows=range(count))) == {"recorded"}
@@ -95,6 +103,7 @@ def calibrator_of(client: Client) -> OnlineCalibrator:
     return calibrator
 
 
+@pytest.mark.usefixtures("open_gate")
 def test_labels_change_what_is_served_and_it_is_what_the_library_learns(
     learning: tuple[RunningServer, Client],
 ) -> None:
@@ -113,6 +122,18 @@ def test_labels_change_what_is_served_and_it_is_what_the_library_learns(
     np.testing.assert_allclose(after.probabilities, library.predict_proba(LOGITS), atol=1e-5)
 
 
+def test_with_the_gate_too_what_overconfident_predictions_teach_is_served(
+    learning: tuple[RunningServer, Client],
+) -> None:
+    _, client = learning
+    before = client.predict("mlp", X)
+    state = taught(client, 4000)
+    after = client.predict("mlp", X)
+    assert 0 < after.online_state == state.serving
+    assert log_loss(after.probabilities, LABELS) < log_loss(before.probabilities, LABELS)
+
+
+@pytest.mark.usefixtures("open_gate")
 def test_every_answer_is_computed_by_the_state_that_it_names(learning: tuple[RunningServer, Client]) -> None:
     server, client = learning
     for start in range(0, 1000, 50):
@@ -171,6 +192,7 @@ def test_a_server_killed_while_it_learns_comes_to_the_state_of_one_that_was_not(
         assert killed.progress.encode() == undisturbed.progress.encode()
 
 
+@pytest.mark.usefixtures("open_gate")
 def test_learning_can_be_set_back_to_any_state_that_is_kept(
     learning: tuple[RunningServer, Client], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -201,6 +223,7 @@ def test_learning_can_be_set_back_to_any_state_that_is_kept(
     assert "bit for bit" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("open_gate")
 def test_states_that_follow_each_other_fast_are_thinned_out(learning: tuple[RunningServer, Client]) -> None:
     _, client = learning
     states = [taught(client, 50, 50) for _ in range(5)]
@@ -225,6 +248,7 @@ def test_learning_that_is_suspended_goes_on_later_with_what_has_come(
     assert f"revision {REVISION}" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.usefixtures("open_gate")
 def test_only_an_active_revision_that_learns_has_a_learner(learning: tuple[RunningServer, Client]) -> None:
     server, client = learning
     state = taught(client, 500)
@@ -245,6 +269,7 @@ def test_only_an_active_revision_that_learns_has_a_learner(learning: tuple[Runni
     assert taught(client, 500).serving > state.serving
 
 
+@pytest.mark.usefixtures("open_gate")
 def test_what_is_exported_is_what_serves(learning: tuple[RunningServer, Client]) -> None:
     _, client = learning
     taught(client, 1000)
@@ -253,6 +278,7 @@ def test_what_is_exported_is_what_serves(learning: tuple[RunningServer, Client])
     np.testing.assert_allclose(probabilities, client.predict("mlp", X).probabilities, atol=1e-6)
 
 
+@pytest.mark.usefixtures("open_gate")
 def test_the_metrics_say_what_became_of_labels_and_how_long_it_took(learning: tuple[RunningServer, Client]) -> None:
     server, client = learning
     state = taught(client, 500)
@@ -260,7 +286,7 @@ def test_the_metrics_say_what_became_of_labels_and_how_long_it_took(learning: tu
     told = until(lambda: {k: v for k, v in metrics(server).items() if f'{{model="mlp",revision="{REVISION}"' in k})
     own = f'model="mlp",revision="{REVISION}"'
     assert told[f"calserve_online_state{{{own}}}"] == state.serving
-    assert told[f'calserve_online_rows_total{{{own},what="learned"}}'] == state.rows["learned"] > 400
+    assert told[f'calserve_online_rows_total{{{own},what="learned"}}'] == state.rows["learned"] > 350
     assert told[f'calserve_online_rows_total{{{own},what="held_out"}}'] == 500 - state.rows["learned"]
     assert told[f'calserve_online_states_total{{{own},what="published"}}'] == state.published
     assert told[f"calserve_online_waiting_labels{{{own}}}"] == 0
@@ -278,6 +304,7 @@ def test_all_workers_serve_what_one_has_learned(root: Path, monkeypatch: pytest.
             for client in clients:
                 teach(client, slice(0, 100))
             state = learned(clients[0], 800)
+            assert state.serving
             until(lambda: {c.predict("mlp", X[:1]).online_state for c in clients} == {state.serving}, 5)
             back = clients[0].roll_back_online_state("mlp", 0)
             assert back.serving == 0
@@ -294,6 +321,7 @@ def test_settings_that_mean_nothing_are_refused(tmp_path: Path) -> None:
         Settings(tmp_path, online_quota_labels=0)
 
 
+@pytest.mark.usefixtures("open_gate")
 def test_a_damaged_state_is_told(root: Path) -> None:
     with serving(root, online_wait_seconds=0) as (_, client):
         taught(client, 500)

@@ -113,6 +113,7 @@ def test_a_flood_of_forged_labels_of_one_producer_moves_what_is_served_by_less_t
 
 def test_without_the_gate_the_same_flood_moves_it_far(kept: journals.Kept, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate, "MARGIN", np.inf)
+    monkeypatch.setattr(gate, "MOVED", np.inf)
     assert flooded(kept, 2000) > 0.2
 
 
@@ -147,7 +148,7 @@ def test_states_are_a_function_of_the_rows_however_they_were_divided(kept: journ
         ends.append(progress.encode())
     assert ends[0] == ends[1] == ends[2]
     counts = Progress.decode(ends[0]).counts
-    assert counts["learned"] == 400
+    assert counts["learned"] == 2 * 200
     assert counts["learned"] + counts["over_quota"] + counts["held_out"] == 600
 
 
@@ -159,8 +160,8 @@ def test_a_producer_is_learned_from_up_to_its_quota_an_hour(kept: journals.Kept)
     learner = learner_of(kept, quota=200)
     run(learner)
     counts = learner.progress.counts
-    assert 200 + 70 < counts["learned"] <= 200 + 100
-    assert counts["over_quota"] > 900 - 200 - 150
+    assert 200 + 60 < counts["learned"] <= 200 + 100
+    assert counts["over_quota"] > 900 - 200 - 250
     again = learner_of(kept, quota=5)
     assert again.progress.quota == 200  # as it was when learning began: a replay comes to the same
 
@@ -216,18 +217,18 @@ def test_of_many_classes_those_that_are_not_kept_share_what_is_left() -> None:
     assert ((rebuilt == logits).sum(axis=1) == MOST_PROBABLE).all()
 
 
-def test_about_one_row_in_ten_is_held_out_by_its_name_alone(kept: journals.Kept) -> None:
+def test_about_one_row_in_five_is_held_out_by_its_name_alone(kept: journals.Kept) -> None:
     served(kept, rows(5000, seed=9)[0])
     kept.flush()
     reader = Reader(kept.journal, MODEL, "anyone", 0)
     parts = reader.read().pairs
     count = sum(held_out(part).sum() for part in parts)
-    assert 400 < count < 600  # 4.7 standard deviations: false failures 3 in a million
+    assert 860 < count < 1140  # 4.9 standard deviations: false failures one in a million
     assert (held_out(parts[0])[1:] == held_out(parts[0].chosen(slice(1, None)))).all()
 
 
-def labelled(count: int, seed: int, producer: int, flip: bool = False) -> Rows:
-    logits, labels = rows(count, seed, temperature=0.5)
+def labelled(count: int, seed: int, producer: int, flip: bool = False, temperature: float = 0.5) -> Rows:
+    logits, labels = rows(count, seed, temperature)
     now = np.full(count, 1_700_000_000_000)
     return Rows(logits.astype(np.float64), 1 - labels if flip else labels, np.full(count, producer), now)
 
@@ -247,10 +248,21 @@ def test_one_producer_can_keep_a_state_from_serving_and_none_can_make_it_serve()
     judge = Gate(started(), honest)
     judge.add(labelled(1000, 12, producer=1))
     assert not judge.judge(honest).refused
-    assert "the best so far and the start" in judge.judge(forged).refused
+    assert "worse than the best so far, worse than the start" in judge.judge(forged).refused
     judge.add(labelled(1000, 13, producer=2, flip=True))
     assert judge.judge(forged).refused
-    assert judge.judge(honest).refused == "worse than the start on held-out labels"
+    assert judge.judge(honest).refused == "worse than the start"
+
+
+def test_what_is_not_surely_better_may_move_little() -> None:
+    far = started()
+    far.partial_fit(*rows(400, seed=17, temperature=1.6))
+    judge = Gate(started(), started())
+    judge.add(labelled(25, 18, producer=1, temperature=1.6))
+    assert judge.judge(started()).refused == ""
+    assert "far from the best so far and not surely better" in judge.judge(far).refused
+    judge.add(labelled(500, 19, producer=1, temperature=1.6))
+    assert judge.judge(far) == judge.judge(far)._replace(refused="", best=True)
 
 
 def test_a_producer_with_few_rows_has_no_say() -> None:
