@@ -19,7 +19,10 @@ from service.inference.session import Device
 from service.learning.following import Following
 from service.learning.journalling import Journalling
 from service.learning.loading import Loading, Poll
+from service.learning.online import Online
+from service.learning.online_serving import OnlineServing
 from service.learning.operations import Limits, Operations
+from service.learning.progress import COUNTED
 from service.learning.revisions import Revisions
 from service.lifecycle import Signals, end_process, keep_watchdog, notify
 from service.rpc.access import Access, check_complete
@@ -31,6 +34,7 @@ from service.rpc.health import PROCESS, READY, Health
 from service.rpc.inference_service import Inference
 from service.rpc.methods import Method, methods_of
 from service.rpc.observed import observed
+from service.rpc.online_service import OnlineService
 from service.rpc.process_settings import ProcessSettings
 from service.rpc.reflection import Reflection
 from service.rpc.repository_control import RepositoryControl
@@ -47,9 +51,10 @@ from service.store.journal import LOST, Journal
 from service.store.journal_tables import Retention
 from service.store.labels import Labels, Result
 from service.store.lock import lock_store
+from service.store.online_states import OnlineStates
 from service.supervisor import Member
 from service.web.http import HttpServer, Page, text
-from service.web.metrics import JournalState, Metrics, ModelState
+from service.web.metrics import JournalState, Metrics, ModelState, OnlineLearning
 
 log = logging.getLogger(__name__)
 
@@ -80,16 +85,25 @@ class App:
             settings.model_repository, self._device, _queue_limits(settings), at_start=settings.at_start
         )
         self._health = Health()
-        self._revisions = Revisions(self._catalogue, blobs, self.repository)
-        self._following = Following(self._catalogue, self._revisions)
-        self._forward = None if self._learns or member is None else Forward(member.learner_socket, self._following.look)
-        self._loading = Loading(self.repository, self._revisions, self._tell_health)
-        self._poll = Poll(self.repository, self._loading, settings.poll_seconds)
         retention = Retention(86400 * settings.journal_days, settings.journal_bytes)
         self._journal = Journal(
             settings.store, retention, queue_bytes=settings.journal_queue_bytes, learns=self._learns
         )
-        self._feedback = FeedbackService(self.repository, self._journal, Labels(self._journal))
+        serving = OnlineServing(self.repository, OnlineStates(self._journal))
+        self._revisions = Revisions(self._catalogue, blobs, self.repository, serving)
+        self._following = Following(self._catalogue, self._revisions, serving)
+        self._forward = None if self._learns or member is None else Forward(member.learner_socket, self._following.look)
+        self._loading = Loading(self.repository, self._revisions, self._tell_health)
+        self._poll = Poll(self.repository, self._loading, settings.poll_seconds)
+        self._online = Online(
+            self._journal,
+            self.repository,
+            self._revisions,
+            serving,
+            wait_seconds=settings.online_wait_seconds,
+            quota=settings.online_quota_labels,
+        )
+        self._feedback = FeedbackService(self.repository, self._journal, Labels(self._journal), self._online.labelled)
         self._regions = Regions(settings.shared_memory_prefix, settings.shared_memory_bytes)
         self._operations = Operations(self._catalogue, blobs, settings.store / "jobs", _limits(settings))
         self._metrics = Metrics(
@@ -97,6 +111,7 @@ class App:
             lambda: self._health.serving(READY),
             lambda: self._device.loss.lost,
             self._journal_state,
+            self._online_learning,
         )
         self._streams = Streams(_stream_limits(settings))
         limits = replace(_connection_limits(settings), shared_port=member is not None)
@@ -131,6 +146,7 @@ class App:
         await self._loading.start()
         if self._learns:
             await self._operations.resume()
+            self._online.start()
         else:
             self._following.start()
         await self._tell_health(*self.repository.names())
@@ -154,6 +170,7 @@ class App:
         self._watch.cancel()
         await self._operations.close()
         await self._following.close()
+        await self._online.close()
         if self._forward:
             await self._forward.close()
         await self._poll.close()
@@ -224,10 +241,10 @@ class App:
     def _learners_methods(self) -> list[Method]:
         """The learner's own; of another worker, passed on to it. Labels may name what this worker answered just now."""
         calibrators = CalibratorService(self.repository, self._revisions, self._operations).methods()
-        feedback = self._feedback.methods()
+        feedback, online = self._feedback.methods(), OnlineService(self._online).methods()
         if self._forward is None:
-            return [*calibrators, *feedback]
-        passed_on = [self._forward.method(method) for method in calibrators]
+            return [*calibrators, *feedback, *online]
+        passed_on = [self._forward.method(method) for method in (*calibrators, *online)]
         return [*passed_on, *(self._forward.method(method, self._journal.flush) for method in feedback)]
 
     def _extensions(self) -> list[str]:
@@ -265,6 +282,22 @@ class App:
         return JournalState(
             writer.writable, self._journal.bytes(), self._journal.queued_bytes, writer.commits, kept, lost, labels
         )
+
+    def _online_learning(self) -> list[OnlineLearning]:
+        return [
+            OnlineLearning(
+                state.model,
+                state.revision,
+                state.serving.number,
+                bool(state.serving.suspended),
+                {name: state.counts[name] for name in COUNTED},
+                {name: state.counts[name] for name in ("published", "refused")},
+                state.waiting,
+                state.seconds_sum,
+                state.counts["timed"],
+            )
+            for state in self._online.states()
+        ]
 
     def _pages(self) -> dict[str, Page]:
         def ready() -> tuple[HTTPStatus, str, bytes]:

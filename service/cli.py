@@ -234,6 +234,39 @@ def label(arguments: argparse.Namespace) -> None:
         Console().print(counts_table("label", send_labels(client, arguments.model, arguments.csv)))
 
 
+def online_show(arguments: argparse.Namespace) -> None:
+    from service.console import online_tables
+
+    with _client(arguments) as client:
+        Console().print(*online_tables(client.online_state(arguments.model)))
+
+
+def online_rollback(arguments: argparse.Namespace) -> None:
+    with _client(arguments) as client:
+        state = client.roll_back_online_state(arguments.model, arguments.state)
+    Console().print(f"state {state.serving} of [bold]{state.revision}[/] serves; learning goes on from it")
+
+
+def online_suspend(arguments: argparse.Namespace) -> None:
+    with _client(arguments) as client:
+        state = client.suspend_learning(arguments.model)
+    Console().print(f"[bold]{state.revision}[/] learns nothing; its state {state.serving} serves")
+
+
+def online_resume(arguments: argparse.Namespace) -> None:
+    with _client(arguments) as client:
+        state = client.resume_learning(arguments.model)
+    Console().print(f"[bold]{state.revision}[/] learns again")
+
+
+def online_replay(arguments: argparse.Namespace) -> None:
+    with _client(arguments) as client:
+        replay = client.replay_learning(arguments.model)
+    if not replay.equal:
+        raise Damaged(f"{replay.learned} labels in {replay.steps} steps came to another state than the one stored")
+    Console().print(f"{replay.learned} labels in {replay.steps} steps came to the same state, bit for bit")
+
+
 def journal_inspect(arguments: argparse.Namespace) -> None:
     from service.console import journal_table
     from service.store.maintenance import contents
@@ -350,6 +383,7 @@ def _parser() -> argparse.ArgumentParser:
         _choosing_commands,
         _sharing_commands,
         _journal_commands,
+        _online_commands,
     ):
         add(commands)
     return parser
@@ -458,6 +492,19 @@ def _journal_commands(commands: Any) -> None:
     command.add_argument("--damaged", action="store_true", help="forget what is not what was written")
     _add_store(actions, "verify", journal_verify, "compare every checksum; exit code 3 if one differs")
     _add_store(commands, "doctor", doctor, "check the whole store and say what is wrong; exit code 3 if anything is")
+
+
+def _online_commands(commands: Any) -> None:
+    text = "look at what an online revision learns from labels, set it back, stop it"
+    parser = commands.add_parser("online", help=text, description=text)
+    actions = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_client(actions, "show", online_show, "what was learned, what serves, what is kept", "model")
+    command = _add_client(actions, "rollback", online_rollback, "serve an earlier state and learn on from it", "model")
+    command.add_argument("state", type=int, help="see `calserve online show`; 0: the revision as it was fitted")
+    _add_client(actions, "suspend", online_suspend, "learn nothing until `resume`", "model")
+    _add_client(actions, "resume", online_resume, "go on learning, with what has come since", "model")
+    text = "learn everything again from the journal and compare, bit for bit; exit code 3 if it differs"
+    _add_client(actions, "replay", online_replay, text, "model")
 
 
 def _add_store(commands: Any, name: str, command: Callable[..., None], text: str) -> argparse.ArgumentParser:

@@ -14,7 +14,7 @@ from calibrators.auto import Candidate
 from calibrators.inspection import Inspection
 from calibrators.layers import default_layers, find_layers, multiply_adds, named_layers
 from calibrators.metrics import Estimate
-from service.client import Evaluation, Model, Revision
+from service.client import Evaluation, Model, OnlineState, Revision
 from service.rpc.tokens import Token
 from service.store.maintenance import Contents
 
@@ -137,6 +137,28 @@ def counts_table(what: str, counts: Mapping[str, int]) -> Table:
     for name, count in counts.items():
         table.add_row(name, f"{count:,}")
     return table
+
+
+def online_tables(state: OnlineState) -> tuple[Table, Table]:
+    """What an online revision has learned, and the states that it can be rolled back to."""
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    for name, value in (
+        ("revision", f"[bold]{state.revision}[/]{' (suspended)' if state.suspended else ''}"),
+        ("serving", f"state {state.serving}"),
+        ("newest", f"state {state.newest}{f', refused: {state.refused}' if state.refused else ''}"),
+        *((name.replace("_", " "), str(count)) for name, count in state.rows.items()),
+        ("waiting", str(state.waiting)),
+        ("published, refused", f"{state.published}, {state.refused_count}"),
+        (
+            "log loss: newest, best, start",
+            ", ".join(f"{loss:.4f}" for loss in (state.newest_log_loss, state.best_log_loss, state.start_log_loss)),
+        ),
+    ):
+        table.add_row(name, value)
+    kept = Table("kept state", "labels", "time")
+    for one in state.kept:
+        kept.add_row(str(one.online_state), str(one.learned), f"{one.time:%Y-%m-%d %H:%M:%S}")
+    return table, kept
 
 
 def journal_table(contents: Iterable[Contents]) -> Table:

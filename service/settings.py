@@ -70,6 +70,8 @@ class Settings:
     journal_days: float = 7.0
     journal_bytes: int = 1 << 30
     journal_queue_bytes: int = 64 << 20
+    online_wait_seconds: float = 60.0
+    online_quota_labels: int = 10_000
     fit_processes: int = 1
     fit_seconds: float = 3600.0
     fit_memory_bytes: int = 8 << 30
@@ -110,11 +112,14 @@ class Settings:
             "journal_days",
             "journal_bytes",
             "journal_queue_bytes",
+            "online_quota_labels",
             "fit_processes",
             "fit_seconds",
         ):
             if getattr(self, name) <= 0:
                 raise Refused(f"{name} must be positive, got {getattr(self, name)}")
+        if self.online_wait_seconds < 0:
+            raise Refused(f"online_wait_seconds must be zero or more, got {self.online_wait_seconds}")
         if self.workers > 1 and (self.model_control == "explicit" or self.shared_memory_prefix):
             raise Refused("model_control explicit and shared memory are for one worker: a call reaches one of several")
         if (self.tls_cert is None) != (self.tls_key is None):
@@ -205,6 +210,8 @@ HELP = {
     "journal_days": "how long predictions and their labels are kept",
     "journal_bytes": "most bytes of the journal; the oldest predictions are forgotten beyond that",
     "journal_queue_bytes": "predictions that wait to be written; further ones are counted as lost",
+    "online_wait_seconds": "how long online learning waits for a prediction's label before it passes to the next one",
+    "online_quota_labels": "labels of one producer that an online revision learns from an hour",
     "fit_processes": "fits that may run at once, each in its own process",
     "fit_seconds": "longest time a fit may take",
     "fit_memory_bytes": "most memory (address space) a fit may use",

@@ -15,7 +15,16 @@ from service.client.asynchronous import AsyncClient
 from service.client.blocking import Client
 from service.client.failures import Retries
 from service.client.requests import Inputs
-from service.client.results import Evaluation, Model, Prediction, Revision, StoredPrediction
+from service.client.results import (
+    Evaluation,
+    KeptState,
+    Model,
+    OnlineState,
+    Prediction,
+    Replay,
+    Revision,
+    StoredPrediction,
+)
 from service.client.stream import Stream
 
 __all__ = [
@@ -23,8 +32,11 @@ __all__ = [
     "Client",
     "Evaluation",
     "Inputs",
+    "KeptState",
     "Model",
+    "OnlineState",
     "Prediction",
+    "Replay",
     "Retries",
     "Revision",
     "StoredPrediction",

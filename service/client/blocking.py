@@ -11,6 +11,7 @@ import grpc
 import numpy as np
 from calserve.v1 import calibrator_service_pb2 as pb
 from calserve.v1 import feedback_service_pb2 as feedback
+from calserve.v1 import online_service_pb2 as online
 from calserve.v1 import resources_pb2 as resources
 from grpc_health.v1 import health_pb2
 from numpy.typing import ArrayLike
@@ -28,16 +29,27 @@ from service.client.results import (
     Array,
     Evaluation,
     Model,
+    OnlineState,
     Prediction,
+    Replay,
     Revision,
     StoredPrediction,
     evaluation_of,
     model_of,
+    online_state_of,
+    replay_of,
     revision_of,
     stored_prediction_of,
 )
 from service.rpc.health import READY
-from service.rpc.wire import CALIBRATOR_SERVICE, FEEDBACK_SERVICE, HEALTH_SERVICE, INFERENCE_SERVICE, inference
+from service.rpc.wire import (
+    CALIBRATOR_SERVICE,
+    FEEDBACK_SERVICE,
+    HEALTH_SERVICE,
+    INFERENCE_SERVICE,
+    ONLINE_SERVICE,
+    inference,
+)
 
 
 class Client:
@@ -70,9 +82,9 @@ class Client:
     ) -> None:
         security = Security(token, root_certificates, certificate, private_key, tls)
         self._channel = security.channel(grpc, address)
-        self._calibrators, self._feedback, self._inference, self._health = (
+        self._calibrators, self._feedback, self._online, self._inference, self._health = (
             security.stub(self._channel, service)
-            for service in (CALIBRATOR_SERVICE, FEEDBACK_SERVICE, INFERENCE_SERVICE, HEALTH_SERVICE)
+            for service in (CALIBRATOR_SERVICE, FEEDBACK_SERVICE, ONLINE_SERVICE, INFERENCE_SERVICE, HEALTH_SERVICE)
         )
         self._show_progress, self._timeout, self._retries = show_progress, timeout_seconds, retries
 
@@ -259,6 +271,30 @@ class Client:
         """One row as it was served, from the server's journal. NotFound if it is not there, or no longer."""
         request = feedback.GetPredictionRequest(model=model, prediction_id=prediction_id, row=row)
         return stored_prediction_of(self._read(self._feedback.GetPrediction, request))
+
+    def online_state(self, model: str) -> OnlineState:
+        """What the active revision has learned online. Refused if it does not learn online."""
+        return online_state_of(self._read(self._online.GetOnlineState, online.GetOnlineStateRequest(model=model)))
+
+    def roll_back_online_state(self, model: str, online_state: int) -> OnlineState:
+        """Serve an earlier state, one of those kept or 0, the revision as it was fitted; learning goes on from it."""
+        request = online.RollBackOnlineStateRequest(model=model, online_state=online_state)
+        return online_state_of(self._call(self._online.RollBackOnlineState, request))
+
+    def suspend_learning(self, model: str) -> OnlineState:
+        """Learn nothing until `resume_learning`; the state stays that serves."""
+        request = online.SuspendLearningRequest(model=model)
+        return online_state_of(self._call(self._online.SuspendLearning, request))
+
+    def resume_learning(self, model: str) -> OnlineState:
+        """Go on learning, with what has come since."""
+        request = online.ResumeLearningRequest(model=model)
+        return online_state_of(self._call(self._online.ResumeLearning, request))
+
+    def replay_learning(self, model: str) -> Replay:
+        """Learn everything again from the server's journal and compare; changes nothing."""
+        request = online.ReplayLearningRequest(model=model)
+        return replay_of(self._call(self._online.ReplayLearning, request))
 
     def logits(self, model: str, inputs: Inputs, *, batch_size: int = 64) -> Array:
         """The logits (n_samples, n_classes) that the model's calibrators read, computed by the server batch by batch.

@@ -76,7 +76,8 @@ def prediction_of(response: Any) -> Prediction:
     said = {
         name: response.parameters[name].string_param for name in ("calibrator_revision", "prediction_id", "receipt")
     }
-    return Prediction(arrays, said["calibrator_revision"] or "none", said["prediction_id"], said["receipt"])
+    state = response.parameters["online_state"].int64_param if "online_state" in response.parameters else None
+    return Prediction(arrays, said["calibrator_revision"] or "none", said["prediction_id"], said["receipt"], state)
 
 
 def named(inputs: Inputs, metadata: Any = None) -> dict[str, Array]:

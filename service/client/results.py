@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from calserve.v1 import feedback_service_pb2 as feedback
+from calserve.v1 import online_service_pb2 as online
 from calserve.v1 import resources_pb2 as resources
 from numpy.typing import NDArray
 
@@ -73,13 +74,14 @@ class Prediction:
     """Outputs by name, and which revision computed the probabilities.
 
     `prediction_id` is what labels name, empty if the server does not keep the prediction; `receipt` is there if it was
-    asked for.
+    asked for. `online_state` is the number of the state of a revision that learns online, None of any other.
     """
 
     outputs: dict[str, Array]
     calibrator_revision: str
     prediction_id: str = ""
     receipt: str = ""
+    online_state: int | None = None
 
     @property
     def probabilities(self) -> Array:
@@ -112,6 +114,77 @@ class StoredPrediction:
     confidence: float
     predicted: int
     label: int | None
+
+
+@dataclass(frozen=True)
+class KeptState:
+    """A state that can be rolled back to, which `learned` labels made."""
+
+    online_state: int
+    learned: int
+    time: datetime
+
+
+@dataclass(frozen=True)
+class OnlineState:
+    """What a revision has learned from labels that came, and what of it serves.
+
+    `serving` is the state that computes answers, `newest` the one learned last; `refused` says why that does not serve.
+    `rows` counts what became of predictions and labels. The losses are those of the newest state, of the best so far
+    and of the revision as it was fitted, on held-out labels; NaN while there are too few. `seconds` is how long it took
+    from a label acknowledged to what it taught served, the last time.
+    """
+
+    model: str
+    revision: str
+    serving: int
+    newest: int
+    suspended: bool
+    kept: tuple[KeptState, ...]
+    rows: dict[str, int]
+    published: int
+    refused: str
+    refused_count: int
+    newest_log_loss: float
+    best_log_loss: float
+    start_log_loss: float
+    waiting: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Everything learned again from the first label: whether that came to the same bits."""
+
+    steps: int
+    learned: int
+    equal: bool
+
+
+def online_state_of(message: online.OnlineState) -> OnlineState:
+    return OnlineState(
+        model=message.model,
+        revision=message.revision,
+        serving=message.serving,
+        newest=message.newest,
+        suspended=message.suspended,
+        kept=tuple(
+            KeptState(kept.online_state, kept.learned_count, kept.time.ToDatetime(tzinfo=UTC)) for kept in message.kept
+        ),
+        rows=dict(message.rows),
+        published=message.published_count,
+        refused=message.refused,
+        refused_count=message.refused_count,
+        newest_log_loss=message.newest_log_loss,
+        best_log_loss=message.best_log_loss,
+        start_log_loss=message.start_log_loss,
+        waiting=message.waiting_count,
+        seconds=message.seconds,
+    )
+
+
+def replay_of(message: online.ReplayLearningResponse) -> Replay:
+    return Replay(message.step_count, message.learned_count, message.equal)
 
 
 def stored_prediction_of(message: feedback.StoredPrediction) -> StoredPrediction:

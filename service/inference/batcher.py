@@ -87,7 +87,7 @@ class Run:
         self.snapshot = snapshot
         self.rows = rows  # None: the arrays belong to one request and have no rows to divide
         shapes = [array.shape for array in arrays] if rows is None else [array.shape[1:] for array in arrays]
-        self.layout = (snapshot.revision, snapshot.session.provider, *shapes)
+        self.layout = (snapshot.revision, snapshot.online_state, snapshot.session.provider, *shapes)
         self._views: dict[str, memoryview] = {}
         self._finite: bool | None = None
 

@@ -35,6 +35,7 @@ from calibrators.graph import (
 from calibrators.inspection import Inspection
 from calibrators.kinds.identity import Identity
 from calibrators.layers import Layer, default_layers, find_layers, named_layers
+from calibrators.online.learner import OnlineCalibrator
 from service.errors import InvalidRequest, Refused
 from service.inference import datatypes
 from service.inference.batcher import Answer, Batcher, Lane, Limits, Run
@@ -55,7 +56,10 @@ KEPT_SESSIONS = 4
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """What computes an answer, immutable; `at_levels` only remembers."""
+    """What computes an answer, immutable; `at_levels` only remembers.
+
+    `online_state` is the number of the state of a revision that learns online, None of any other.
+    """
 
     revision: str
     session: Session
@@ -63,6 +67,7 @@ class Snapshot:
     own_outputs: Mapping[str, str] = field(default_factory=dict)  # the model's name -> the name it is served under
     sets: PredictionSets | None = None
     at_levels: dict[float, Snapshot] = field(default_factory=dict)
+    online_state: int | None = None
 
     @property
     def graph_outputs(self) -> list[TensorSpec]:
@@ -88,6 +93,10 @@ class Snapshot:
             sets = replace(self.sets, confidence_level=confidence_level)
             self.at_levels[confidence_level] = replace(self, sets=sets)
         return self.at_levels[confidence_level]
+
+    def learned(self, calibrator: Calibrator, number: int) -> Snapshot:
+        """The same graph with another state of its calibrator."""
+        return replace(self, feeds=parameters_of(calibrator), online_state=number, at_levels={})
 
     def run(self, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
         """The values of these outputs, in their order."""
@@ -236,7 +245,9 @@ class ServedModel:
             session, fused = self._session_for(calibrator)
         conformal = isinstance(calibrator, ConformalCalibrator)
         sets = PredictionSets(calibrator, calibrator.confidence_level) if conformal else None
-        return Snapshot(revision, session, parameters_of(calibrator), fused.own_outputs, sets)
+        state = 0 if isinstance(calibrator, OnlineCalibrator) else None
+        feeds = parameters_of(calibrator)
+        return Snapshot(revision, session, feeds, fused.own_outputs, sets, online_state=state)
 
     def _check_classifier(self) -> None:
         if self.inspection is None:

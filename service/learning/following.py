@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
+from service.learning.online_serving import OnlineServing
 from service.learning.revisions import Revisions
 from service.store.catalogue import Catalogue
 
@@ -15,10 +16,10 @@ LOOK_SECONDS = 0.2
 
 
 class Following:
-    """Looks at the catalogue, which another process writes."""
+    """Looks at the catalogue and at the online states, which another process writes."""
 
-    def __init__(self, catalogue: Catalogue, revisions: Revisions) -> None:
-        self._catalogue, self._revisions = catalogue, revisions
+    def __init__(self, catalogue: Catalogue, revisions: Revisions, online: OnlineServing) -> None:
+        self._catalogue, self._revisions, self._online = catalogue, revisions, online
         self._seen: int | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -31,11 +32,12 @@ class Following:
             await asyncio.wait([self._task])
 
     async def look(self) -> None:
-        """Serve what the catalogue has as active, if it changed since the last look."""
+        """Serve what is active, if that changed since the last look, and what it has learned."""
         changed = await asyncio.to_thread(self._catalogue.changes)
         if changed != self._seen:
             await self._revisions.follow()
             self._seen = changed
+        await self._online.look()
 
     async def _run(self) -> None:
         while True:

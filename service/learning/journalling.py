@@ -84,5 +84,12 @@ class Journalling:
 def _answered(kept: tuple[int, Answer, bytes]) -> Answered:
     """What is kept of an answer."""
     time_ns, answer, caller_id = kept
-    revision = answer.run.snapshot.revision
-    return Answered(time_ns // 1_000_000, revision, 0, answer.part(LOGITS), answer.part(PROBABILITIES), caller_id)
+    snapshot = answer.run.snapshot
+    return Answered(
+        time_ns // 1_000_000,
+        snapshot.revision,
+        snapshot.online_state or 0,
+        answer.part(LOGITS),
+        answer.part(PROBABILITIES),
+        caller_id,
+    )

@@ -26,6 +26,7 @@ from service.inference.model import NO_REVISION, ServedModel, Snapshot
 from service.inference.repository import Repository
 from service.inference.session import Session
 from service.learning.job import INPUT
+from service.learning.online_serving import OnlineServing
 from service.store.blobs import Blobs
 from service.store.catalogue import ActivationRow, Catalogue, RevisionRow
 
@@ -44,8 +45,8 @@ KEPT_SNAPSHOTS = 8
 class Revisions:
     """The revisions of all models. Methods are for the event loop."""
 
-    def __init__(self, catalogue: Catalogue, blobs: Blobs, repository: Repository) -> None:
-        self._catalogue, self._blobs, self._repository = catalogue, blobs, repository
+    def __init__(self, catalogue: Catalogue, blobs: Blobs, repository: Repository, online: OnlineServing) -> None:
+        self._catalogue, self._blobs, self._repository, self._online = catalogue, blobs, repository, online
         self._lock = asyncio.Lock()  # one activation at a time: each changes the history the next one reads
         self._snapshots: dict[ServedModel, dict[str, Snapshot]] = {}
         self._preparing: dict[ServedModel, set[asyncio.Future[None]]] = {}  # one future a request that waits for one
@@ -109,7 +110,9 @@ class Revisions:
             return await asyncio.to_thread(model.export, None)
         model = await self._model_for(model_name, revision, "")
         row = await self.get(model_name, revision)
-        return await asyncio.to_thread(lambda: model.export(self._load(model, row)))
+        return await asyncio.to_thread(
+            lambda: model.export(self._online.calibrator(model_name, revision, self._load(model, row)))
+        )
 
     def is_active(self, row: RevisionRow) -> bool:
         return any(model.active.revision == row.revision for model in self._models_of(row))
@@ -183,6 +186,7 @@ class Revisions:
     def _swap(self, model: ServedModel, snapshot: Snapshot) -> tuple[str, str]:
         before = model.active.revision
         model.active = snapshot
+        self._snapshots.get(model, {}).pop(before, None)  # it may have learned since it was kept
         self._repository.generation += 1  # what is remembered of requests may belong to the one before
         log.info("model %s/%s: %s is active, before %s", model.name, model.version, snapshot.revision, before)
         return snapshot.revision, before
@@ -205,7 +209,7 @@ class Revisions:
         if revision == NO_REVISION:
             return model.uncalibrated if model.is_classifier else model.active
         row = await self.get(model.name, revision)
-        return await asyncio.to_thread(self._prove, model, row)
+        return await asyncio.to_thread(lambda: self._online.learned(model, self._prove(model, row)))
 
     def _load(self, model: ServedModel, row: RevisionRow) -> Calibrator:
         if row.model_digest != model.digest:

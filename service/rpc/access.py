@@ -67,6 +67,13 @@ _ROLES = {
         "ImportLabels": LABEL,
         "GetPrediction": LABEL | OPERATE,
     },
+    "calserve.v1.OnlineService": {
+        "GetOnlineState": OPERATE,
+        "RollBackOnlineState": OPERATE,
+        "SuspendLearning": OPERATE,
+        "ResumeLearning": OPERATE,
+        "ReplayLearning": OPERATE,
+    },
 }
 ROLES = {f"/{service}/{name}": roles for service, methods in _ROLES.items() for name, roles in methods.items()}
 """Method path -> roles, any one of which is enough."""

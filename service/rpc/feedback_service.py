@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,11 +27,15 @@ _RESULTS: dict[Result, Any] = {result: pb.LabelResult.Value(f"LABEL_RESULT_{resu
 
 @dataclass(frozen=True)
 class FeedbackService:
-    """Servicer of calserve.v1.FeedbackService. `counts`: labels by what became of them."""
+    """Servicer of calserve.v1.FeedbackService.
+
+    `recorded` is told of how many labels of a model are on the disk; `counts`: labels by what became of them.
+    """
 
     repository: Repository
     journal: Journal
     labels: Labels
+    recorded: Callable[[str, int], None]
     counts: Counter[str] = field(default_factory=Counter)
 
     def methods(self) -> list[Method]:
@@ -72,6 +76,7 @@ class FeedbackService:
 
         results = await self.journal.writer.write(record)
         self.counts.update(results)
+        self.recorded(request.model, results.count(Result.RECORDED))
         return [_RESULTS[result] for result in results]
 
     def _class_indices(self, model: str) -> Mapping[str, int]:

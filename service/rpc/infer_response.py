@@ -93,6 +93,8 @@ def _say(response: Any, plan: Plan, run: Run, final: bool) -> None:
     """The answer's parameters: what computed it."""
     if plan.model.is_classifier:
         response.parameters["calibrator_revision"].CopyFrom(tensors.string_parameter(run.snapshot.revision))
+    if run.snapshot.online_state is not None:
+        response.parameters["online_state"].int64_param = run.snapshot.online_state
     sets = run.snapshot.sets
     if sets is not None and sets.needed(plan.lane.outputs):
         response.parameters["confidence_level"].double_param = sets.confidence_level

@@ -48,6 +48,18 @@ CREATE TABLE releases (
     model TEXT NOT NULL, reader TEXT NOT NULL, number INTEGER NOT NULL, pack INTEGER NOT NULL, row INTEGER NOT NULL,
     record INTEGER NOT NULL, crc INTEGER NOT NULL, PRIMARY KEY (model, reader, number)
 ) STRICT, WITHOUT ROWID;
+CREATE TABLE online_states (
+    model TEXT NOT NULL, revision TEXT NOT NULL, number INTEGER NOT NULL, learned INTEGER NOT NULL, time REAL NOT NULL,
+    artifact BLOB NOT NULL, crc INTEGER NOT NULL, PRIMARY KEY (model, revision, number)
+) STRICT;
+CREATE TABLE online_serving (
+    model TEXT NOT NULL, revision TEXT NOT NULL, number INTEGER NOT NULL, best INTEGER NOT NULL,
+    suspended INTEGER NOT NULL, crc INTEGER NOT NULL, PRIMARY KEY (model, revision)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE online_setbacks (
+    model TEXT NOT NULL, revision TEXT NOT NULL, step INTEGER NOT NULL, number INTEGER NOT NULL, crc INTEGER NOT NULL,
+    PRIMARY KEY (model, revision, step)
+) STRICT, WITHOUT ROWID;
 CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT, WITHOUT ROWID;
 INSERT INTO counters VALUES ('stream', 0), ('packs', 0), ('labels', 0);
 """

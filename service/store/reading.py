@@ -36,6 +36,11 @@ from service.store.packs import Kept, Pack
 NO_LABEL = -1
 MOST_ROWS = 10_000
 LAST = 1 << 62
+_PACKS = (
+    f"SELECT {', '.join(f'packs.{name}' for name in PACK_COLUMNS.split(', '))} FROM packs "  # noqa: S608
+    "JOIN streams ON streams.stream = packs.stream WHERE model = ? AND pack >= ? AND pack <= ?"
+)
+"""A model's packs from one to another."""
 
 
 class Position(NamedTuple):
@@ -150,6 +155,34 @@ class Reader:
         )
         connection.execute("INSERT INTO releases VALUES (?, ?, ?, ?, ?, ?, ?)", (*place, checksum(*place)))
 
+    def reset(self, connection: Connection, state: bytes) -> int:
+        """Write another state at the position, inside a transaction of the journal's writer; the number of its step."""
+        position, number, _ = _state(connection, self._model, self._name)
+        place = (self._model, self._name, number, *position)
+        connection.execute(
+            "INSERT OR REPLACE INTO readers VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (*place, state, checksum(*place, state))
+        )
+        return number
+
+    def passed(self, most_packs: int) -> list[Pairs]:
+        """What the last packs before the position have, with the labels that were there."""
+        with self._journal.reading() as connection:
+            position, _, _ = _state(connection, self._model, self._name)
+            query = f"{_PACKS} ORDER BY pack DESC LIMIT ?"
+            found = connection.execute(query, (self._model, 0, position.pack, most_packs)).fetchall()
+            pairs: list[Pairs] = []
+            for row in map(PackRow._make, reversed(found)):
+                stop = position.row if row.pack == position.pack else row.rows
+                pairs += pairs_of(connection, row, 0, position.record, slice(0, stop))
+            return pairs
+
+    def is_whole(self) -> bool:
+        """Whether no prediction of the model was forgotten yet, so that a replay has every step."""
+        with self._journal.reading() as connection:
+            query = "SELECT count(*) FROM streams WHERE model = ? AND pruned > 0"
+            (forgotten,) = connection.execute(query, (self._model,)).fetchone()
+        return bool(forgotten == 0)
+
     def replay(self) -> Iterator[Cohort]:
         """Every step that was committed, as it was, as far as its predictions are still kept."""
         query = (
@@ -223,13 +256,8 @@ class Reader:
 
     def _packs(self, connection: Connection, begin: Position, end: Position | None) -> Iterator[PackRow]:
         """The model's packs from the position on, in the order of the journal."""
-        query = (
-            f"SELECT {', '.join(f'packs.{name}' for name in PACK_COLUMNS.split(', '))} FROM packs "  # noqa: S608
-            "JOIN streams ON streams.stream = packs.stream "
-            "WHERE model = ? AND pack >= ? AND pack <= ? ORDER BY pack"
-        )
         last = LAST if end is None else end.pack
-        for found in connection.execute(query, (self._model, begin.pack, last)):
+        for found in connection.execute(f"{_PACKS} ORDER BY pack", (self._model, begin.pack, last)):
             yield PackRow(*found)
 
 

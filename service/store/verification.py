@@ -13,6 +13,9 @@ from service.store.journal_tables import PACK_COLUMNS, PackRow, checksum, label_
 ROWS = {
     "readers": "SELECT model, reader, number, pack, row, record, state, crc FROM readers",
     "releases": "SELECT model, reader, number, pack, row, record, crc FROM releases",
+    "online_states": "SELECT model, revision, number, learned, time, artifact, crc FROM online_states",
+    "online_serving": "SELECT model, revision, number, best, suspended, crc FROM online_serving",
+    "online_setbacks": "SELECT model, revision, step, number, crc FROM online_setbacks",
     "streams": "SELECT stream, model, version, digest, class_count, start_time, crc FROM streams",
 }
 

@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+    SummaryMetricFamily,
+)
 from prometheus_client.registry import Collector
 
 SECONDS_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
@@ -56,6 +62,30 @@ class JournalState:
     labels: Mapping[str, int]
 
 
+@dataclass(frozen=True)
+class OnlineLearning:
+    """What one revision learned online.
+
+    Attributes
+    ----------
+    state : the one that serves
+    suspended : whether it learns nothing now
+    rows, states : by what became of them -> how many
+    waiting : labels that are not learned yet
+    seconds_sum, seconds_count : of the times from a label's acknowledgement to what it taught being served
+    """
+
+    model: str
+    revision: str
+    state: int
+    suspended: bool
+    rows: Mapping[str, int]
+    states: Mapping[str, int]
+    waiting: int
+    seconds_sum: float
+    seconds_count: int
+
+
 class Metrics:
     """Counters of calls, and the state of the models read when somebody asks."""
 
@@ -65,11 +95,13 @@ class Metrics:
         ready: Callable[[], bool],
         device_lost: Callable[[], bool],
         journal: Callable[[], JournalState],
+        online: Callable[[], Iterable[OnlineLearning]],
     ) -> None:
         self._registry = CollectorRegistry()
         self._calls: dict[str, CallCounts] = {}
         self._registry.register(_Calls(self._calls))
         self._registry.register(_Journal(journal))
+        self._registry.register(_Online(online))
         self._registry.register(_State(models, ready, device_lost))
 
     def recorder(self, path: str) -> Callable[[str, float], None]:
@@ -182,3 +214,42 @@ class _Journal(Collector):
         for result, count in state.labels.items():
             labels.add_metric([result], count)
         yield from (kept, lost, labels)
+
+
+class _Online(Collector):
+    def __init__(self, learning: Callable[[], Iterable[OnlineLearning]]) -> None:
+        self._learning = learning
+
+    def collect(self) -> Iterator[Metric]:
+        of_revision = ["model", "revision"]
+        state = GaugeMetricFamily("calserve_online_state", "The online state that serves.", labels=of_revision)
+        suspended = GaugeMetricFamily(
+            "calserve_online_suspended", "1 while an online revision learns nothing.", labels=of_revision
+        )
+        waiting = GaugeMetricFamily(
+            "calserve_online_waiting_labels", "Labels that came and are not learned yet.", labels=of_revision
+        )
+        rows = CounterMetricFamily(
+            "calserve_online_rows",
+            "Rows that online learning passed, by what became of them.",
+            labels=[*of_revision, "what"],
+        )
+        states = CounterMetricFamily(
+            "calserve_online_states",
+            "Online states learned: published, or refused because they do harm.",
+            labels=[*of_revision, "what"],
+        )
+        seconds = SummaryMetricFamily(
+            "calserve_online_seconds", "From a label acknowledged to what it taught served.", labels=of_revision
+        )
+        for one in self._learning():
+            name = [one.model, one.revision]
+            state.add_metric(name, one.state)
+            suspended.add_metric(name, float(one.suspended))
+            waiting.add_metric(name, one.waiting)
+            seconds.add_metric(name, one.seconds_count, one.seconds_sum)
+            for what, count in one.rows.items():
+                rows.add_metric([*name, what], count)
+            for what, count in one.states.items():
+                states.add_metric([*name, what], count)
+        yield from (state, suspended, waiting, rows, states, seconds)

@@ -28,7 +28,7 @@ class FakeSnapshot:
     session = SimpleNamespace(provider="CPUExecutionProvider")
 
     def __init__(self, revision: str) -> None:
-        self.revision = revision
+        self.revision, self.online_state = revision, None
 
 
 SNAPSHOT = FakeSnapshot("r1")
