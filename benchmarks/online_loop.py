@@ -54,9 +54,7 @@ def at_rest(client: Client, labels: np.ndarray, count: int) -> Iterator[list[str
         row = index % ROWS_EACH
         known = client.predict(MODEL.name, rows[row : row + 1]).prediction_id
         client.label(MODEL.name, [known], [int(labels[row])])
-        before, state = seen + index, wait_for(client, seen + index + 1)
-        assert dealt_with(state) == before + 1
-        seconds.append(state.seconds)
+        seconds.append(wait_for(client, seen + index + 1).seconds)
     low, middle, high = 1000 * np.nanpercentile(seconds, (50, 95, 100))
     yield ["a label alone, acknowledged to served: p50, p95, most, ms", f"{low:.1f} / {middle:.1f} / {high:.1f}"]
 
@@ -98,8 +96,8 @@ def pauses(address: str, ended: threading.Event, seconds: float) -> list[float]:
 def replay(client: Client) -> Iterator[list[str]]:
     begun = time.perf_counter()
     replayed = client.replay_learning(MODEL.name)
-    assert replayed.equal
-    yield ["labels/s of a replay, equal bit for bit", f"{replayed.learned / (time.perf_counter() - begun):,.0f}"]
+    equal = "equal bit for bit" if replayed.equal else "DIFFERENT"
+    yield [f"labels/s of a replay, {equal}", f"{replayed.learned / (time.perf_counter() - begun):,.0f}"]
 
 
 def main() -> None:
@@ -111,11 +109,13 @@ def main() -> None:
     os.sched_setaffinity(0, {cores[-1]})
     for kind in KINDS:
         say(kind)
-        with Running(SERVERS["calserve"], MODEL, cores={cores[0]}, extra=EXTRA) as running:
-            with Client(running.address, show_progress=False, timeout_seconds=600) as client:
-                labels = activate(client, kind)
-                table = [["what", "measured"], *at_rest(client, labels, chosen.singles)]
-                table += [*flood(client, running.address, labels, chosen.labels), *replay(client)]
+        with (
+            Running(SERVERS["calserve"], MODEL, cores={cores[0]}, extra=EXTRA) as running,
+            Client(running.address, show_progress=False, timeout_seconds=600) as client,
+        ):
+            labels = activate(client, kind)
+            table = [["what", "measured"], *at_rest(client, labels, chosen.singles)]
+            table += [*flood(client, running.address, labels, chosen.labels), *replay(client)]
         show(f"{kind}, {labels.max() + 1} classes", table)
 
 

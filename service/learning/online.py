@@ -116,9 +116,7 @@ class Learner:
         self._gate = Gate(self.start, self._calibrator(best))
         self._gate.add(rows_apart(self._reader.passed(PACKS_BACK), self.digest, self.start))
         self.taken = self.acknowledged = 0
-        copy.deepcopy(self.start).learn(
-            np.zeros((1, self.start.n_classes_)), [0]
-        )  # compiles, before a label waits for it
+        copy.deepcopy(self.start).learn(np.zeros((1, self.start.n_classes_)), [0])  # compiled before a label waits
 
     def step(self) -> bool:
         """Take the next step, if there is one; whether there was."""
