@@ -16,6 +16,7 @@ from service.inference.batcher import Limits as QueueLimits
 from service.inference.device_loss import DeviceLoss
 from service.inference.repository import Repository, folders
 from service.inference.session import Device
+from service.learning.coverage import Coverage
 from service.learning.following import Following
 from service.learning.journalling import Journalling
 from service.learning.loading import Loading, Poll
@@ -54,7 +55,7 @@ from service.store.lock import lock_store
 from service.store.online_states import OnlineStates
 from service.supervisor import Member
 from service.web.http import HttpServer, Page, text
-from service.web.metrics import JournalState, Metrics, ModelState, OnlineLearning
+from service.web.metrics import JournalState, Metrics, ModelState, OnlineLearning, SetCoverage
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +104,7 @@ class App:
             wait_seconds=settings.online_wait_seconds,
             quota=settings.online_quota_labels,
         )
+        self._coverage = Coverage(self._journal, self.repository, settings.online_wait_seconds)
         self._feedback = FeedbackService(self.repository, self._journal, Labels(self._journal), self._online.labelled)
         self._regions = Regions(settings.shared_memory_prefix, settings.shared_memory_bytes)
         self._operations = Operations(self._catalogue, blobs, settings.store / "jobs", _limits(settings))
@@ -112,6 +114,7 @@ class App:
             lambda: self._device.loss.lost,
             self._journal_state,
             self._online_learning,
+            lambda: [SetCoverage(**vars(state)) for state in self._coverage.states()],
         )
         self._streams = Streams(_stream_limits(settings))
         limits = replace(_connection_limits(settings), shared_port=member is not None)
@@ -147,6 +150,7 @@ class App:
         if self._learns:
             await self._operations.resume()
             self._online.start()
+            self._coverage.start()
         else:
             self._following.start()
         await self._tell_health(*self.repository.names())
@@ -171,6 +175,7 @@ class App:
         await self._operations.close()
         await self._following.close()
         await self._online.close()
+        await self._coverage.close()
         if self._forward:
             await self._forward.close()
         await self._poll.close()

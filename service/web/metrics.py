@@ -86,6 +86,24 @@ class OnlineLearning:
     seconds_count: int
 
 
+@dataclass(frozen=True)
+class SetCoverage:
+    """How often the prediction sets of one revision held the label.
+
+    Attributes
+    ----------
+    covered, missed : labels that were in the set of their row, and that were not
+    recent : the share that was, of the last ones
+    """
+
+    model: str
+    revision: str
+    confidence_level: float
+    covered: int
+    missed: int
+    recent: float
+
+
 class Metrics:
     """Counters of calls, and the state of the models read when somebody asks."""
 
@@ -96,12 +114,14 @@ class Metrics:
         device_lost: Callable[[], bool],
         journal: Callable[[], JournalState],
         online: Callable[[], Iterable[OnlineLearning]],
+        coverage: Callable[[], Iterable[SetCoverage]],
     ) -> None:
         self._registry = CollectorRegistry()
         self._calls: dict[str, CallCounts] = {}
         self._registry.register(_Calls(self._calls))
         self._registry.register(_Journal(journal))
         self._registry.register(_Online(online))
+        self._registry.register(_Coverage(coverage))
         self._registry.register(_State(models, ready, device_lost))
 
     def recorder(self, path: str) -> Callable[[str, float], None]:
@@ -214,6 +234,30 @@ class _Journal(Collector):
         for result, count in state.labels.items():
             labels.add_metric([result], count)
         yield from (kept, lost, labels)
+
+
+class _Coverage(Collector):
+    def __init__(self, coverage: Callable[[], Iterable[SetCoverage]]) -> None:
+        self._coverage = coverage
+
+    def collect(self) -> Iterator[Metric]:
+        of_revision = ["model", "revision"]
+        level = GaugeMetricFamily(
+            "calserve_set_confidence_level", "How often prediction sets are to hold the label.", labels=of_revision
+        )
+        recent = GaugeMetricFamily(
+            "calserve_set_coverage", "How often they held it, of the last 500 labels.", labels=of_revision
+        )
+        labels = CounterMetricFamily(
+            "calserve_set_labels", "Labels, by whether the prediction set held them.", labels=[*of_revision, "held"]
+        )
+        for one in self._coverage():
+            name = [one.model, one.revision]
+            level.add_metric(name, one.confidence_level)
+            recent.add_metric(name, one.recent)
+            labels.add_metric([*name, "yes"], one.covered)
+            labels.add_metric([*name, "no"], one.missed)
+        yield from (level, recent, labels)
 
 
 class _Online(Collector):
