@@ -153,6 +153,7 @@ def online_tables(state: OnlineState) -> tuple[Table, Table]:
             "log loss: newest, best, start",
             ", ".join(f"{loss:.4f}" for loss in (state.newest_log_loss, state.best_log_loss, state.start_log_loss)),
         ),
+        ("gain over the start, half Brier", score(state.gain)),
     ):
         table.add_row(name, value)
     kept = Table("kept state", "labels", "time")

@@ -132,7 +132,8 @@ class OnlineState:
     `serving` is the state that computes answers, `newest` the one learned last; `refused` says why that does not serve.
     `rows` counts what became of predictions and labels. The losses are those of the newest state, of the best so far
     and of the revision as it was fitted, on held-out labels; NaN while there are too few. `seconds` is how long it took
-    from a label acknowledged to what it taught served, the last time.
+    from a label acknowledged to what it taught served, the last time. `gain` is what learning won over the revision as
+    it was fitted, in half the Brier score of labels before they were learned; its bounds hold whenever one looks.
     """
 
     model: str
@@ -150,6 +151,7 @@ class OnlineState:
     start_log_loss: float
     waiting: int
     seconds: float
+    gain: Estimate
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,7 @@ def online_state_of(message: online.OnlineState) -> OnlineState:
         start_log_loss=message.start_log_loss,
         waiting=message.waiting_count,
         seconds=message.seconds,
+        gain=Estimate(message.gain, message.gain_low, message.gain_high),
     )
 
 

@@ -19,6 +19,7 @@ from typing import NamedTuple, TypeVar, cast
 import numpy as np
 
 import calibrators
+from calibrators.online.comparison import Difference, half_brier
 from calibrators.online.learner import OnlineCalibrator
 from service.errors import CalserveError, Refused, shown
 from service.inference.repository import Repository
@@ -65,6 +66,7 @@ class OnlineState:
     verdict : of the gate on the last state
     kept : what can be rolled back to besides 0, newest first
     waiting : labels acknowledged to this process that are not learned yet
+    gain : what learning won over the revision as it was fitted, in half the Brier score before each label
     seconds : from a label's acknowledgement to what it taught being served, the last time; NaN: never yet. The sum is
         over as many times as `counts` has as `timed`
     """
@@ -77,6 +79,7 @@ class OnlineState:
     verdict: Verdict
     kept: list[KeptState]
     waiting: int
+    gain: Difference
     seconds: float
     seconds_sum: float
 
@@ -102,7 +105,7 @@ class Learner:
         self.acknowledged = self.taken = 0
         self.asked: float | None = None  # when the first label came that is not learned
         self.seconds, self.seconds_sum = float("nan"), 0.0
-        self.verdict = Verdict("", best=False)
+        self.verdict, self.gain = Verdict("", best=False), Difference()
         self._journal, self._quota = journal, quota
         self._reader = Reader(journal, row.model, f"online/{row.revision}", wait_seconds)
 
@@ -119,25 +122,33 @@ class Learner:
         copy.deepcopy(self.start).learn(np.zeros((1, self.start.n_classes_)), [0])  # compiled before a label waits
 
     def step(self) -> bool:
-        """Take the next step, if there is one; whether there was."""
+        """Take the next step, if there is one; whether another is worth a look at once.
+
+        Rows without labels pass all the time: those that have passed since are left for the next look.
+        """
         cohort = self._reader.read(STEP_ROWS)
         if not cohort:
             return False
         before = _taken(self.progress.counts)
-        learned, held_out = self.progress.take(cohort, self.digest)
+        learned, forecasts, held_out = self.progress.take(cohort, self.digest)
         self._gate.add(held_out)
-        verdict = self._gate.judge(self.progress.calibrator) if learned or len(held_out.labels) else None
+        news = len(learned.labels) + len(held_out.labels)
+        verdict = self._gate.judge(self.progress.calibrator) if news else None
         self._commit(cohort, verdict)
-        self.taken += _taken(self.progress.counts) - before
-        return True
+        fitted = self.start.predict_proba(learned.logits)
+        self.gain = self.gain.after(half_brier(fitted, learned.labels) - half_brier(forecasts, learned.labels))
+        taken = _taken(self.progress.counts) - before
+        self.taken += taken
+        return taken > 0 or sum(map(len, cohort.pairs)) >= STEP_ROWS
 
     def set_back(self, number: int) -> None:
         """Serve an earlier state, and learn on from it."""
 
+        progress = Progress.decode(self.progress.encode())
+
         def write(connection: Connection) -> None:
-            artifact = read_state(connection, self.model, self.revision, number)
-            self.progress.set_back(artifact, self.start)
-            step = self._reader.reset(connection, self.progress.encode())
+            progress.set_back(read_state(connection, self.model, self.revision, number), self.start)
+            step = self._reader.reset(connection, progress.encode())
             set_back(connection, self.model, self.revision, step, number)
             write_serving(connection, self.model, self.revision, self.serving._replace(number=number, best=number))
 
@@ -365,6 +376,7 @@ def _said(learner: Learner, kept: list[KeptState]) -> OnlineState:
         learner.verdict,
         kept,
         max(0, learner.acknowledged - learner.taken),
+        learner.gain,
         learner.seconds,
         learner.seconds_sum,
     )

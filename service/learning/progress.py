@@ -43,6 +43,14 @@ class Rows(NamedTuple):
         return Rows(*(column[rows] for column in self))
 
 
+class Taken(NamedTuple):
+    """Of a step: rows that were learned from, the probabilities given before each was, rows that are held out."""
+
+    learned: Rows
+    forecasts: Array
+    held_out: Rows
+
+
 @dataclass
 class Progress:
     """How far learning is.
@@ -82,8 +90,8 @@ class Progress:
         """Go on from an earlier state: `start` where it has no bytes. What was counted stays counted."""
         self.calibrator = cast(OnlineCalibrator, calibrators.loads(artifact)) if artifact else copy.deepcopy(start)
 
-    def take(self, cohort: Cohort, digest: str) -> tuple[int, Rows]:
-        """Learn from a step of the reader: from how many rows, and the rows that are held out."""
+    def take(self, cohort: Cohort, digest: str) -> Taken:
+        """Learn from a step of the reader."""
         self.counts["missing"] += cohort.missing
         self.counts["dropped"] += cohort.dropped
         self.counts["late"] += sum(map(len, cohort.late))
@@ -95,13 +103,14 @@ class Progress:
             taken.append(self._within_quota(rows.chosen(~apart)))
         rows = _joined(taken, n_classes)
         together = max(1, VALUES_TOGETHER // n_classes)
+        forecasts = [np.empty((0, n_classes))]
         for start in range(0, len(rows.labels), together):
             few = rows.chosen(slice(start, start + together))
-            self.calibrator.learn(few.logits, few.labels)
+            forecasts.append(self.calibrator.learn(few.logits, few.labels))
         held_out = _joined(held, n_classes)
         self.counts["learned"] += len(rows.labels)
         self.counts["held_out"] += len(held_out.labels)
-        return len(rows.labels), held_out
+        return Taken(rows, np.concatenate(forecasts), held_out)
 
     def _usable(self, part: Pairs, digest: str, n_classes: int) -> tuple[Rows, Array]:
         """The labelled rows that this model file gave, and which of them are held out."""

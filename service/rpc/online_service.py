@@ -39,6 +39,7 @@ class OnlineService:
 
 
 def _message(state: OnlineState) -> pb.OnlineState:
+    gain, (low, high) = state.gain, state.gain.interval()
     message = pb.OnlineState(
         model=state.model,
         revision=state.revision,
@@ -54,6 +55,9 @@ def _message(state: OnlineState) -> pb.OnlineState:
         start_log_loss=state.verdict.start,
         waiting_count=state.waiting,
         seconds=state.seconds,
+        gain=gain.total / max(1, gain.n_labels),
+        gain_low=low,
+        gain_high=high,
     )
     for kept in state.kept:
         message.kept.add(online_state=kept.number, learned_count=kept.learned).time.FromMilliseconds(

@@ -128,6 +128,7 @@ def test_with_the_gate_too_what_overconfident_predictions_teach_is_served(
     _, client = learning
     before = client.predict("mlp", X)
     state = taught(client, 4000)
+    assert state.gain.low < 0 < state.gain.value < state.gain.high  # so few labels do not prove it
     after = client.predict("mlp", X)
     assert 0 < after.online_state == state.serving
     assert log_loss(after.probabilities, LABELS) < log_loss(before.probabilities, LABELS)
