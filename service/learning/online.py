@@ -49,6 +49,7 @@ T = TypeVar("T")
 
 LOOK_SECONDS = 1.0
 """How often a learner looks without being told of labels: predictions pass the watermark with time alone."""
+RETRY_SECONDS = 10.0
 STEP_ROWS = 10_000
 PACKS_BACK = 500
 """How far a start looks back for held-out rows."""
@@ -143,7 +144,6 @@ class Learner:
 
     def set_back(self, number: int) -> None:
         """Serve an earlier state, and learn on from it."""
-
         progress = Progress.decode(self.progress.encode())
 
         def write(connection: Connection) -> None:
@@ -155,7 +155,7 @@ class Learner:
         self._journal.writer.write_now(write)
         self.load()
 
-    def time(self, is_served: bool, begun: float) -> None:
+    def timed(self, is_served: bool, begun: float) -> None:
         """Labels were dealt with by a step that began then: how long the first of them waited for what it taught."""
         if is_served and self.asked is not None:
             self.seconds = time.perf_counter() - self.asked
@@ -295,12 +295,14 @@ class Online:
 
     async def _run(self) -> None:
         while True:
+            pause = LOOK_SECONDS / 4
             try:
                 await self._look()
                 await self._serving.look()
             except Exception:
                 log.exception("the online learners could not be looked after; what is served stays")
-            await asyncio.sleep(LOOK_SECONDS / 4)
+                pause = RETRY_SECONDS
+            await asyncio.sleep(pause)
 
     async def _look(self) -> None:
         """A learner for each active revision that learns, and no other."""
@@ -357,7 +359,7 @@ class Online:
         if is_new:
             await self._serving.look(learner.model)
         if learner.taken > taken:
-            learner.time(is_new, begun)
+            learner.timed(is_new, begun)
         return more
 
 

@@ -267,6 +267,8 @@ def test_only_an_active_revision_that_learns_has_a_learner(learning: tuple[Runni
     answer = client.predict("mlp", X)
     assert (answer.probabilities == probabilities).all()
     assert taught(client, 500).serving > state.serving
+    server._run(server.app._loading.unload("mlp"))
+    until(lambda: not server.app._online._learners)
 
 
 @pytest.mark.usefixtures("open_gate")
