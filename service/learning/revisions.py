@@ -183,6 +183,7 @@ class Revisions:
     def _swap(self, model: ServedModel, snapshot: Snapshot) -> tuple[str, str]:
         before = model.active.revision
         model.active = snapshot
+        model.batcher.costs.forget()
         self._repository.generation += 1  # what is remembered of requests may belong to the one before
         log.info("model %s/%s: %s is active, before %s", model.name, model.version, snapshot.revision, before)
         return snapshot.revision, before
@@ -248,7 +249,9 @@ class Revisions:
 def _stage_agrees(calibrator: Calibrator, signals: Signals, model: ServedModel, revision: str) -> None:
     """The calibrator's own graph gives on the golden rows what `predict_proba` and `predict_further` give."""
     session = Session(stage(calibrator).to_bytes(), model.device)
-    probabilities, *further = session.run(["probabilities", *calibrator.further_outputs], signals)
+    beside = {name: signals[name] for name in calibrator.signal_shapes(calibrator.n_classes_)}
+    read = {"logits": signals["logits"], **calibrator.look_up(signals["logits"], **beside)}
+    probabilities, *further = session.run(["probabilities", *calibrator.further_outputs], read)
     what = f"the graph of {revision} does not compute"
     _agree(calibrator, signals, probabilities, what)
     wanted = calibrator.predict_further(**signals)
