@@ -72,6 +72,8 @@ MOST_NUMBERS = 1 << 27
 """Of a reference in a graph, rows times columns: it is one message of less than 2 GiB, and a runtime holds float32."""
 SWITCH = 1 << 24
 """Of a reference beyond which `auto` is an index of lists."""
+ROWS_TRIED = 256
+"""Calibration rows by which it is found how much an index must look at; all of them then confirm it."""
 BLOCK = 1 << 15
 """Rows of a reference that are read at once."""
 FLOAT16_MOST = 6e4
@@ -540,12 +542,20 @@ class DensityAware(Calibrator):
             return
         wanted = self._from_distances(logits, self._summed(squared))
         index = self.index_ = Index.build(form, self.reference_, self._columns(logits.shape[1]), seed=self.seed)
-        while True:
-            found = self._squared(x, own)
-            change = float(np.abs(self._from_distances(logits, self._summed(found)) - wanted).max())
-            if change <= self.index_tolerance or index.effort >= index.most_effort:
-                break
-            index.effort = min(2 * index.effort, index.most_effort)
+
+        def tried(effort: int, rows: Array) -> tuple[list[Array], float]:
+            index.effort = effort
+            found = self._squared([vectors[rows] for vectors in x], own[rows])
+            return found, float(np.abs(self._from_distances(logits[rows], self._summed(found)) - wanted[rows]).max())
+
+        def suffices(effort: int) -> bool:
+            return tried(effort, sample)[1] <= self.index_tolerance
+
+        sample, every = drawn_rows(len(logits), ROWS_TRIED, self.seed), np.arange(len(logits))
+        enough = _least_that(suffices, index.effort, index.most_effort)
+        found, change = tried(enough, every)
+        while change > self.index_tolerance and index.effort < index.most_effort:
+            found, change = tried(min(2 * index.effort, index.most_effort), every)
         said = _missed(index, squared, found, change)
         if change > self.index_tolerance:
             raise ValueError(f"{said}, more than index_tolerance={self.index_tolerance:g}; take index=exact or ivf")
@@ -699,6 +709,17 @@ def _descend(objective: Any, start: list[float], bounds: Any) -> tuple[Array, fl
 
 def _below(prefix: str, tensors: Mapping[str, Array]) -> dict[str, Array]:
     return {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
+
+
+def _least_that(suffices: Callable[[int], bool], least: int, most: int) -> int:
+    """About the smallest whole number that suffices, as larger ones do; `most` where none does."""
+    low, high = least - 1, least
+    while high < most and not suffices(high):
+        low, high = high, min(2 * high, most)
+    while high - low > high // 8 + 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if suffices(middle) else (middle, high)
+    return high
 
 
 def _missed(index: Index, squared: list[Array], found: list[Array], change: float) -> str:
