@@ -725,8 +725,8 @@ def _least_that(suffices: Callable[[int], bool], least: int, most: int) -> int:
 def _missed(index: Index, squared: list[Array], found: list[Array], change: float) -> str:
     """How the distances of an index differ from the true ones, in words."""
     recall = np.mean([(f <= s[:, -1:] * (1 + 1e-5)).mean() for s, f in zip(squared, found, strict=True)])
-    last = [(s[:, -1], f[:, -1]) for s, f in zip(squared, found, strict=True)]
-    off = max(float(np.abs(np.sqrt(f / np.maximum(s, LEAST_SCALE)) - 1).max()) for s, f in last)
+    last = [(np.sqrt(s[:, -1]), np.sqrt(f[:, -1])) for s, f in zip(squared, found, strict=True)]
+    off = max(float((np.abs(f - s) / np.maximum(s, LEAST_LENGTH)).max()) for s, f in last)
     return (
         f"distances are looked up in an index ({index.form}, effort {index.effort} of {index.most_effort}): it finds "
         f"{recall:.1%} of the calibration rows' neighbours, the farthest of them off by at most {off:.1%} of their "
