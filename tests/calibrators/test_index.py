@@ -26,14 +26,14 @@ LOGITS, Y, FEATURES = (
     np.concatenate(pair) for pair in zip(rows(N, seed=1), rows(N // 2, moved=2.0, seed=2), strict=True)
 )
 MOVED = np.arange(len(Y)) >= N
-REFERENCE = dict(zip(("logits", "features"), rows(4000, seed=3)[::2], strict=True))
+REFERENCE = dict(zip(("logits", "features"), rows(1500, seed=3)[::2], strict=True))
 UNSEEN, _, UNSEEN_FEATURES = (
     np.concatenate(p) for p in zip(rows(400, seed=4), rows(400, moved=2.0, seed=5), strict=True)
 )
 
 
 def fitted(**params: Any) -> DensityAware:
-    calibrator = created(reference_rows=4000, **params)
+    calibrator = created(reference_rows=1500, **params)
     return calibrator.fit(LOGITS, Y, features=FEATURES, shifted=MOVED, reference=REFERENCE)
 
 
@@ -189,8 +189,8 @@ def test_a_conformal_kind_looks_up_what_its_base_does() -> None:
         ({"effort": np.asarray(1.0)}, "'effort' must be int64"),
         ({"lists": None}, "an index of lists alone has centres and lists"),
         ({"form": None}, "an index has tensors"),
-        ({"lists": np.full((1, 4000), 10**6)}, "lists must hold numbers in 0.."),
-        ({"centres": np.full((126, 8), np.nan, np.float32)}, "'centres'"),
+        ({"lists": np.full((1, 1500), 10**6)}, "lists must hold numbers in 0.."),
+        ({"centres": np.full((77, 8), np.nan, np.float32)}, "'centres'"),
     ],
 )
 def test_a_forged_index_is_refused(changes: dict[str, Array | None], message: str) -> None:
@@ -198,7 +198,7 @@ def test_a_forged_index_is_refused(changes: dict[str, Array | None], message: st
     changed = {f"index/{name}": array for name, array in changes.items()}
     tensors = {n: a for n, a in (calibrator.tensors() | changed).items() if a is not None}
     with pytest.raises(ValueError, match=message):
-        created(reference_rows=4000, index="ivf").set_tensors(tensors)
+        created(reference_rows=1500, index="ivf").set_tensors(tensors)
 
 
 def test_without_faiss_an_index_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
