@@ -224,6 +224,8 @@ class Revisions:
             return calibrators.loads(self._blobs.get(row.artifact_digest))
         except ValueError as error:
             raise Damaged(f"the artifact of revision {row.revision} cannot be read: {error}") from error
+        except ImportError as error:
+            raise Refused(f"revision {row.revision} cannot be served here: {error}") from error
 
     def _prove(self, model: ServedModel, row: RevisionRow) -> Snapshot:
         calibrator = self._load(model, row)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -275,6 +276,15 @@ def test_an_index_that_finds_other_rows_than_it_did_is_found_at_activation(
     with pytest.raises(errors.Refused, match="no longer computes") as caught:
         client.activate("mlp", revision)
     assert caught.value.detail_reason == "GRAPH_DISAGREES"
+
+
+def test_without_faiss_a_revision_that_needs_it_is_refused_and_says_what_to_install(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    revision = client.fit("mlp", "density_aware", held_out_fraction=0.0, index="exact", **FIT).revision
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(errors.Refused, match=r"cannot be served here: .*pip install 'calserve\[index\]'"):
+        client.activate("mlp", revision)
 
 
 def test_a_revision_that_costs_more_does_not_run_in_the_event_loop_at_the_old_price(
