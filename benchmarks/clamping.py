@@ -3,29 +3,33 @@
     OMP_NUM_THREADS=1 python -m benchmarks.clamping [--shared-data DIR] [--only resnet20_jpeg] [--shifts own,brighter]
 
 1,000 images to fit, 2,500 others to score, in percent but for the log loss and the entropy: the columns are those of
-the paper's table (Tang, Chen, Ho 2024), with log loss and the seconds of a fit. The last table is what serving costs,
-as a multiple of the model alone.
+the paper's table (Tang, Chen, Ho 2024), with log loss and the seconds of a fit. `density_aware` is fitted on these
+images alone, and with two distorted copies of each beside (`calibrators.augment`). The last table is what serving
+costs, as a multiple of the model alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
 import calibrators
 from benchmarks.datasets import DEFAULT_FOLDER
 from benchmarks.stages import microseconds, session_of
-from calibrators import metrics
-from calibrators.graph import LOGITS, fuse
+from calibrators import inspect_model, metrics
+from calibrators.augment import augmented
+from calibrators.graph import FEATURES, LOGITS, fuse
 from calibrators.kinds.identity import Identity
+from calibrators.layers import Layer, default_layers, find_layers, named_layers
 
 Array = NDArray[Any]
 
@@ -44,8 +48,13 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "structured_matrix": ("structured_matrix", {}),
     "neural_clamping": ("neural_clamping", {}),
     "neural_clamping, axis=1": ("neural_clamping", {"axis": 1}),
+    "feature_clipping": ("feature_clipping", {}),
+    "feature_clipping by ECE": ("feature_clipping", {"loss": "ece"}),
+    "density_aware": ("density_aware", {}),
+    "density_aware, copies": ("density_aware", {}),
 }
-"""What reads logits or inputs. A kind that reads features as well has its own benchmark."""
+COPIES = {"density_aware, copies": 2.0}
+"""Distorted copies of each image that are fitted on as well."""
 BATCHES = (1, 16, 64)
 
 
@@ -60,16 +69,34 @@ def run(session: ort.InferenceSession, x: Array, output: str) -> Array:
     return np.concatenate(parts)
 
 
-def measured(model: bytes, x: Array, y: Array) -> Iterator[list[str]]:
+def read(model: bytes, taps: Sequence[str], x: Array) -> dict[str, Array]:
+    """The logits of images, and the layers that a calibrator reads."""
+    session = session_of(fuse(model, Identity.of(N_CLASSES), taps=taps).to_bytes())
+    names = {"logits": LOGITS, **({"features": FEATURES} if taps else {})}
+    return {name: run(session, x, output) for name, output in names.items()}
+
+
+def layers_of(model: bytes) -> Callable[[Sequence[str] | None], Sequence[Layer]]:
+    proto = onnx.load_from_string(model)
+    found = inspect_model(proto)
+    return lambda names: named_layers(proto, found, names) if names else default_layers(find_layers(proto, found))
+
+
+def measured(model: bytes, x: Array, y: Array, methods: Sequence[str]) -> Iterator[list[str]]:
     """A row a method."""
-    logits = run(session_of(fuse(model, Identity.of(N_CLASSES)).to_bytes()), x, LOGITS)
-    for name, (kind, params) in METHODS.items():
-        if kind not in calibrators.kinds():
-            continue
-        calibrator = calibrators.create(kind, **params)
-        beside = {"inputs": x[:N_FIT], "model": model} if calibrator.fit_needs else {}
+    for name in methods:
+        kind, params = METHODS[name]
+        calibrator = calibrators.create(kind, **params).on_model(layers_of(model))
+        fitted, labels, beside = x[:N_FIT], y[:N_FIT], {}
+        if name in COPIES:
+            copies = augmented(fitted, COPIES[name])
+            fitted, labels = np.concatenate([fitted, copies.images]), np.concatenate([labels, labels[copies.index]])
+            beside = {"shifted": np.arange(len(labels)) >= N_FIT}
+        signals = read(model, calibrator.taps, fitted)
+        if calibrator.fit_needs:
+            beside = {"inputs": fitted, "model": model}
         begun = time.perf_counter()
-        calibrator.fit(logits[:N_FIT], y[:N_FIT], **beside)
+        calibrator.fit(y=labels, **signals, **beside)
         seconds = time.perf_counter() - begun
         p = run(session_of(fuse(model, calibrator).to_bytes()), x[N_FIT:], "probabilities")
         yield [name, *scored(p.astype(np.float64), y[N_FIT:]), f"{seconds:.2g}", *calibrator.notes]
@@ -122,6 +149,7 @@ def main() -> None:
     parser.add_argument("--shared-data", type=Path, default=DEFAULT_FOLDER)
     parser.add_argument("--only", choices=MODELS, action="append")
     parser.add_argument("--shifts", default=",".join(SHIFTS))
+    parser.add_argument("--methods", choices=METHODS, action="append")
     arguments = parser.parse_args()
     x, y = images(arguments.shared_data)
     titles = ["method", "log loss", "entropy", "accuracy", "ECE", "adaptive", "class-wise", "seconds", "delta"]
@@ -129,7 +157,7 @@ def main() -> None:
         model = (arguments.shared_data / "cifar10" / f"{name}_cifar10.onnx").read_bytes()
         for shift in arguments.shifts.split(","):
             moved = SHIFTS[shift](x).astype(np.float32)
-            show(f"{name}, images {shift}", titles, measured(model, moved, y))
+            show(f"{name}, images {shift}", titles, measured(model, moved, y, arguments.methods or [*METHODS]))
     columns = ["", *(f"{rows} rows" for rows in BATCHES)]
     show(f"{name}: a run, in runs of the model alone", columns, cost(model))
 

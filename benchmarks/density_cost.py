@@ -1,23 +1,25 @@
 """What a reference set costs when serving: latency, memory and the time to load, from 1,000 rows to a million.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.density_cost [--rows 1000,10000,100000,1000000] [--shared-data FOLDER]
+    OMP_NUM_THREADS=1 python -m benchmarks.density_cost [--rows 1000,10000,100000,1000000] [--forms graph,exact,ivf]
+        [--shared-data FOLDER]
 
 Two models: ResNet-20 for CIFAR-10 (six layers of 32 to 64 numbers, where its file is at hand) and a dense model whose
-last layer reads 512. The reference is a constant of the fused graph (MatMul + TopK), in a process of its own for each
-size, so that memory is that process's growth. One thread, of which the seconds that it works are counted; the model
-alone and the fused model in turns, medians.
-
-With faiss installed (`pip install faiss-cpu`) the same search by its exact, inverted-file and graph indexes, with the
-share of the true k-th neighbours' distance that each finds. It is no dependency of calserve.
+last layer reads 512. The reference is a constant of the fused graph (MatMul + TopK), or an index beside it, served as a
+server does it: by two sessions with the search between. An approximate index looks at as much as keeps every
+probability of 300 rows within the default tolerance. The reference lies near few dimensions, as networks' features do.
+Each form and size in a process of its own, so that memory is that process's growth. One thread, of which the seconds
+that it works are counted; the model alone and the calibrated one in turns, medians.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import multiprocessing
 import resource
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +30,14 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.datasets import DEFAULT_FOLDER
-from calibrators import Calibrator, create, fuse, inspect_model
+from calibrators import dumps, fuse, inspect_model, loads
 from calibrators.graph import FusedModel
-from calibrators.kinds.density_aware import RANKS
+from calibrators.kinds.density_aware import RANKS, DensityAware
 from calibrators.kinds.identity import Identity
 from calibrators.layers import default_layers, find_layers
+from calibrators.neighbours import nearest
+from service.inference.indexed import IndexedSession
+from service.inference.session import Device, Session
 
 Array = NDArray[Any]
 
@@ -41,8 +46,12 @@ SECONDS_EACH = 0.7
 K = 10
 WIDTH = 512
 N_CLASSES = 10
-MOST_LINKED = 100_000
-"""Rows of which faiss builds a graph index within minutes of one thread."""
+MOST_LINKED = 10_000
+"""Rows of which a graph of edges is built within a minute of one thread."""
+DIMENSIONS = 16
+"""Of what the rows of each layer are made from."""
+N_TRIED = 300
+"""Rows on which an index is held to its tolerance."""
 
 
 def dense_model() -> onnx.ModelProto:
@@ -65,18 +74,31 @@ def dense_model() -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
-def with_reference(model: onnx.ModelProto, n_rows: int) -> Calibrator:
-    """As if fitted: a reference of random rows in the layers that a server reads by default."""
+def with_reference(model: onnx.ModelProto, n_rows: int, form: str) -> DensityAware:
+    """As if fitted: a reference of random rows in the layers that a server reads by default, in this form."""
     layers = default_layers(find_layers(model, inspect_model(model)))
     layers = [layer for layer in layers if layer.width < WIDTH] or layers[-1:]
     widths = [layer.width for layer in layers]
     rng, n = np.random.default_rng(0), len(layers)
+    bases = [rng.normal(size=(DIMENSIONS, width)) / np.sqrt(DIMENSIONS) for width in widths]
+
+    def drawn(rows: int) -> Array:
+        return np.column_stack([rng.normal(size=(rows, DIMENSIONS)) @ basis for basis in bases])
+
     reference = np.empty((n_rows, sum(widths)), np.float16)
     for start in range(0, n_rows, 10_000):
-        reference[start : start + 10_000] = rng.normal(size=reference[start : start + 10_000].shape)
+        reference[start : start + 10_000] = drawn(len(reference[start : start + 10_000]))
+    columns = np.cumsum([0, *widths]).tolist()
+    x = np.split(drawn(N_TRIED), columns[1:-1], axis=1)
+    squared = [nearest(rows, reference[:, i:j], K) for rows, (i, j) in zip(x, pairwise(columns), strict=True)]
+    distances = np.sqrt([each[:, -1] for each in squared])
     tensors = {
         "anchor": np.asarray(1.5),
-        **{name: np.ones(n) for name in ("weights", "means", "deviations", "far", "scale")},
+        "weights": np.full(n, 0.3),
+        "means": distances.mean(axis=1) - distances.std(axis=1),
+        "deviations": distances.std(axis=1),
+        "far": 2 * distances.max(axis=1),
+        "scale": np.ones(n),
         "kept": np.arange(n),
         "centre": np.zeros(sum(widths)),
         "reference": reference,
@@ -84,8 +106,10 @@ def with_reference(model: onnx.ModelProto, n_rows: int) -> Calibrator:
         "ranks": np.linspace(-1, 3, RANKS),
         "n_classes": np.asarray(N_CLASSES),
     }
-    params = {"layers": [layer.tensor for layer in layers], "widths": widths}
-    return create("density_aware", **params).set_tensors(tensors)
+    names = [layer.tensor for layer in layers]
+    calibrator = DensityAware(layers=names, widths=widths, index=form).set_tensors(tensors)
+    calibrator._fit_index(4 * rng.normal(size=(N_TRIED, N_CLASSES)), x, np.full(N_TRIED, -1), squared)
+    return calibrator
 
 
 def session(fused: FusedModel) -> onnxruntime.InferenceSession:
@@ -113,16 +137,29 @@ def memory_mb() -> float:
     return pages * resource.getpagesize() / 1e6
 
 
-def measure(model_bytes: bytes, n_rows: int, answer: Any) -> None:
-    """One size, in a process of its own."""
+def calibrated_session(model: onnx.ModelProto, artifact: bytes) -> Any:
+    """From what a server reads: the file of the fit."""
+    calibrator = loads(artifact)
+    if not calibrator.has_index:
+        return session(fuse(model, calibrator))
+    device = Device.choose("cpu", 1)
+    taps = fuse(model, Identity.of(N_CLASSES), taps=calibrator.taps)
+    return IndexedSession(Session(taps.to_bytes(), device), calibrator, device)
+
+
+def measure(model_bytes: bytes, n_rows: int, form: str, answer: Any) -> None:
+    """One size in one form, in a process of its own."""
     model = onnx.ModelProto.FromString(model_bytes)
-    fused = fuse(model, with_reference(model, n_rows))
-    data = fused.to_bytes()
-    megabytes = len(data) / 1e6
+    start = time.perf_counter()
+    made = with_reference(model, n_rows, form)
+    building, notes, artifact = time.perf_counter() - start, made.notes, dumps(made)
+    del made
+    gc.collect()
     before, start = memory_mb(), time.perf_counter()
-    calibrated = session(fused)
+    calibrated = calibrated_session(model, artifact)
     loading = time.perf_counter() - start
     grown = memory_mb() - before
+    megabytes = len(artifact) / 1e6
     alone = session(fuse(model, Identity.of(N_CLASSES)))
     dims = [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim[1:]]
     name = model.graph.input[0].name
@@ -135,13 +172,13 @@ def measure(model_bytes: bytes, n_rows: int, answer: Any) -> None:
                 "calibrated": lambda feeds=feeds: calibrated.run(["probabilities"], feeds),
             }
         )
-    answer.send((megabytes, loading, grown, times))
+    answer.send((megabytes, building, loading, grown, times, notes))
 
 
-def in_process(model_bytes: bytes, n_rows: int) -> Any:
+def in_process(model_bytes: bytes, n_rows: int, form: str) -> Any:
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=measure, args=(model_bytes, n_rows, sender))
+    process = context.Process(target=measure, args=(model_bytes, n_rows, form, sender))
     process.start()
     sender.close()
     try:
@@ -150,6 +187,15 @@ def in_process(model_bytes: bytes, n_rows: int) -> Any:
         return None
     finally:
         process.join()
+
+
+def described(found: Any) -> str:
+    if found is None:
+        return "its process ended without an answer"
+    megabytes, building, loading, grown, times, notes = found
+    shown = "   ".join(f"{t['alone']:.3f} -> {t['calibrated']:.3f}" for t in times.values())
+    costs = f"made in {building:.1f} s, file {megabytes:.0f} MB, +{grown:.0f} MB, loads in {loading:.2f} s"
+    return "; ".join([f"{shown}   {costs}", *notes])
 
 
 def fed_or_constant(n_rows: int) -> str:
@@ -180,47 +226,13 @@ def fed_or_constant(n_rows: int) -> str:
     return f"{n_rows:>9,} rows of {WIDTH}: constant {times['constant']:.3f} ms, fed {times['fed']:.3f} ms"
 
 
-def by_index(n_rows: int) -> list[str]:
-    try:
-        import faiss
-    except ImportError:
-        return ["faiss is not installed"]
-    faiss.omp_set_num_threads(1)
-    rng = np.random.default_rng(0)
-    basis = rng.normal(size=(32, WIDTH)).astype(np.float32)  # features lie near a few dimensions, as networks' do
-    reference = np.concatenate(
-        [rng.normal(size=(min(50_000, n_rows - i), 32)).astype(np.float32) @ basis for i in range(0, n_rows, 50_000)]
-    )
-    x = rng.normal(size=(64, 32)).astype(np.float32) @ basis
-    lines, exact = [], None
-    n_lists = max(1, int(4 * np.sqrt(n_rows)))
-    for name in ("Flat", f"IVF{n_lists},Flat", "HNSW32"):
-        if name == "HNSW32" and n_rows > MOST_LINKED:
-            continue
-        start = time.perf_counter()
-        index = faiss.index_factory(WIDTH, name)
-        index.train(reference[: 50 * n_lists])
-        index.add(reference)
-        building = time.perf_counter() - start
-        if name.startswith("IVF"):
-            index.nprobe = max(1, n_lists // 32)
-        distances = np.sqrt(index.search(x, K)[0][:, -1])
-        exact = distances if exact is None else exact
-        runs = {f"{b}": (lambda b=b, index=index: index.search(x[:b], K)) for b in BATCHES}
-        times = medians(runs)
-        error = float(np.abs(distances / exact - 1).max())
-        shown = ", ".join(f"{time:.2f}" for time in times.values())
-        lines.append(
-            f"{n_rows:>9,} {name}: {shown} ms for {BATCHES} rows, built in {building:.1f} s, off by {error:.2%}"
-        )
-    return lines
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared-data", type=Path, default=DEFAULT_FOLDER)
     parser.add_argument("--rows", default="1000,10000,100000,1000000")
+    parser.add_argument("--forms", default="graph,exact,ivf,hnsw")
     arguments = parser.parse_args()
+    forms = arguments.forms.split(",")
     sizes = [int(text) for text in arguments.rows.split(",")]
     models = {"dense, one layer of 512": dense_model()}
     resnet = arguments.shared_data / "cifar10" / "resnet20_cifar10.onnx"
@@ -229,21 +241,13 @@ def main() -> None:
     for name, model in models.items():
         print(f"\n{name}: ms a run, alone -> calibrated, batches of {BATCHES}", flush=True)
         for n_rows in sizes:
-            found = in_process(model.SerializeToString(), n_rows)
-            if found is None:
-                print(f"{n_rows:>9,}: its process ended without an answer", flush=True)
-                continue
-            megabytes, loading, grown, times = found
-            shown = "   ".join(f"{t['alone']:.3f} -> {t['calibrated']:.3f}" for t in times.values())
-            costs = f"file {megabytes:.0f} MB, +{grown:.0f} MB, loads in {loading:.2f} s"
-            print(f"{n_rows:>9,}: {shown}   {costs}", flush=True)
+            for form in forms:
+                if form != "hnsw" or n_rows <= MOST_LINKED:
+                    found = described(in_process(model.SerializeToString(), n_rows, form))
+                    print(f"{n_rows:>9,} {form:5} {found}", flush=True)
     print("\na constant of the graph, or fed on every run", flush=True)
     for n_rows in sizes[:3]:
         print(fed_or_constant(n_rows), flush=True)
-    print("\nthe same search by faiss, one layer of 512", flush=True)
-    for n_rows in sizes:
-        for line in by_index(n_rows):
-            print(line, flush=True)
 
 
 if __name__ == "__main__":

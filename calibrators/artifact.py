@@ -52,7 +52,7 @@ def dumps(calibrator: Calibrator) -> bytes:
     """
     document = {"format": FORMAT, "kind": calibrator.kind, "params": calibrator.get_params(deep=False)}
     text = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    tensors = {name: np.array(array, order="C") for name, array in calibrator.tensors().items()}
+    tensors = {name: np.asarray(array, order="C") for name, array in calibrator.tensors().items()}
     return bytes(safetensors.numpy.save(tensors, metadata={METADATA_KEY: text}))
 
 

@@ -89,6 +89,20 @@ class Calibrator(BaseEstimator, ABC):  # type: ignore[misc]  # scikit-learn ship
         return ()
 
     @property
+    def has_index(self) -> bool:
+        """Whether something is looked up beside the graph when serving, between two graphs."""
+        return False
+
+    def stage_shapes(self, n_classes: int) -> dict[str, tuple[int, ...]]:
+        """What the graph of the calibrator alone reads beside the logits: the signals, or what is looked up by them."""
+        return self.signal_shapes(n_classes)
+
+    def look_up(self, logits: Array, **signals: Array) -> dict[str, Array]:
+        """The same of rows, from their logits and signals."""
+        del logits
+        return signals
+
+    @property
     def taps(self) -> tuple[str, ...]:
         """Names of the model's tensors whose vectors, side by side, are its `features`."""
         return ()

@@ -314,12 +314,12 @@ def emit_logits(graph: Graph, tap: Tap) -> str:
 
 def stage(calibrator: Calibrator, opset: int = STAGE_OPSET, *, sets: bool = False) -> FusedModel:
     """The calibrator alone as a graph: inputs `logits` FLOAT [B, K] and the signals that it reads besides, likewise
-    under their names; outputs as `fuse` adds them.
+    under their names, or what it looks up by them (`Calibrator.look_up`); outputs as `fuse` adds them.
 
     For comparing the graph's arithmetic with `predict_proba` without any model.
     """
     n_classes = int(calibrator.tensors()["n_classes"])
-    signals = calibrator.signal_shapes(n_classes)
+    signals = calibrator.stage_shapes(n_classes)
     shapes = {"logits": (n_classes,), **signals}
     inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", *shape]) for name, shape in shapes.items()]
     proto = helper.make_model(

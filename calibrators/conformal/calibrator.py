@@ -92,6 +92,16 @@ class ConformalCalibrator(Calibrator):
     def taps(self) -> tuple[str, ...]:
         return self._base().taps
 
+    @property
+    def has_index(self) -> bool:
+        return self.base_.has_index
+
+    def stage_shapes(self, n_classes: int) -> dict[str, tuple[int, ...]]:
+        return self.base_.stage_shapes(n_classes)
+
+    def look_up(self, logits: Array, **signals: Array) -> dict[str, Array]:
+        return self.base_.look_up(logits, **signals)
+
     def on_model(self, layers: Callable[[Sequence[str] | None], Sequence[Layer]]) -> Self:
         base = self._base()
         found = base.on_model(layers).get_params(deep=False)

@@ -23,13 +23,17 @@ go to 1 / n_classes, whatever the weights. An L2-normalised distance is bounded 
 Two further outputs: `ood_score`, the mean z_l of the layers that are read, and `density`, the share of ordinary
 calibration rows whose score is higher, 1 at home and 0 beyond all of them.
 
+The reference is a constant of the graph, or, above `SWITCH` numbers, an index beside it (`calibrators.index`): the
+graph gives the features, the index their distances, and a second graph goes on from there. An export always compares
+with all of the reference, inside its one graph.
+
 The authors' code takes the nearest neighbour where the paper says the k-th (it reads column -k of k columns); both are
 here. `docs/kinds/density_aware.md` has what each choice is worth.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple, Self
@@ -39,6 +43,7 @@ from scipy.optimize import minimize
 
 from calibrators.base import Calibrator, check_tensor
 from calibrators.graph import Graph
+from calibrators.index import FORMS, Index, is_installed
 from calibrators.kinds.temperature import TemperatureScaling
 from calibrators.layers import LOGITS, Layer
 from calibrators.neighbours import FARTHEST, centres_of_clusters, drawn_rows, emit_nearest, nearest, own_rows
@@ -64,10 +69,16 @@ FOLDS = 5
 RANKS = 128
 ROWS_PER_CLUSTER = 16
 MOST_NUMBERS = 1 << 27
-"""Of a reference, rows times columns: a graph is one message of less than 2 GiB, and a runtime holds float32."""
+"""Of a reference in a graph, rows times columns: it is one message of less than 2 GiB, and a runtime holds float32."""
+SWITCH = 1 << 24
+"""Of a reference beyond which `auto` is an index of lists."""
+ROWS_TRIED = 256
+"""Calibration rows by which it is found how much an index must look at; all of them then confirm it."""
+BLOCK = 1 << 15
+"""Rows of a reference that are read at once."""
 FLOAT16_MOST = 6e4
 LEAST_LENGTH, LEAST_WEIGHT, LEAST_RAMP = 1e-10, 1e-9, 0.1
-BASE = "base/"
+BASE, INDEX = "base/", "index/"
 OWN = ("anchor", "weights", "kept", "means", "deviations", "far", "centre", "scale", "reference", "k", "ranks")
 
 
@@ -91,6 +102,10 @@ class DensityAware(Calibrator):
     reference_rows : most rows of the reference that are kept
     compression : how, where there are more: a sample, or the centres of that many clusters
     seed : of the sample or the clusters
+    index : where distances come from when serving: graph, or of `calibrators.index` exact, ivf, hnsw; auto is the graph
+        up to `SWITCH` numbers and lists (ivf) above
+    index_tolerance : most that an index may change a probability of the calibration rows; it looks at more of the
+        reference until it does not, and the fit is refused if it cannot
 
     Attributes
     ----------
@@ -101,6 +116,7 @@ class DensityAware(Calibrator):
     reference_ : (n_reference, n_columns) float16
     k_ : () int64
     ranks_ : (RANKS,) float64, quantiles over ordinary calibration rows of the mean z_l
+    index_ : the index beside the graph, or None
 
     Examples
     --------
@@ -119,6 +135,7 @@ class DensityAware(Calibrator):
     learned = OWN
     fit_reads = frozenset({"reference", "shifted"})
     float32_atol = 1e-4
+    index_: Index | None
 
     def __init__(
         self,
@@ -136,6 +153,8 @@ class DensityAware(Calibrator):
         reference_rows: int = 2048,
         compression: str = "sample",
         seed: int = 0,
+        index: str = "auto",
+        index_tolerance: float = 0.01,
     ) -> None:
         self.layers = layers
         self.widths = widths
@@ -151,6 +170,8 @@ class DensityAware(Calibrator):
         self.reference_rows = reference_rows
         self.compression = compression
         self.seed = seed
+        self.index = index
+        self.index_tolerance = index_tolerance
 
     @property
     def needs(self) -> frozenset[str]:
@@ -172,6 +193,19 @@ class DensityAware(Calibrator):
     def further_outputs(self) -> tuple[str, ...]:
         return ("density", "ood_score")
 
+    @property
+    def has_index(self) -> bool:
+        return self.index_ is not None
+
+    def stage_shapes(self, n_classes: int) -> dict[str, tuple[int, ...]]:
+        return {"distances": self.kept_.shape} if self.has_index else self.signal_shapes(n_classes)
+
+    def look_up(self, logits: Array, **signals: Array) -> dict[str, Array]:
+        if not self.has_index:
+            return signals
+        with np.errstate(invalid="ignore"):  # a row that is no number spoils itself alone
+            return {"distances": self._distances(self._vectors(logits, **signals))}
+
     def on_model(self, layers: Callable[[Sequence[str] | None], Sequence[Layer]]) -> Self:
         chosen = layers(self.layers)
         params = {"layers": [layer.tensor for layer in chosen],
@@ -181,7 +215,8 @@ class DensityAware(Calibrator):
     def check_params(self) -> None:
         _check_layers(self.layers, self.widths, self.taps)
         for name, known in (("link", LINKS), ("distance", DISTANCES), ("normalise", ("l2", "none")),
-                            ("loss", (None, *LOSSES)), ("compression", COMPRESSIONS)):  # fmt: skip
+                            ("loss", (None, *LOSSES)), ("compression", COMPRESSIONS),
+                            ("index", ("auto", "graph", *FORMS))):  # fmt: skip
             if (got := getattr(self, name)) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {got!r}")
         for name, least in (("k", 1), ("reference_rows", 2), ("seed", 0)):
@@ -191,6 +226,8 @@ class DensityAware(Calibrator):
             raise ValueError(f"l1 must be a number, 0 or above, or {CROSS_VALIDATION}, got {self.l1!r}")
         if not _is_penalty(self.ridge):
             raise ValueError(f"ridge must be a number, 0 or above, got {self.ridge!r}")
+        if not _is_penalty(self.index_tolerance):
+            raise ValueError(f"index_tolerance must be a number, 0 or above, got {self.index_tolerance!r}")
         base = self._new_base()
         if base is not None and base.needs != {"logits"}:
             raise ValueError(f"base must read the logits alone, {self.base} reads {', '.join(sorted(base.needs))}")
@@ -213,11 +250,13 @@ class DensityAware(Calibrator):
         signals = {name: array[first] for name, array in signals.items()}
         y, ordinary = y[first], moved[first] == 0
         given = {name: array[ordinary] for name, array in signals.items()} if reference is None else reference
+        self.index_ = None
         self._embed(given, logits.shape[1])
         x = self._vectors(**signals)
         own = own_rows(np.column_stack(x), self.reference_)
         self.k_ = np.asarray(min(1 if self.distance == "nearest" else self.k, max(1, len(self.reference_) - 1)))
-        distances = self._distances(x, own)
+        squared = self._squared(x, own)
+        distances = self._summed(squared)
         self._standardise(distances, ordinary, weight)
         scaling = TemperatureScaling().fit(signals["logits"][ordinary], y[ordinary], sample_weight=weight[ordinary])
         self.converged_, self.anchor_ = scaling.converged_, scaling.temperature_
@@ -226,9 +265,13 @@ class DensityAware(Calibrator):
         self._rank(distances[ordinary], weight[ordinary])
         self._fit_base(signals["logits"], distances, y, weight)
         self._forget_unread(logits.shape[1])
+        self._fit_index(signals["logits"], [x[i] for i in self.kept_], own, [squared[i] for i in self.kept_])
 
     def _predict_proba(self, logits: Array, features: Array | None = None) -> Array:
-        scaled = self._scaled(logits, self._distances(self._vectors(logits, features)))
+        return self._from_distances(logits, self._distances(self._vectors(logits, features)))
+
+    def _from_distances(self, logits: Array, distances: Array) -> Array:
+        scaled = self._scaled(logits, distances)
         return softmax_of_centred(scaled) if self.base_ is None else self.base_.predict_proba(scaled)
 
     def _predict_further(self, logits: Array, features: Array | None = None) -> dict[str, Array]:
@@ -237,8 +280,8 @@ class DensityAware(Calibrator):
         passed = np.clip((score[:, None] - low.astype(score.dtype)) / width.astype(score.dtype), 0, 1)
         return {"density": 1 - passed.mean(axis=1), "ood_score": score}
 
-    def emit(self, graph: Graph, logits: str, features: str = "") -> str:
-        centred, distances = graph.centre(logits), self._emit_distances(graph, logits, features)
+    def emit(self, graph: Graph, logits: str, features: str = "", distances: str = "") -> str:
+        centred, distances = graph.centre(logits), distances or self._emit_distances(graph, logits, features)
         z = self._emit_standardised(graph, distances)
         self._emit_further(graph, z)
         scaled = graph.node("Div", centred, self._emit_sum(graph, distances, z))
@@ -249,11 +292,13 @@ class DensityAware(Calibrator):
     def tensors(self) -> dict[str, Array]:
         own = super().tensors()
         base = {} if self.base_ is None else self.base_.tensors()
-        return own | {f"{BASE}{name}": array for name, array in base.items()}
+        own |= {f"{BASE}{name}": array for name, array in base.items()}
+        of_index = {} if self.index_ is None else self.index_.tensors()
+        return own | {f"{INDEX}{name}": array for name, array in of_index.items()}
 
     def set_tensors(self, tensors: Mapping[str, Array]) -> Self:
-        own = {name: array for name, array in tensors.items() if not name.startswith(BASE)}
-        of_base = {name.removeprefix(BASE): tensors[name] for name in tensors.keys() - own.keys()}
+        of_base, of_index = (_below(prefix, tensors) for prefix in (BASE, INDEX))
+        own = {name: array for name, array in tensors.items() if not name.startswith((BASE, INDEX))}
         base = self._new_base()
         if base is None and of_base:
             raise ValueError(f"without a base there are no tensors {sorted(of_base)}")
@@ -262,12 +307,14 @@ class DensityAware(Calibrator):
             if "n_classes" in own and not np.array_equal(of_base["n_classes"], own["n_classes"]):
                 raise ValueError("the base was fitted on another number of classes")
         super().set_tensors(own)
-        self.base_ = base
+        self.base_, self.index_ = base, None
+        if of_index:
+            self.index_ = Index.from_tensors(of_index, self.reference_, self._columns(self.n_classes_))
         return self
 
     @property
     def notes(self) -> list[str]:
-        said = super().notes
+        said = [*super().notes, *getattr(self, "index_notes_", [])]
         if hasattr(self, "weights_") and not self.weights_.any():
             said.append(
                 "every weight is zero: this is plain temperature scaling, but for rows far beyond the calibration set; "
@@ -333,15 +380,29 @@ class DensityAware(Calibrator):
             vectors.append(np.clip(x, -FARTHEST, FARTHEST))
         return vectors
 
-    def _distances(self, vectors: list[Array], own: Array | None = None) -> Array:
+    def _distances(self, vectors: list[Array]) -> Array:
         """s, (n_samples, n_kept)."""
+        return self._summed(self._squared(vectors))
+
+    def _squared(self, vectors: list[Array], own: Array | None = None) -> list[Array]:
+        """Of each kept layer (n_samples, k), in rising order."""
+        k, index = int(self.k_), self.index_
+        if index is not None:
+            return [index.nearest(layer, x, k, own) for layer, x in enumerate(vectors)]
         columns = np.cumsum([0, *(x.shape[1] for x in vectors)])
         reference = [self.reference_[:, i:j] for i, j in pairwise(columns.tolist())]
-        squared = [nearest(x, r, int(self.k_), own) for x, r in zip(vectors, reference, strict=True)]
+        return [nearest(x, r, k, own) for x, r in zip(vectors, reference, strict=True)]
+
+    def _summed(self, squared: list[Array]) -> Array:
         each = squared if self.link == "linear" else [np.sqrt(d) for d in squared]
         return np.column_stack([d.mean(axis=1) if self.distance == "mean" else d[:, -1] for d in each])
 
     def _emit_distances(self, graph: Graph, logits: str, features: str) -> str:
+        if self.reference_.size > MOST_NUMBERS:
+            raise ValueError(
+                f"a graph holds at most {MOST_NUMBERS} numbers of a reference, this one has {self.reference_.size} and "
+                "is served by an index beside the graph; for one file fit with fewer reference_rows"
+            )
         starts = np.cumsum([0, *(self.widths or [])])
         distances = []
         names = self.layers or [LOGITS]
@@ -436,19 +497,69 @@ class DensityAware(Calibrator):
         most = self.reference_rows if sampled else ROWS_PER_CLUSTER * self.reference_rows
         chosen = drawn_rows(len(reference["logits"]), most, self.seed)
         self.kept_ = np.arange(len(self._widths(n_classes)))
-        n_numbers = min(len(chosen), self.reference_rows) * sum(self._widths(n_classes))
-        if n_numbers > MOST_NUMBERS:
-            raise ValueError(f"a reference holds at most {MOST_NUMBERS} numbers, got {n_numbers}: lower reference_rows")
-        rows = {name: np.asarray(array[chosen], np.float64) for name, array in reference.items()}
-        raw = self._raw(**rows)
-        self.centre_, self.scale_ = np.zeros(sum(x.shape[1] for x in raw)), np.ones(len(raw))
+        widths = self._widths(n_classes)
+        self._check_size(min(len(chosen), self.reference_rows) * sum(widths))
+        blocks = [chosen[start : start + BLOCK] for start in range(0, len(chosen), BLOCK)]
+
+        def read(of: Callable[..., list[Array]]) -> Iterator[Array]:
+            for block in blocks:
+                yield np.column_stack(of(**{name: np.asarray(a[block], np.float64) for name, a in reference.items()}))
+
+        self.centre_, self.scale_ = np.zeros(sum(widths)), np.ones(len(widths))
         if self.normalise == "none":
-            self.centre_ = np.concatenate([x.mean(axis=0) for x in raw])
-            self.scale_ = np.maximum([np.sqrt(x.var(axis=0).mean()) for x in raw], LEAST_SCALE)
-        scaled = np.column_stack(self._vectors(**rows))
+            self.centre_ = sum(x.sum(axis=0) for x in read(self._raw)) / np.float64(len(chosen))
+            variance = sum(np.square(x - self.centre_).sum(axis=0) for x in read(self._raw)) / np.float64(len(chosen))
+            of_layers = np.split(variance, np.cumsum(widths)[:-1])
+            self.scale_ = np.maximum([np.sqrt(of_layer.mean()) for of_layer in of_layers], LEAST_SCALE)
+        stored = np.float16 if sampled or len(chosen) <= self.reference_rows else np.float32
+        scaled = np.empty((len(chosen), sum(widths)), stored)
+        for i, x in enumerate(read(self._vectors)):
+            scaled[i * BLOCK : (i + 1) * BLOCK] = np.clip(x, -FLOAT16_MOST, FLOAT16_MOST)
         if len(scaled) > self.reference_rows:
             scaled = centres_of_clusters(scaled, self.reference_rows, self.seed)
-        self.reference_ = np.clip(scaled, -FLOAT16_MOST, FLOAT16_MOST).astype(np.float16)
+        self.reference_ = scaled.astype(np.float16, copy=False)
+
+    def _check_size(self, n_numbers: int) -> None:
+        """Refuse what can be served neither by a graph nor by an index."""
+        if n_numbers > MOST_NUMBERS and self.index == "graph":
+            raise ValueError(
+                f"a reference in a graph holds at most {MOST_NUMBERS} numbers, got {n_numbers}: lower reference_rows "
+                "or take an index beside it"
+            )
+        if n_numbers > MOST_NUMBERS and not is_installed():
+            raise ValueError(
+                f"a reference of more than {MOST_NUMBERS} numbers, here {n_numbers}, needs an index beside the graph: "
+                "pip install 'calserve[index]', or lower reference_rows"
+            )
+
+    def _fit_index(self, logits: Array, x: list[Array], own: Array, squared: list[Array]) -> None:
+        """Make the index, and have it look at as much of the reference as its tolerance asks for."""
+        self.index_notes_: list[str] = []
+        form = self.index
+        if form == "auto":
+            form = "ivf" if self.reference_.size > SWITCH and is_installed() else "graph"
+        if form == "graph":
+            return
+        wanted = self._from_distances(logits, self._summed(squared))
+        index = self.index_ = Index.build(form, self.reference_, self._columns(logits.shape[1]), seed=self.seed)
+
+        def tried(effort: int, rows: Array) -> tuple[list[Array], float]:
+            index.effort = effort
+            found = self._squared([vectors[rows] for vectors in x], own[rows])
+            return found, float(np.abs(self._from_distances(logits[rows], self._summed(found)) - wanted[rows]).max())
+
+        def suffices(effort: int) -> bool:
+            return tried(effort, sample)[1] <= self.index_tolerance
+
+        sample, every = drawn_rows(len(logits), ROWS_TRIED, self.seed), np.arange(len(logits))
+        enough = _least_that(suffices, index.effort, index.most_effort)
+        found, change = tried(enough, every)
+        while change > self.index_tolerance and index.effort < index.most_effort:
+            found, change = tried(min(2 * index.effort, index.most_effort), every)
+        said = _missed(index, squared, found, change)
+        if change > self.index_tolerance:
+            raise ValueError(f"{said}, more than index_tolerance={self.index_tolerance:g}; take index=exact or ivf")
+        self.index_notes_ = [said]
 
     def _standardise(self, distances: Array, ordinary: Array, weight: Array) -> None:
         share = weight[ordinary] / weight[ordinary].sum()
@@ -594,6 +705,33 @@ def _descend(objective: Any, start: list[float], bounds: Any) -> tuple[Array, fl
     found = minimize(objective, start, jac=True, bounds=bounds, method="L-BFGS-B",
                      options={"ftol": 1e-12, "gtol": 1e-9, "maxiter": 500})  # fmt: skip
     return found.x, float(found.fun)
+
+
+def _below(prefix: str, tensors: Mapping[str, Array]) -> dict[str, Array]:
+    return {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
+
+
+def _least_that(suffices: Callable[[int], bool], least: int, most: int) -> int:
+    """About the smallest whole number that suffices, as larger ones do; `most` where none does."""
+    low, high = least - 1, least
+    while high < most and not suffices(high):
+        low, high = high, min(2 * high, most)
+    while high - low > high // 8 + 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if suffices(middle) else (middle, high)
+    return high
+
+
+def _missed(index: Index, squared: list[Array], found: list[Array], change: float) -> str:
+    """How the distances of an index differ from the true ones, in words."""
+    recall = np.mean([(f <= s[:, -1:] * (1 + 1e-5)).mean() for s, f in zip(squared, found, strict=True)])
+    last = [(np.sqrt(s[:, -1]), np.sqrt(f[:, -1])) for s, f in zip(squared, found, strict=True)]
+    off = max(float((np.abs(f - s) / np.maximum(s, LEAST_LENGTH)).max()) for s, f in last)
+    return (
+        f"distances are looked up in an index ({index.form}, effort {index.effort} of {index.most_effort}): it finds "
+        f"{recall:.1%} of the calibration rows' neighbours, the farthest of them off by at most {off:.1%} of their "
+        f"distance, and no probability off by more than {change:.2g}"
+    )
 
 
 def _unit(x: Array) -> Array:

@@ -39,6 +39,7 @@ from calibrators.online.learner import OnlineCalibrator
 from service.errors import InvalidRequest, Refused
 from service.inference import datatypes
 from service.inference.batcher import Answer, Batcher, Lane, Limits, Run
+from service.inference.indexed import IndexedSession
 from service.inference.prediction_sets import SET_OUTPUTS, SHARES, PredictionSets
 from service.inference.session import Device, Session, TensorSpec
 from service.inference.statistics import Statistics
@@ -254,14 +255,17 @@ class ServedModel:
             raise Refused(f"model {self.name!r} is not a classifier that calserve understands; it has no calibrators")
 
     def _session_for(self, calibrator: Calibrator) -> tuple[Session, FusedModel]:
-        key = signature(calibrator)
+        taps = calibrator.taps
+        inside = Identity.of(self.n_classes) if calibrator.has_index else calibrator
+        key = "\n".join(("layers", *taps)) if calibrator.has_index else signature(calibrator)
         if key not in self._sessions:
-            fused = fuse(self._proto, calibrator, self.inspection, sets=False)
+            fused = fuse(self._proto, inside, self.inspection, sets=False, taps=taps)
             self._sessions[key] = (Session(fused.to_bytes(), self.device), fused)
             while len(self._sessions) > KEPT_SESSIONS:
                 self._sessions.popitem(last=False)
         self._sessions.move_to_end(key)
-        return self._sessions[key]
+        session, fused = self._sessions[key]
+        return (IndexedSession(session, calibrator, self.device) if calibrator.has_index else session), fused
 
     def tapped(self, taps: Sequence[str]) -> Snapshot:
         """A snapshot that shows the vectors of these layers; the last that was asked for is kept."""

@@ -26,6 +26,10 @@ class Costs:
             costs = self._by_form[inputs] = RunCosts()
         return costs
 
+    def forget(self) -> None:
+        """Another revision serves, whose runs may cost more than the event loop can wait for."""
+        self._by_form.clear()
+
 
 class RunCosts:
     """What a run takes, nanoseconds, by the power of two of its rows, learned from the runs that were made."""

@@ -187,6 +187,7 @@ class Revisions:
         before = model.active.revision
         model.active = snapshot
         self._snapshots.get(model, {}).pop(before, None)  # it may have learned since it was kept
+        model.batcher.costs.forget()
         self._repository.generation += 1  # what is remembered of requests may belong to the one before
         log.info("model %s/%s: %s is active, before %s", model.name, model.version, snapshot.revision, before)
         return snapshot.revision, before
@@ -227,6 +228,8 @@ class Revisions:
             return calibrators.loads(self._blobs.get(row.artifact_digest))
         except ValueError as error:
             raise Damaged(f"the artifact of revision {row.revision} cannot be read: {error}") from error
+        except ImportError as error:
+            raise Refused(f"revision {row.revision} cannot be served here: {error}") from error
 
     def _prove(self, model: ServedModel, row: RevisionRow) -> Snapshot:
         calibrator = self._load(model, row)
@@ -252,7 +255,9 @@ class Revisions:
 def _stage_agrees(calibrator: Calibrator, signals: Signals, model: ServedModel, revision: str) -> None:
     """The calibrator's own graph gives on the golden rows what `predict_proba` and `predict_further` give."""
     session = Session(stage(calibrator).to_bytes(), model.device)
-    probabilities, *further = session.run(["probabilities", *calibrator.further_outputs], signals)
+    beside = {name: signals[name] for name in calibrator.signal_shapes(calibrator.n_classes_)}
+    read = {"logits": signals["logits"], **calibrator.look_up(signals["logits"], **beside)}
+    probabilities, *further = session.run(["probabilities", *calibrator.further_outputs], read)
     what = f"the graph of {revision} does not compute"
     _agree(calibrator, signals, probabilities, what)
     wanted = calibrator.predict_further(**signals)

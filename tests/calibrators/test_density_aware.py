@@ -311,8 +311,8 @@ def test_a_reference_on_disk_is_not_read_whole() -> None:
 def test_a_reference_too_large_for_a_graph_is_refused_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(DensityAware._embed.__globals__, "MOST_NUMBERS", 1000)
     logits, y, features = rows(200)
-    with pytest.raises(ValueError, match="a reference holds at most 1000 numbers, got 2600: lower reference_rows"):
-        created().fit(logits, y, features=features)
+    with pytest.raises(ValueError, match="a graph holds at most 1000 numbers, got 2600: lower reference_rows"):
+        created(index="graph").fit(logits, y, features=features)
     assert created(reference_rows=70).fit(logits, y, features=features).reference_.shape[0] == 70
 
 

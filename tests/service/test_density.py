@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ from onnx import TensorProto, helper
 
 from calibrators.augment import augmented
 from calibrators.graph import FEATURES, LOGITS
+from calibrators.index import Index
+from calibrators.kinds import density_aware
 from calibrators.kinds.density_aware import DensityAware
 from service import errors
 from service.cli import main
 from service.client import AsyncClient, Client
+from service.inference.indexed import IndexedSession
 from tests.service import models
 from tests.service.conftest import RunningServer, settings_for
 from tests.service.test_views import IMAGES, cnn
@@ -225,3 +229,70 @@ def test_a_model_that_shows_no_layer_is_calibrated_by_its_logits(tmp_path: Path)
         assert client.calibrator("linear", revision.revision).layers == ["logits"]
         assert {LOGITS, FEATURES} - {s.name for s in server.app.repository.get("linear").active.session.outputs}
     server.stop()
+
+
+@pytest.mark.parametrize("form", ["exact", "ivf"])
+def test_what_is_looked_up_beside_the_graph_is_served_as_one_revision_and_exported_as_one_file(
+    client: Client, server: RunningServer, form: str
+) -> None:
+    arguments: dict[str, Any] = {"reference": in_batches(), "held_out_fraction": 0.0, "index": form, **FIT}
+    revision = client.fit("mlp", "density_aware", **arguments)
+    assert any(f"index ({form}" in note for note in revision.notes)
+    client.activate("mlp", revision.revision)
+    assert isinstance(server.app.repository.get("mlp").active.session, IndexedSession)
+    prediction, graph, lists = client.predict("mlp", X[:50]), library(index="graph"), library(index=form)
+    signals = {"features": models.hidden(X[:50])}
+    wanted = lists.predict_proba(logits_of(X[:50]), **signals)
+    np.testing.assert_allclose(prediction.probabilities, wanted, atol=1e-4)
+    assert prediction.calibrator_revision == revision.revision
+    assert {"scores", "confidence", "label", "density", "ood_score"} < prediction.outputs.keys()
+    np.testing.assert_allclose(prediction.outputs["confidence"], prediction.probabilities.max(axis=1), rtol=1e-6)
+    np.testing.assert_array_equal(
+        prediction.outputs["scores"], client.predict("mlp", X[:50], calibrator="none").outputs["scores"]
+    )
+    exact = graph.predict_proba(logits_of(X[:50]), **signals)
+    exported = ort.InferenceSession(client.export("mlp")).run(["probabilities"], {"x": X[:50]})[0]
+    np.testing.assert_allclose(exported, exact, atol=1e-4)
+    np.testing.assert_allclose(prediction.probabilities, exact, atol=2 * lists.index_tolerance)
+
+
+def test_a_reference_too_large_for_a_graph_is_served_and_its_export_refused(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    revision = client.fit("mlp", "density_aware", held_out_fraction=0.0, index="exact", **FIT).revision
+    monkeypatch.setattr(density_aware, "MOST_NUMBERS", 1000)
+    client.activate("mlp", revision)
+    assert client.predict("mlp", X[:5]).calibrator_revision == revision
+    with pytest.raises(errors.Refused, match="cannot be exported: a graph holds at most 1000 numbers"):
+        client.export("mlp")
+
+
+def test_an_index_that_finds_other_rows_than_it_did_is_found_at_activation(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    revision = client.fit("mlp", "density_aware", held_out_fraction=0.0, index="exact", **FIT).revision
+    nearest = Index.nearest
+    monkeypatch.setattr(Index, "nearest", lambda *args: 4 * nearest(*args))
+    with pytest.raises(errors.Refused, match="no longer computes") as caught:
+        client.activate("mlp", revision)
+    assert caught.value.detail_reason == "GRAPH_DISAGREES"
+
+
+def test_without_faiss_a_revision_that_needs_it_is_refused_and_says_what_to_install(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    revision = client.fit("mlp", "density_aware", held_out_fraction=0.0, index="exact", **FIT).revision
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(errors.Refused, match=r"cannot be served here: .*pip install 'calserve\[index\]'"):
+        client.activate("mlp", revision)
+
+
+def test_a_revision_that_costs_more_does_not_run_in_the_event_loop_at_the_old_price(
+    client: Client, server: RunningServer
+) -> None:
+    model = server.app.repository.get("mlp")
+    client.predict("mlp", X[:1])
+    revision = client.fit("mlp", "density_aware", held_out_fraction=0.0, index="exact", **FIT).revision
+    client.activate("mlp", revision)
+    lane = model.lane(model.common_outputs, {"x": X[:1]}, None)
+    assert model.batcher.costs.of(lane.inputs).expected_ns(1) == np.inf
