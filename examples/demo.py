@@ -37,6 +37,7 @@ from service.console import ranking_table, scores_table
 OUT = Path("demo")
 START_SECONDS = 60
 CHECKED_ROWS = 8 * step3_predict.BATCH
+SAME = 1e-6
 console = Console()
 
 
@@ -65,13 +66,13 @@ def main() -> None:
         step(3, "a stock tritonclient asks, and gets calibrated probabilities")
         served = step3_predict.predict(address, data.inputs[data.is_test])
         expected = fused_probabilities(data, client.calibrator(MODEL, revisions[chosen].revision))
-        same = np.array_equal(served.probabilities[: len(expected)], expected)
-        if served.revisions != {revisions[chosen].revision} or not same:
+        apart = float(np.abs(served.probabilities[: len(expected)] - expected).max())
+        if served.revisions != {revisions[chosen].revision} or apart > SAME:
             sys.exit("The served probabilities are not those of the fused graph.")
         rows = len(served.probabilities)
         say(
             f"{rows} answers, each computed by {revisions[chosen].revision}; those to the first {len(expected)} were "
-            "computed again by plain onnxruntime from the fused ONNX graph, and are the same bit for bit."
+            f"computed again by plain onnxruntime from the fused ONNX graph, and are the same to {apart:.0e}."
         )
 
         step(4, "all that was fitted, judged on these rows: no fit has seen them")
