@@ -86,7 +86,8 @@ def main() -> None:
 
         step(6, "labels stream in, the model drifts, the calibrator learns")
         say("Beside magika stands a model without a network: its logits are made here, and after a while mean less.")
-        console.print(step5_labels.table(step5_labels.watch(client)))
+        with Client(address, show_progress=False) as quiet:
+            console.print(step5_labels.table(step5_labels.watch(quiet)))
         gain = client.online_state(step5_labels.MODEL).gain
         say(
             f"Learning bettered half the Brier score by {gain.value:.4f} against the calibrator as it was fitted, "

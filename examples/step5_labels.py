@@ -97,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--address", default="127.0.0.1:8001", help="the server")
     arguments = parser.parse_args()
-    with Client(arguments.address) as client:
+    with Client(arguments.address, show_progress=False) as client:
         Console().print(table(watch(client)))
 
 
