@@ -1,0 +1,110 @@
+"""What every detector is: a statistic that is updated row by row, a threshold, and a state that survives a restart.
+
+A detector watches one forecaster: the raw model, or what was served. It knows neither the journal nor a server. Rows
+come in the order of the predictions; how they are divided into batches changes nothing, to the last bit.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+NO_LABEL = -1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one forecaster, in the order in which they were predicted.
+
+    Attributes
+    ----------
+    logits : (n_rows, n_classes) float64, whose softmax is the forecast; logarithms of probabilities are logits
+    labels : (n_rows,) int64, the class that came true; -1: it is not known
+    segments : (n_rows,) int64, the segment that each row belongs to, 0 if there is but one
+    signals : name -> (n_rows,) float64, what else is known of a row: density, ood_score, projections of its input
+    """
+
+    logits: Array
+    labels: NDArray[np.int64]
+    segments: NDArray[np.int64]
+    signals: Mapping[str, Array] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def rows(self, chosen: slice | NDArray[np.intp]) -> Batch:
+        signals = {name: values[chosen] for name, values in self.signals.items()}
+        return replace(
+            self,
+            logits=self.logits[chosen],
+            labels=self.labels[chosen],
+            segments=self.segments[chosen],
+            signals=signals,
+        )
+
+
+class Detector(ABC):
+    """A test that may be looked at after every row.
+
+    A kind's parameters are the keywords of its constructor, which raises ValueError for one that cannot be. They are
+    fixed; what changes with the rows is in `state`, a flat dict of arrays whose size does not grow with the rows.
+
+    Attributes
+    ----------
+    kind : its name
+    labelled : whether it reads labels, so that rows without one pass it by; otherwise it reads no label
+    n_rows : rows that it has read since it was last reset
+    """
+
+    kind: ClassVar[str]
+    labelled: ClassVar[bool]
+    n_rows: int
+
+    @property
+    @abstractmethod
+    def ready(self) -> bool:
+        """Whether it has the reference that it compares with, if it needs one: until then rows make the reference."""
+
+    @property
+    @abstractmethod
+    def statistic(self) -> float:
+        """What is held against the threshold, of the same unit; an e-detector's is the logarithm of base 10."""
+
+    @property
+    @abstractmethod
+    def threshold(self) -> float:
+        """It rings when the statistic reaches this."""
+
+    @abstractmethod
+    def update(self, batch: Batch) -> int | None:
+        """Read rows; where it rings, the row of the batch that it rang at: rows behind that one are not read."""
+
+    @abstractmethod
+    def change_point(self) -> int:
+        """How many of the rows read last are estimated to have come after the change, at least 1."""
+
+    @abstractmethod
+    def evidence(self) -> dict[str, float]:
+        """What the statistic is made of: name of a part (`class 3`, `segment 1`, `temperature`) -> share, of sum 1.
+
+        Names are the detector's own; where it has no parts, the dict is empty.
+        """
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Begin anew, with the reference that it has."""
+
+    @abstractmethod
+    def state(self) -> dict[str, NDArray[np.generic]]:
+        """Everything that rows have changed, as arrays."""
+
+    @abstractmethod
+    def restore(self, state: Mapping[str, NDArray[np.generic]]) -> Self:
+        """Go on from what `state` gave. ValueError if it is of another detector or other parameters."""
