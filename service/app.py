@@ -25,6 +25,9 @@ from service.learning.online_serving import OnlineServing
 from service.learning.operations import Limits, Operations
 from service.learning.progress import COUNTED
 from service.learning.revisions import Revisions
+from service.learning.shadow import BETTER, WORSE
+from service.learning.shadow_runs import ShadowRuns
+from service.learning.shadows import Shadows
 from service.lifecycle import Signals, end_process, keep_watchdog, notify
 from service.rpc.access import Access, check_complete
 from service.rpc.calibrator_service import CalibratorService
@@ -40,6 +43,7 @@ from service.rpc.process_settings import ProcessSettings
 from service.rpc.reflection import Reflection
 from service.rpc.repository_control import RepositoryControl
 from service.rpc.server_info import EXTENSIONS, ServerInfo
+from service.rpc.shadow_service import ShadowService
 from service.rpc.shared_memory import Regions, SharedMemory
 from service.rpc.streams import StreamLimits, Streams
 from service.rpc.tls import CertificateFiles
@@ -55,7 +59,15 @@ from service.store.lock import lock_store
 from service.store.online_states import OnlineStates
 from service.supervisor import Member
 from service.web.http import HttpServer, Page, text
-from service.web.metrics import JournalState, Metrics, ModelState, OnlineLearning, SetCoverage
+from service.web.metrics import (
+    JournalState,
+    Metrics,
+    ModelState,
+    OnlineLearning,
+    SetCoverage,
+    ShadowRunning,
+    ShadowStanding,
+)
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +116,18 @@ class App:
             wait_seconds=settings.online_wait_seconds,
             quota=settings.online_quota_labels,
         )
+        self._journalling = Journalling(self._journal, settings.journal)
+        self._shadow_runs = ShadowRuns(self._journal, self.repository, self._revisions, self._journalling)
+        self._shadows = Shadows(
+            self._journal,
+            self.repository,
+            self._revisions,
+            self._online,
+            self._shadow_runs,
+            self._journalling,
+            wait_seconds=settings.online_wait_seconds,
+            quota=settings.online_quota_labels,
+        )
         self._coverage = Coverage(self._journal, self.repository, settings.online_wait_seconds)
         self._feedback = FeedbackService(self.repository, self._journal, Labels(self._journal), self._online.labelled)
         self._regions = Regions(settings.shared_memory_prefix, settings.shared_memory_bytes)
@@ -115,6 +139,11 @@ class App:
             self._journal_state,
             self._online_learning,
             lambda: [SetCoverage(**vars(state)) for state in self._coverage.states()],
+            self._shadow_standings,
+            lambda: [
+                ShadowRunning(run.row.model, run.row.revision, run.counts, run.seconds)
+                for run in self._shadow_runs.runs()
+            ],
         )
         self._streams = Streams(_stream_limits(settings))
         limits = replace(_connection_limits(settings), shared_port=member is not None)
@@ -151,8 +180,10 @@ class App:
             await self._operations.resume()
             self._online.start()
             self._coverage.start()
+            self._shadows.begin()
         else:
             self._following.start()
+        self._shadow_runs.start()
         await self._tell_health(*self.repository.names())
         if self._member is not None:
             socket = self._member.learner_socket if self._learns else None
@@ -174,6 +205,8 @@ class App:
         self._watch.cancel()
         await self._operations.close()
         await self._following.close()
+        await self._shadows.close()
+        await self._shadow_runs.close()
         await self._online.close()
         await self._coverage.close()
         if self._forward:
@@ -226,8 +259,9 @@ class App:
 
     def _methods(self) -> Iterable[Method]:
         deadline = self.settings.default_deadline_seconds
-        journalling = Journalling(self._journal, self.settings.journal)
-        inference = Inference(self.repository, self._revisions, self._health, self._regions, deadline, journalling)
+        inference = Inference(
+            self.repository, self._revisions, self._health, self._regions, deadline, self._journalling
+        )
         methods = [
             *methods_of(
                 INFERENCE_SERVICE,
@@ -245,11 +279,15 @@ class App:
 
     def _learners_methods(self) -> list[Method]:
         """The learner's own; of another worker, passed on to it. Labels may name what this worker answered just now."""
-        calibrators = CalibratorService(self.repository, self._revisions, self._operations).methods()
-        feedback, online = self._feedback.methods(), OnlineService(self._online).methods()
+        own = [
+            *CalibratorService(self.repository, self._revisions, self._operations, self._shadows).methods(),
+            *OnlineService(self._online).methods(),
+            *ShadowService(self._shadows).methods(),
+        ]
+        feedback = self._feedback.methods()
         if self._forward is None:
-            return [*calibrators, *feedback, *online]
-        passed_on = [self._forward.method(method) for method in (*calibrators, *online)]
+            return [*own, *feedback]
+        passed_on = [self._forward.method(method) for method in own]
         return [*passed_on, *(self._forward.method(method, self._journal.flush) for method in feedback)]
 
     def _extensions(self) -> list[str]:
@@ -302,6 +340,19 @@ class App:
                 state.counts["timed"],
             )
             for state in self._online.states()
+        ]
+
+    def _shadow_standings(self) -> list[ShadowStanding]:
+        return [
+            ShadowStanding(
+                state.row.model,
+                state.row.revision,
+                state.comparison.counts,
+                state.comparison.gain.mean,
+                *state.comparison.gain.interval(state.row.level),
+                {BETTER: 1, WORSE: -1}.get(state.comparison.verdict, 0),
+            )
+            for state in self._shadows.states()
         ]
 
     def _pages(self) -> dict[str, Page]:

@@ -255,16 +255,59 @@ def online_suspend(arguments: argparse.Namespace) -> None:
 
 def online_resume(arguments: argparse.Namespace) -> None:
     with _client(arguments) as client:
-        state = client.resume_learning(arguments.model)
+        state = client.resume_learning(arguments.model, skip_waiting=arguments.skip_waiting)
     Console().print(f"[bold]{state.revision}[/] learns again")
 
 
 def online_replay(arguments: argparse.Namespace) -> None:
     with _client(arguments) as client:
         replay = client.replay_learning(arguments.model)
+    came = (
+        f"{replay.learned} labels in {replay.steps} steps{f' after state {replay.since}' if replay.since else ''} came"
+    )
     if not replay.equal:
-        raise Damaged(f"{replay.learned} labels in {replay.steps} steps came to another state than the one stored")
-    Console().print(f"{replay.learned} labels in {replay.steps} steps came to the same state, bit for bit")
+        raise Damaged(f"{came} to another state than the one stored")
+    Console().print(f"{came} to the same state, bit for bit")
+
+
+def shadow_start(arguments: argparse.Namespace) -> None:
+    with _client(arguments) as client:
+        shadow = client.start_shadow(
+            arguments.model,
+            arguments.revision,
+            policy=arguments.policy,
+            level=arguments.level,
+            least_labels=arguments.least_labels,
+            share=arguments.share,
+        )
+    how = f"run on a share of {shadow.share:g}" if shadow.share else "computed from the logits that are kept"
+    Console().print(f"[bold]{shadow.revision}[/] is in shadow beside {shadow.champion}, {how}")
+
+
+def shadow_list(arguments: argparse.Namespace) -> None:
+    from service.console import shadows_table
+
+    with _client(arguments) as client:
+        Console().print(shadows_table(client.shadows(arguments.model)))
+
+
+def shadow_show(arguments: argparse.Namespace) -> None:
+    from service.console import shadow_table
+
+    with _client(arguments) as client:
+        Console().print(shadow_table(client.shadow(arguments.model, arguments.revision)))
+
+
+def shadow_stop(arguments: argparse.Namespace) -> None:
+    with _client(arguments) as client:
+        shadow = client.stop_shadow(arguments.model, arguments.revision)
+    Console().print(f"[bold]{shadow.revision}[/] is compared no longer: {shadow.verdict} after {shadow.labels} labels")
+
+
+def shadow_promote(arguments: argparse.Namespace) -> None:
+    with _client(arguments) as client:
+        shadow = client.promote(arguments.model, arguments.revision)
+    Console().print(f"[bold]{shadow.revision}[/] is active, before {shadow.champion}")
 
 
 def journal_inspect(arguments: argparse.Namespace) -> None:
@@ -384,6 +427,7 @@ def _parser() -> argparse.ArgumentParser:
         _sharing_commands,
         _journal_commands,
         _online_commands,
+        _shadow_commands,
     ):
         add(commands)
     return parser
@@ -502,9 +546,32 @@ def _online_commands(commands: Any) -> None:
     command = _add_client(actions, "rollback", online_rollback, "serve an earlier state and learn on from it", "model")
     command.add_argument("state", type=int, help="see `calserve online show`; 0: the revision as it was fitted")
     _add_client(actions, "suspend", online_suspend, "learn nothing until `resume`", "model")
-    _add_client(actions, "resume", online_resume, "go on learning, with what has come since", "model")
-    text = "learn everything again from the journal and compare, bit for bit; exit code 3 if it differs"
+    command = _add_client(actions, "resume", online_resume, "go on learning, with what has come since", "model")
+    text = "the labels that came since teach nothing"
+    command.add_argument("--skip-waiting", action="store_true", help=text)
+    text = "learn again what the journal still has and compare, bit for bit; exit code 3 if it differs"
     _add_client(actions, "replay", online_replay, text, "model")
+
+
+def _shadow_commands(commands: Any) -> None:
+    text = "compare revisions with the active one on live traffic; make the better one serve"
+    parser = commands.add_parser("shadow", help=text, description=text)
+    actions = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    text = "compare a revision with the active one from now on; 'none': the model's own probabilities"
+    command = _add_client(actions, "start", shadow_start, text, "model", "revision")
+    text = "manual (default); automatic: promoted as soon as it is shown better"
+    command.add_argument("--policy", choices=("manual", "automatic"), default="manual", help=text)
+    text = "probability with which the bounds hold, whenever one looks (default: 0.95)"
+    command.add_argument("--level", type=float, default=0.95, help=text)
+    text = "labels without which the policy does nothing (default: 500)"
+    command.add_argument("--least-labels", type=int, default=500, help=text)
+    text = "of requests on which it is run, where kept logits are not enough (default: as is usual for its kind)"
+    command.add_argument("--share", type=float, default=0.0, help=text)
+    _add_client(actions, "list", shadow_list, "list the challengers of a model, those that have ended too", "model")
+    _add_client(actions, "show", shadow_show, "how a challenger stands", "model", "revision")
+    _add_client(actions, "stop", shadow_stop, "compare it no longer", "model", "revision")
+    text = "make a challenger serve that is shown better; see also `activate`"
+    _add_client(actions, "promote", shadow_promote, text, "model", "revision")
 
 
 def _add_store(commands: Any, name: str, command: Callable[..., None], text: str) -> argparse.ArgumentParser:

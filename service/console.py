@@ -14,7 +14,7 @@ from calibrators.auto import Candidate
 from calibrators.inspection import Inspection
 from calibrators.layers import default_layers, find_layers, multiply_adds, named_layers
 from calibrators.metrics import Estimate
-from service.client import Evaluation, Model, OnlineState, Revision
+from service.client import Evaluation, Model, OnlineState, Revision, Shadow
 from service.rpc.tokens import Token
 from service.store.maintenance import Contents
 
@@ -160,6 +160,45 @@ def online_tables(state: OnlineState) -> tuple[Table, Table]:
     for one in state.kept:
         kept.add_row(str(one.online_state), str(one.learned), f"{one.time:%Y-%m-%d %H:%M:%S}")
     return table, kept
+
+
+def shadows_table(shadows: Iterable[Shadow]) -> Table:
+    """Challengers: how each stands, or stood."""
+    table = Table()
+    for heading in ("challenger", "champion", "policy", "labels", "gain, half Brier", "verdict", ""):
+        table.add_column(heading, justify="right" if heading == "labels" else "left")
+    for shadow in shadows:
+        ended = "" if shadow.outcome == "running" else f"{shadow.outcome} by {shadow.ended_by or 'anybody'}"
+        verdict = f"[bold]{shadow.verdict}[/]" if shadow.verdict != "undecided" else shadow.verdict
+        table.add_row(
+            shadow.revision, shadow.champion, shadow.policy, f"{shadow.labels:,}", score(shadow.gain), verdict, ended
+        )
+    return table
+
+
+def shadow_table(shadow: Shadow) -> Table:
+    """Everything about one challenger."""
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    for name, value in (
+        ("challenger", f"[bold]{shadow.revision}[/]"),
+        ("champion", f"{shadow.champion}, since {shadow.compared_since:%Y-%m-%d %H:%M:%S}"),
+        ("policy", f"{shadow.policy}, from {shadow.least_labels} labels on"),
+        ("run on a share of", f"{shadow.share:g}" if shadow.share else "none: from kept logits"),
+        ("gain, half Brier", score(shadow.gain)),
+        ("  holds at all times", f"{shadow.level:g}"),
+        ("gain, log loss", f"{shadow.log_loss_gain:.4f}"),
+        (
+            "verdict",
+            shadow.verdict + (f", since {shadow.verdict_time:%Y-%m-%d %H:%M:%S}" if shadow.verdict_time else ""),
+        ),
+        ("producers who contest it", str(shadow.contesting)),
+        *((name.replace("_", " "), str(count)) for name, count in shadow.rows.items()),
+        ("started by", shadow.started_by or "anybody"),
+        ("outcome", shadow.outcome + (f" by {shadow.ended_by or 'anybody'}" if shadow.end_time else "")),
+        ("note", escape(shadow.note)),
+    ):
+        table.add_row(name, value)
+    return table
 
 
 def journal_table(contents: Iterable[Contents]) -> Table:

@@ -23,6 +23,7 @@ from service.client.results import (
     Prediction,
     Replay,
     Revision,
+    Shadow,
     StoredPrediction,
 )
 from service.client.stream import Stream
@@ -39,6 +40,7 @@ __all__ = [
     "Replay",
     "Retries",
     "Revision",
+    "Shadow",
     "StoredPrediction",
     "Stream",
 ]

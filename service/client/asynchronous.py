@@ -15,6 +15,7 @@ from calserve.v1 import calibrator_service_pb2 as pb
 from calserve.v1 import feedback_service_pb2 as feedback
 from calserve.v1 import online_service_pb2 as online
 from calserve.v1 import resources_pb2 as resources
+from calserve.v1 import shadow_service_pb2 as shadow_pb
 from grpc_health.v1 import health_pb2
 from numpy.typing import ArrayLike
 
@@ -35,12 +36,14 @@ from service.client.results import (
     Prediction,
     Replay,
     Revision,
+    Shadow,
     StoredPrediction,
     evaluation_of,
     model_of,
     online_state_of,
     replay_of,
     revision_of,
+    shadow_of,
     stored_prediction_of,
 )
 from service.client.stream import Stream
@@ -51,6 +54,7 @@ from service.rpc.wire import (
     HEALTH_SERVICE,
     INFERENCE_SERVICE,
     ONLINE_SERVICE,
+    SHADOW_SERVICE,
     inference,
 )
 
@@ -92,6 +96,7 @@ class AsyncClient:
             security.stub(self._channel, service)
             for service in (CALIBRATOR_SERVICE, FEEDBACK_SERVICE, ONLINE_SERVICE, INFERENCE_SERVICE, HEALTH_SERVICE)
         )
+        self._shadows = security.stub(self._channel, SHADOW_SERVICE)
         self._show_progress, self._timeout, self._retries = show_progress, timeout_seconds, retries
 
     async def __aenter__(self) -> Self:
@@ -310,15 +315,58 @@ class AsyncClient:
         request = online.SuspendLearningRequest(model=model)
         return online_state_of(await self._call(self._online.SuspendLearning, request))
 
-    async def resume_learning(self, model: str) -> OnlineState:
-        """Go on learning, with what has come since."""
-        request = online.ResumeLearningRequest(model=model)
+    async def resume_learning(self, model: str, *, skip_waiting: bool = False) -> OnlineState:
+        """Go on learning: with the labels that came meanwhile, or, to `skip_waiting`, as if they had taught nothing."""
+        request = online.ResumeLearningRequest(model=model, skip_waiting=skip_waiting)
         return online_state_of(await self._call(self._online.ResumeLearning, request))
 
     async def replay_learning(self, model: str) -> Replay:
-        """Learn everything again from the server's journal and compare; changes nothing."""
+        """Learn everything again from the server's journal, as far back as it goes, and compare; changes nothing."""
         request = online.ReplayLearningRequest(model=model)
         return replay_of(await self._call(self._online.ReplayLearning, request))
+
+    async def start_shadow(
+        self,
+        model: str,
+        revision: str,
+        *,
+        policy: str = "manual",
+        level: float = 0.95,
+        least_labels: int = 500,
+        share: float = 0.0,
+    ) -> Shadow:
+        """Compare a revision ("none": the model's own probabilities) with the active one, on what is predicted from now
+        on.
+
+        Parameters
+        ----------
+        policy : "automatic" promotes it as soon as it is shown better on `least_labels` or more; "manual" leaves it
+        level : the probability with which the bounds of the gain hold, at all times at once
+        share : of requests on which it is run, where kept logits are not enough; 0: as is usual for its kind
+        """
+        request = requests.start_shadow(model, revision, policy, level, least_labels, share)
+        return shadow_of(await self._call(self._shadows.StartShadow, request))
+
+    async def shadow(self, model: str, revision: str) -> Shadow:
+        """How a challenger stands, or stood when its shadow ended."""
+        request = shadow_pb.GetShadowRequest(model=model, revision=revision)
+        return shadow_of(await self._read(self._shadows.GetShadow, request))
+
+    async def shadows(self, model: str) -> builtins.list[Shadow]:
+        """All challengers of a model, those whose shadow has ended too."""
+        answer = await self._read(self._shadows.ListShadows, shadow_pb.ListShadowsRequest(model=model))
+        return [shadow_of(message) for message in answer.shadows]
+
+    async def stop_shadow(self, model: str, revision: str) -> Shadow:
+        """Compare it no longer."""
+        request = shadow_pb.StopShadowRequest(model=model, revision=revision)
+        return shadow_of(await self._call(self._shadows.StopShadow, request))
+
+    async def promote(self, model: str, revision: str) -> Shadow:
+        """Activate a challenger that is shown better. Refused if it is not; Stale if another revision than the one that
+        it was compared with is active by now."""
+        request = shadow_pb.PromoteShadowRequest(model=model, revision=revision)
+        return shadow_of(await self._call(self._shadows.PromoteShadow, request))
 
     async def logits(self, model: str, inputs: Inputs, *, batch_size: int = 64) -> Array:
         """The logits (n_samples, n_classes) that the model's calibrators read, computed by the server batch by batch.

@@ -74,6 +74,13 @@ _ROLES = {
         "ResumeLearning": OPERATE,
         "ReplayLearning": OPERATE,
     },
+    "calserve.v1.ShadowService": {
+        "StartShadow": OPERATE,  # it costs what it runs, and may activate
+        "GetShadow": FIT_OR_OPERATE,
+        "ListShadows": FIT_OR_OPERATE,
+        "StopShadow": OPERATE,
+        "PromoteShadow": OPERATE,
+    },
 }
 ROLES = {f"/{service}/{name}": roles for service, methods in _ROLES.items() for name, roles in methods.items()}
 """Method path -> roles, any one of which is enough."""

@@ -81,9 +81,14 @@ class OpenStream:
             self._ids = [self._maker.make(later) for later in range(number + IDS_AHEAD - 1, number - 1, -1)]
         return self._ids.pop()
 
+    @property
+    def newest(self) -> int:
+        """The number of what was appended last."""
+        return self._next - 1
+
     def receipt(self, request: Any) -> bytes:
         """The receipt of what was appended last."""
-        return receipts.issue(self._maker.key, self.row, self._next - 1, self.read(request))
+        return receipts.issue(self._maker.key, self.row, self.newest, self.read(request))
 
 
 class _Flight(NamedTuple):

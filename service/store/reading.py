@@ -113,11 +113,12 @@ class Cohort:
 class Reader:
     """A named reader of one model's journal. Its methods are for any thread but the event loop's, one at a time.
 
-    `wait_seconds` is how long a label is waited for.
+    `wait_seconds` is how long a label is waited for; nothing younger than `hold_seconds` is passed at all.
     """
 
-    def __init__(self, journal: Journal, model: str, name: str, wait_seconds: float) -> None:
+    def __init__(self, journal: Journal, model: str, name: str, wait_seconds: float, hold_seconds: float = 0.0) -> None:
         self._journal, self._model, self._name, self._wait_ms = journal, model, name, int(1000 * wait_seconds)
+        self._hold_ms = int(1000 * hold_seconds)
         self._nothing_late: tuple[Position, int] = Position(), 0
 
     def state(self) -> tuple[Position, int, bytes]:
@@ -221,13 +222,15 @@ class Reader:
 
     def _watermark(self, connection: Connection, begin: Position, record: int, most_rows: int) -> Position:
         """The position after the last row that may be passed, of labels up to `record`."""
-        oldest_ms = int(1000 * time.time()) - self._wait_ms
+        now_ms = int(1000 * time.time())
+        oldest_ms, held_ms = now_ms - self._wait_ms, now_ms - self._hold_ms if self._hold_ms else LAST
         at, left = Position(begin.pack, begin.row, record), most_rows
         for row in self._packs(connection, begin, None):
             pack = load_pack(connection, row)
             start = begin.row if row.pack == begin.pack else 0
             labels, _ = _labels_of(connection, row, pack, 0, record)
-            waited_for = (labels == NO_LABEL) & (np.repeat(pack.times_ms, pack.row_counts) > oldest_ms)
+            times_ms = np.repeat(pack.times_ms, pack.row_counts)
+            waited_for = ((labels == NO_LABEL) & (times_ms > oldest_ms)) | (times_ms > held_ms)
             waited_for[:start] = False
             passed = int(np.argmax(waited_for)) if waited_for.any() else len(labels)
             passed = min(passed, start + left)

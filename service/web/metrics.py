@@ -104,6 +104,36 @@ class SetCoverage:
     recent: float
 
 
+@dataclass(frozen=True)
+class ShadowStanding:
+    """How a challenger stands against what serves.
+
+    Attributes
+    ----------
+    labels : that were judged, by what became of rows -> how many
+    gain, low, high : of half the Brier score, and its bounds
+    verdict : 1 better, -1 worse, 0 undecided
+    """
+
+    model: str
+    revision: str
+    labels: Mapping[str, int]
+    gain: float
+    low: float
+    high: float
+    verdict: int
+
+
+@dataclass(frozen=True)
+class ShadowRunning:
+    """What this process runs in shadow: rows by what became of them, and the seconds that runs took."""
+
+    model: str
+    revision: str
+    rows: Mapping[str, int]
+    seconds: float
+
+
 class Metrics:
     """Counters of calls, and the state of the models read when somebody asks."""
 
@@ -115,6 +145,8 @@ class Metrics:
         journal: Callable[[], JournalState],
         online: Callable[[], Iterable[OnlineLearning]],
         coverage: Callable[[], Iterable[SetCoverage]],
+        shadows: Callable[[], Iterable[ShadowStanding]],
+        shadow_runs: Callable[[], Iterable[ShadowRunning]],
     ) -> None:
         self._registry = CollectorRegistry()
         self._calls: dict[str, CallCounts] = {}
@@ -122,6 +154,7 @@ class Metrics:
         self._registry.register(_Journal(journal))
         self._registry.register(_Online(online))
         self._registry.register(_Coverage(coverage))
+        self._registry.register(_Shadows(shadows, shadow_runs))
         self._registry.register(_State(models, ready, device_lost))
 
     def recorder(self, path: str) -> Callable[[str, float], None]:
@@ -258,6 +291,46 @@ class _Coverage(Collector):
             labels.add_metric([*name, "yes"], one.covered)
             labels.add_metric([*name, "no"], one.missed)
         yield from (level, recent, labels)
+
+
+class _Shadows(Collector):
+    def __init__(
+        self, standings: Callable[[], Iterable[ShadowStanding]], running: Callable[[], Iterable[ShadowRunning]]
+    ) -> None:
+        self._standings, self._running = standings, running
+
+    def collect(self) -> Iterator[Metric]:
+        of_revision = ["model", "revision"]
+        labels = CounterMetricFamily(
+            "calserve_shadow_labels",
+            "Labels that a challenger in shadow was compared on, and rows that it was not, by why.",
+            labels=[*of_revision, "what"],
+        )
+        gain = GaugeMetricFamily(
+            "calserve_shadow_gain",
+            "Half the Brier score of what serves less that of the challenger, and its bounds.",
+            labels=[*of_revision, "bound"],
+        )
+        verdict = GaugeMetricFamily(
+            "calserve_shadow_verdict", "Whether the challenger is better: 1, worse: -1, or 0.", labels=of_revision
+        )
+        for standing in self._standings():
+            name = [standing.model, standing.revision]
+            verdict.add_metric(name, standing.verdict)
+            for bound, value in (("mean", standing.gain), ("low", standing.low), ("high", standing.high)):
+                gain.add_metric([*name, bound], value)
+            for what, count in standing.labels.items():
+                labels.add_metric([*name, what], count)
+        rows = CounterMetricFamily(
+            "calserve_shadow_rows", "Rows that a challenger was to be run on.", labels=[*of_revision, "what"]
+        )
+        seconds = CounterMetricFamily("calserve_shadow_run_seconds", "Time of such runs.", labels=of_revision)
+        for running in self._running():
+            name = [running.model, running.revision]
+            seconds.add_metric(name, running.seconds)
+            for what, count in list(running.rows.items()):
+                rows.add_metric([*name, what], count)
+        yield from (labels, gain, verdict, rows, seconds)
 
 
 class _Online(Collector):
