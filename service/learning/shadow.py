@@ -257,7 +257,7 @@ def _usable(part: Pairs) -> Array:
 
 def _scores(probabilities: Array, labels: Array) -> Array:
     """Half the Brier score and the log loss of each row, (2, n_rows); the worst of what are no numbers."""
-    good: Array = np.isfinite(probabilities).all(axis=1, keepdims=True)
+    good: Array = np.isfinite(probabilities.sum(axis=1, keepdims=True))
     given: Array = np.where(good, probabilities, 0.0)
     losses = -np.log(np.maximum(given[np.arange(len(labels)), labels], LEAST_PROBABILITY))
     scores: Array = np.stack([np.where(good[:, 0], half_brier(given, labels), 1.0), losses])

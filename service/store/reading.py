@@ -217,7 +217,8 @@ class Reader:
             begin = Position() if number == 1 and begin is None else begin
             if begin is not None:  # else what came before it is forgotten
                 with self._journal.reading() as connection:
-                    yield self._cohort(connection, number, begin, end, begin.record)
+                    cohort = self._cohort(connection, number, begin, end, begin.record)
+                yield cohort
             begin = end
 
     def _watermark(self, connection: Connection, begin: Position, record: int, most_rows: int) -> Position:
