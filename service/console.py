@@ -164,15 +164,13 @@ def online_tables(state: OnlineState) -> tuple[Table, Table]:
 
 def shadows_table(shadows: Iterable[Shadow]) -> Table:
     """Challengers: how each stands, or stood."""
-    table = Table()
-    for heading in ("challenger", "champion", "policy", "labels", "gain, half Brier", "verdict", ""):
-        table.add_column(heading, justify="right" if heading == "labels" else "left")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for heading in ("challenger", "champion", "labels", "gain, half Brier", "verdict", "shadow"):
+        table.add_column(heading, justify="right" if heading == "labels" else "left", no_wrap=heading == "challenger")
     for shadow in shadows:
-        ended = "" if shadow.outcome == "running" else f"{shadow.outcome} by {shadow.ended_by or 'anybody'}"
         verdict = f"[bold]{shadow.verdict}[/]" if shadow.verdict != "undecided" else shadow.verdict
-        table.add_row(
-            shadow.revision, shadow.champion, shadow.policy, f"{shadow.labels:,}", score(shadow.gain), verdict, ended
-        )
+        outcome = shadow.policy if shadow.outcome == "running" else shadow.outcome
+        table.add_row(shadow.revision, shadow.champion, f"{shadow.labels:,}", score(shadow.gain), verdict, outcome)
     return table
 
 

@@ -202,7 +202,7 @@ class Judge:
             write_shadow(connection, row)
 
         self._journal.writer.write_now(write)
-        self.row, self.comparison = row, comparison
+        self.comparison, self.row = comparison, row
 
     def change(self, **changes: Any) -> None:
         """Write the shadow down with these fields changed."""

@@ -145,7 +145,7 @@ class Shadows:
     async def of_model(self, model: str) -> list[ShadowState]:
         """Those that are in shadow, and those that were."""
         rows = await asyncio.to_thread(self._rows, model)
-        return [ShadowState(row, self._comparison(row)) for row in rows]
+        return [self._state(row) for row in rows]
 
     def states(self) -> list[ShadowState]:
         """Those that are in shadow now."""
@@ -309,11 +309,11 @@ class Shadows:
         with self._journal.reading() as connection:
             return read_shadows(connection, model)
 
-    def _comparison(self, row: ShadowRow) -> Comparison:
-        if not row.is_running:
-            return Comparison.decode(json.dumps(row.final).encode())
+    def _state(self, row: ShadowRow) -> ShadowState:
         judge = self._judges.get((row.model, row.revision))
-        return Comparison() if judge is None else judge.comparison
+        if row.is_running and judge is not None:
+            return ShadowState(judge.row, judge.comparison)
+        return ShadowState(row, Comparison.decode(json.dumps(row.final).encode()) if row.final else Comparison())
 
 
 def _check_options(policy: str, level: float, least_labels: int, share: float) -> None:
