@@ -20,9 +20,11 @@ from service.learning.coverage import Coverage
 from service.learning.following import Following
 from service.learning.journalling import Journalling
 from service.learning.loading import Loading, Poll
+from service.learning.monitoring import Monitoring
 from service.learning.online import Online
 from service.learning.online_serving import OnlineServing
 from service.learning.operations import Limits, Operations
+from service.learning.policies import Policies
 from service.learning.progress import COUNTED
 from service.learning.revisions import Revisions
 from service.lifecycle import Signals, end_process, keep_watchdog, notify
@@ -34,6 +36,7 @@ from service.rpc.grpc_front import ConnectionLimits, GrpcFront
 from service.rpc.health import PROCESS, READY, Health
 from service.rpc.inference_service import Inference
 from service.rpc.methods import Method, methods_of
+from service.rpc.monitor_service import MonitorService
 from service.rpc.observed import observed
 from service.rpc.online_service import OnlineService
 from service.rpc.process_settings import ProcessSettings
@@ -55,7 +58,7 @@ from service.store.lock import lock_store
 from service.store.online_states import OnlineStates
 from service.supervisor import Member
 from service.web.http import HttpServer, Page, text
-from service.web.metrics import JournalState, Metrics, ModelState, OnlineLearning, SetCoverage
+from service.web.metrics import JournalState, Metrics, ModelState, MonitorReading, OnlineLearning, SetCoverage
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +111,13 @@ class App:
         self._feedback = FeedbackService(self.repository, self._journal, Labels(self._journal), self._online.labelled)
         self._regions = Regions(settings.shared_memory_prefix, settings.shared_memory_bytes)
         self._operations = Operations(self._catalogue, blobs, settings.store / "jobs", _limits(settings))
+        self._monitoring = Monitoring(
+            self._journal,
+            self.repository,
+            Policies(self.repository, self._revisions, self._online, self._operations),
+            mode=settings.monitors,
+            wait_seconds=settings.monitor_wait_seconds,
+        )
         self._metrics = Metrics(
             self._model_states,
             lambda: self._health.serving(READY),
@@ -115,6 +125,7 @@ class App:
             self._journal_state,
             self._online_learning,
             lambda: [SetCoverage(**vars(state)) for state in self._coverage.states()],
+            self._monitor_readings,
         )
         self._streams = Streams(_stream_limits(settings))
         limits = replace(_connection_limits(settings), shared_port=member is not None)
@@ -151,6 +162,7 @@ class App:
             await self._operations.resume()
             self._online.start()
             self._coverage.start()
+            self._monitoring.start()
         else:
             self._following.start()
         await self._tell_health(*self.repository.names())
@@ -168,10 +180,12 @@ class App:
         await asyncio.sleep(self.settings.drain_delay_seconds)
         stopped = asyncio.create_task(self._front.stop(self.settings.drain_seconds))
         await self._operations.release()
+        self._monitoring.release()
         await self._streams.drain()
         self._health.draining = True
         await stopped
         self._watch.cancel()
+        await self._monitoring.close()
         await self._operations.close()
         await self._following.close()
         await self._online.close()
@@ -247,9 +261,10 @@ class App:
         """The learner's own; of another worker, passed on to it. Labels may name what this worker answered just now."""
         calibrators = CalibratorService(self.repository, self._revisions, self._operations).methods()
         feedback, online = self._feedback.methods(), OnlineService(self._online).methods()
+        own = [*calibrators, *online, *MonitorService(self._monitoring).methods()]
         if self._forward is None:
-            return [*calibrators, *feedback, *online]
-        passed_on = [self._forward.method(method) for method in (*calibrators, *online)]
+            return [*own, *feedback]
+        passed_on = [self._forward.method(method) for method in own]
         return [*passed_on, *(self._forward.method(method, self._journal.flush) for method in feedback)]
 
     def _extensions(self) -> list[str]:
@@ -302,6 +317,21 @@ class App:
                 state.counts["timed"],
             )
             for state in self._online.states()
+        ]
+
+    def _monitor_readings(self) -> list[MonitorReading]:
+        counts = self._monitoring.alarm_counts
+        return [
+            MonitorReading(
+                state.spec.model,
+                state.spec.name,
+                state.statistic,
+                state.threshold,
+                rows,
+                counts[state.spec.model, state.spec.name],
+                len(state.alarms),
+            )
+            for state, rows in self._monitoring.states()
         ]
 
     def _pages(self) -> dict[str, Page]:

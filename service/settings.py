@@ -17,6 +17,7 @@ from service.errors import Refused
 ENVIRONMENT_PREFIX = "CALSERVE_"
 MODEL_CONTROLS = ("none", "explicit", "poll")
 JOURNAL_MODES = ("off", "async", "sync")
+MONITOR_MODES = ("default", "own", "off")
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ class Settings:
     journal_queue_bytes: int = 64 << 20
     online_wait_seconds: float = 60.0
     online_quota_labels: int = 10_000
+    monitors: str = "default"
+    monitor_wait_seconds: float = 3600.0
     fit_processes: int = 1
     fit_seconds: float = 3600.0
     fit_memory_bytes: int = 8 << 30
@@ -83,6 +86,8 @@ class Settings:
             raise Refused(f"model_control must be one of {', '.join(MODEL_CONTROLS)}, got {self.model_control!r}")
         if self.journal not in JOURNAL_MODES:
             raise Refused(f"journal must be one of {', '.join(JOURNAL_MODES)}, got {self.journal!r}")
+        if self.monitors not in MONITOR_MODES:
+            raise Refused(f"monitors must be one of {', '.join(MONITOR_MODES)}, got {self.monitors!r}")
         if self.load_model and self.model_control != "explicit":
             raise Refused("load_model is for model_control explicit; otherwise every model of the repository is loaded")
         for name in ("port", "metrics_port"):
@@ -118,8 +123,9 @@ class Settings:
         ):
             if getattr(self, name) <= 0:
                 raise Refused(f"{name} must be positive, got {getattr(self, name)}")
-        if self.online_wait_seconds < 0:
-            raise Refused(f"online_wait_seconds must be zero or more, got {self.online_wait_seconds}")
+        for name in ("online_wait_seconds", "monitor_wait_seconds"):
+            if getattr(self, name) < 0:
+                raise Refused(f"{name} must be zero or more, got {getattr(self, name)}")
         if self.workers > 1 and (self.model_control == "explicit" or self.shared_memory_prefix):
             raise Refused("model_control explicit and shared memory are for one worker: a call reaches one of several")
         if (self.tls_cert is None) != (self.tls_key is None):
@@ -212,6 +218,8 @@ HELP = {
     "journal_queue_bytes": "predictions that wait to be written; further ones are counted as lost",
     "online_wait_seconds": "how long online learning waits for a prediction's label before it passes to the next one",
     "online_quota_labels": "labels of one producer that an online revision learns from an hour",
+    "monitors": "default: some for each model, and what callers ask for; own: only what they ask for; off: none",
+    "monitor_wait_seconds": "how long monitors wait for a prediction's label before it counts as missing",
     "fit_processes": "fits that may run at once, each in its own process",
     "fit_seconds": "longest time a fit may take",
     "fit_memory_bytes": "most memory (address space) a fit may use",

@@ -77,6 +77,7 @@ CREATE TABLE alarms (
     row TEXT NOT NULL, crc INTEGER NOT NULL
 ) STRICT;
 CREATE INDEX alarms_by_change ON alarms (change);
+CREATE INDEX alarms_by_monitor ON alarms (model, monitor, alarm);
 """
 LATER_SCHEMAS = (SCHEMA_OF_MONITORS,)
 """What each version has more than the one before."""

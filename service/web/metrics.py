@@ -104,6 +104,26 @@ class SetCoverage:
     recent: float
 
 
+@dataclass(frozen=True)
+class MonitorReading:
+    """What a monitor says.
+
+    Attributes
+    ----------
+    statistic, threshold : it rings when the first reaches the second
+    rows, alarms : read and given since the start
+    open : alarms that nobody has acknowledged
+    """
+
+    model: str
+    monitor: str
+    statistic: float
+    threshold: float
+    rows: int
+    alarms: int
+    open: int
+
+
 class Metrics:
     """Counters of calls, and the state of the models read when somebody asks."""
 
@@ -115,6 +135,7 @@ class Metrics:
         journal: Callable[[], JournalState],
         online: Callable[[], Iterable[OnlineLearning]],
         coverage: Callable[[], Iterable[SetCoverage]],
+        monitors: Callable[[], Iterable[MonitorReading]],
     ) -> None:
         self._registry = CollectorRegistry()
         self._calls: dict[str, CallCounts] = {}
@@ -122,6 +143,7 @@ class Metrics:
         self._registry.register(_Journal(journal))
         self._registry.register(_Online(online))
         self._registry.register(_Coverage(coverage))
+        self._registry.register(_Monitors(monitors))
         self._registry.register(_State(models, ready, device_lost))
 
     def recorder(self, path: str) -> Callable[[str, float], None]:
@@ -258,6 +280,32 @@ class _Coverage(Collector):
             labels.add_metric([*name, "yes"], one.covered)
             labels.add_metric([*name, "no"], one.missed)
         yield from (level, recent, labels)
+
+
+class _Monitors(Collector):
+    def __init__(self, monitors: Callable[[], Iterable[MonitorReading]]) -> None:
+        self._monitors = monitors
+
+    def collect(self) -> Iterator[Metric]:
+        of_monitor = ["model", "monitor"]
+        statistic = GaugeMetricFamily(
+            "calserve_monitor_statistic", "It rings when this reaches its threshold.", labels=of_monitor
+        )
+        threshold = GaugeMetricFamily("calserve_monitor_threshold", "What a monitor rings at.", labels=of_monitor)
+        rows = CounterMetricFamily("calserve_monitor_rows", "Rows that a monitor passed.", labels=of_monitor)
+        alarms = CounterMetricFamily("calserve_alarms", "Alarms given.", labels=of_monitor)
+        unseen = GaugeMetricFamily("calserve_alarms_open", "Alarms that nobody acknowledged.", labels=of_monitor)
+        for one in self._monitors():
+            name = [one.model, one.monitor]
+            for family, value in (
+                (statistic, one.statistic),
+                (threshold, one.threshold),
+                (rows, one.rows),
+                (alarms, one.alarms),
+                (unseen, one.open),
+            ):
+                family.add_metric(name, value)
+        yield from (statistic, threshold, rows, alarms, unseen)
 
 
 class _Online(Collector):
