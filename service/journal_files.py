@@ -97,7 +97,7 @@ def _write_parquet(rows: Iterator[Mapping[str, Any]], path: Path) -> int:
     count = 0
     with parquet.ParquetWriter(path, schema) as writer:
         while together := list(itertools.islice(rows, ROWS_TOGETHER)):
-            together = [row | {"signals": list(row["signals"].items())} for row in together]
-            writer.write_table(pa.Table.from_pylist(together, schema))
+            paired = [{**row, "signals": list(row["signals"].items())} for row in together]
+            writer.write_table(pa.Table.from_pylist(paired, schema))
             count += len(together)
     return count

@@ -218,9 +218,12 @@ class Webhook:
     async def _post(self, alarm_id: str, body: bytes) -> int:
         """One try: the status that it was answered with."""
         target = self._target
-        hosts = {"ssl": target.tls, "server_hostname": target.host} if target.tls else {}
         reader, writer = await asyncio.open_connection(
-            await self._resolve(), target.port, limit=MOST_LINE_BYTES, **hosts
+            await self._resolve(),
+            target.port,
+            limit=MOST_LINE_BYTES,
+            ssl=target.tls,
+            server_hostname=target.host if target.tls else None,
         )
         try:
             writer.write(self._head(alarm_id, body) + body)

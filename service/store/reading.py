@@ -85,7 +85,7 @@ class Pairs:
         return len(self.labels)
 
     def segment_of(self, row: int) -> str:
-        return self.segment_names[self.segments[row]]
+        return self.segment_names[int(self.segments[row])]
 
     def signals_of(self, row: int) -> dict[str, float]:
         """Those that a row has."""

@@ -390,8 +390,10 @@ class _Monitors(Collector):
             "rows": ("calserve_monitor_rows", "Rows that a monitor has read."),
             "alarms": ("calserve_alarms", "Alarms that a monitor gave."),
         }
-        families = {name: GaugeMetricFamily(*said, labels=labels) for name, said in gauges.items()}
-        families |= {name: CounterMetricFamily(*said, labels=labels) for name, said in counters.items()}
+        families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {
+            **{name: GaugeMetricFamily(*said, labels=labels) for name, said in gauges.items()},
+            **{name: CounterMetricFamily(*said, labels=labels) for name, said in counters.items()},
+        }
         for one in self._monitors():
             for name, family in families.items():
                 family.add_metric([one.model, one.monitor], getattr(one, name))
