@@ -12,10 +12,12 @@ from multiprocessing.connection import Connection
 from typing import Self
 
 from service.cores import threads_per_run, usable_cores
+from service.drift.webhook import RESULTS, Target, Webhook
 from service.inference.batcher import Limits as QueueLimits
 from service.inference.device_loss import DeviceLoss
 from service.inference.repository import Repository, folders
 from service.inference.session import Device
+from service.inference.statistics import BOUNDS_NS, Spread
 from service.learning.coverage import Coverage
 from service.learning.following import Following
 from service.learning.journalling import Journalling
@@ -58,7 +60,16 @@ from service.store.lock import lock_store
 from service.store.online_states import OnlineStates
 from service.supervisor import Member
 from service.web.http import HttpServer, Page, text
-from service.web.metrics import JournalState, Metrics, ModelState, MonitorReading, OnlineLearning, SetCoverage
+from service.web.metrics import (
+    Durations,
+    JournalState,
+    Metrics,
+    ModelState,
+    MonitorMetrics,
+    OnlineLearning,
+    SetCoverage,
+    WebhookMetrics,
+)
 
 log = logging.getLogger(__name__)
 
@@ -125,8 +136,10 @@ class App:
             self._journal_state,
             self._online_learning,
             lambda: [SetCoverage(**vars(state)) for state in self._coverage.states()],
-            self._monitor_readings,
+            self._monitor_metrics,
+            webhook=self._webhook_state,
         )
+        self._webhook = _webhook(settings) if self._learns else None
         self._streams = Streams(_stream_limits(settings))
         limits = replace(_connection_limits(settings), shared_port=member is not None)
         self._front = GrpcFront(self._guarded_methods(), limits, certificates)
@@ -162,6 +175,9 @@ class App:
             await self._operations.resume()
             self._online.start()
             self._coverage.start()
+            if self._webhook:
+                self._webhook.start()
+                self._monitoring.listeners.append(self._webhook.send)
             self._monitoring.start()
         else:
             self._following.start()
@@ -190,6 +206,8 @@ class App:
         await self._following.close()
         await self._online.close()
         await self._coverage.close()
+        if self._webhook:
+            await self._webhook.close()
         if self._forward:
             await self._forward.close()
         await self._poll.close()
@@ -283,25 +301,45 @@ class App:
                 model.active.revision,
                 model.active.session.provider,
                 model.batcher.queued,
-                model.statistics.rows,
-                model.statistics.executions,
-                model.statistics.dropped,
+                said.rows,
+                said.executions,
+                {"answered": said.success.count, "refused": said.fail.count},
+                said.dropped,
+                {rows: runs.count for rows, runs in list(said.batches.items())},
+                _durations(said.success),
+                _durations(said.queue),
+                _durations(said.infer),
             )
-            for model in list(self.repository.models())
+            for model, said in [(model, model.statistics) for model in self.repository.models()]
         ]
 
     def _journal_state(self) -> JournalState:
         kept: Counter[str] = Counter()
+        other: Counter[str] = Counter()
         lost: Counter[tuple[str, str]] = Counter()
         for stream in self._journal.streams():
             kept[stream.row.model] += stream.kept_rows
+            other[stream.row.model] += stream.other_rows
             for why in LOST:
                 lost[stream.row.model, why] += stream.lost_rows[why]
         labels = {str(result): self._feedback.counts[result] for result in Result}
         writer = self._journal.writer
         return JournalState(
-            writer.writable, self._journal.bytes(), self._journal.queued_bytes, writer.commits, kept, lost, labels
+            writer.writable,
+            self._journal.bytes(),
+            self._journal.queued_bytes,
+            writer.commits,
+            kept,
+            lost,
+            other,
+            labels,
         )
+
+    def _webhook_state(self) -> WebhookMetrics | None:
+        if self._webhook is None:
+            return None
+        counts = self._webhook.counts
+        return WebhookMetrics({name: counts[name] for name in RESULTS}, counts["retried"], self._webhook.waiting)
 
     def _online_learning(self) -> list[OnlineLearning]:
         return [
@@ -319,10 +357,10 @@ class App:
             for state in self._online.states()
         ]
 
-    def _monitor_readings(self) -> list[MonitorReading]:
+    def _monitor_metrics(self) -> list[MonitorMetrics]:
         counts = self._monitoring.alarm_counts
         return [
-            MonitorReading(
+            MonitorMetrics(
                 state.spec.model,
                 state.spec.name,
                 state.statistic,
@@ -379,6 +417,17 @@ def _certificates(settings: Settings) -> CertificateFiles | None:
     if settings.tls_cert is None or settings.tls_key is None:
         return None
     return CertificateFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+
+
+def _durations(spread: Spread) -> Durations:
+    return Durations([ns / 1e9 for ns in BOUNDS_NS], list(spread.counts), 1e-9 * spread.ns)
+
+
+def _webhook(settings: Settings) -> Webhook | None:
+    if not settings.webhook_url:
+        return None
+    target = Target.parse(settings.webhook_url, settings.webhook_hosts, settings.webhook_ca)
+    return Webhook(target, settings.store / "webhook.json", settings.webhook_secret_file)
 
 
 def _connection_limits(settings: Settings) -> ConnectionLimits:

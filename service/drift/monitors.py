@@ -204,8 +204,11 @@ class Watching:
             logits = logits_of(part.kept, n_classes)
         else:
             logits = np.log(np.maximum(probabilities_of(part.kept, n_classes), LEAST_PROBABILITY).astype(np.float64))
+        self._segments += [name for name in part.segment_names if name not in self._segments]
+        segments = np.array([self._segments.index(name) for name in part.segment_names], np.int64)[part.segments]
+        signals = {name: values.astype(np.float64) for name, values in part.signals.items()}
         rows = np.flatnonzero(np.isfinite(logits).all(axis=1))
-        return Batch(logits, part.labels, np.zeros(len(part), np.int64)).rows(rows), part.times_ms[rows]
+        return Batch(logits, part.labels, segments, signals).rows(rows), part.times_ms[rows]
 
     def _rang(self, times: NDArray[np.int64], labels: NDArray[np.int64]) -> Ring:
         """What there is to say of a ring at the last of these rows; the detector begins anew."""
@@ -217,7 +220,7 @@ class Watching:
             since_rows,
             detector.statistic,
             detector.threshold,
-            detector.evidence(),
+            {self._named(part): share for part, share in detector.evidence().items()},
         )
         self._add(time_ms)
         detector.reset()
@@ -225,6 +228,12 @@ class Watching:
         self._add(time_ms)
         self.cooling = self.spec.cooldown_rows
         return ring
+
+    def _named(self, part: str) -> str:
+        """A part of the evidence, with the name of the segment that it is about."""
+        word, _, number = part.partition(" ")
+        is_segment = word == "segment" and number.isdigit() and int(number) < len(self._segments)
+        return f"segment {self._segments[int(number)] or 'none'}" if is_segment else part
 
     def _when(self, rows: int, times: NDArray[np.int64]) -> int:
         """When the row was predicted that lies so many rows back, between marks about when."""

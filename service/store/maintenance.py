@@ -168,6 +168,8 @@ def _rows(part: Pairs, ids: IdMaker) -> Iterator[dict[str, Any]]:
             "classes": None if kept.classes is None else kept.classes[index].tolist(),
             "logits": kept.logits[index].tolist(),
             "probabilities": kept.probabilities[index].tolist(),
+            "segment": part.segment_of(index),
+            "signals": part.signals_of(index),
         }
 
 
