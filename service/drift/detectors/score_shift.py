@@ -1,13 +1,14 @@
 """score_shift: whether what the model says is distributed as it was, without a label.
 
-Each watched signal is compared with its first `reference_rows` values, r_1 .. r_m, which are then frozen. A value s gives
+Each watched signal is compared with its first `reference_rows` values, r_1 .. r_m, which are then frozen. A value s
+gives
 
     u = (#{r_i < s} + U (#{r_i = s} + 1)) / (m + 1)          U uniform, a function of the number of rows read
     phi_1 = 2 u - 1     phi_2 = (3 (2 u - 1)^2 - 1) / 2      the probability integral transform, Legendre's polynomials
     L = 1 + e phi_d - |e| delta_d                            for stakes e on a shift (d = 1) and on a spread (d = 2)
 
-and the predicted class, a signal of its own, L = f^[class k] / (1 + q_k (f - 1)) for factors f on the odds of each class.
-While the signal keeps its law, no L exceeds 1 in the mean, whatever is known of the past, and the mixture
+and the predicted class, a signal of its own, L = f^[class k] / (1 + q_k (f - 1)) for factors f on the odds of each
+class. While the signal keeps its law, no L exceeds 1 in the mean, whatever is known of the past, and the mixture
 
     M_j <- L_j (M_j + w_j)     sum_j w_j = 1     R = sum_j M_j     rings when R >= c
 
@@ -37,17 +38,16 @@ the predicted class 6 bets for each of the 32 most frequent classes.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from math import exp, log, log10, sqrt
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import beta, norm
 
 from calibrators.online.compiled import compiled
-from service.drift.detectors.base import Array, Batch, Detector
+from service.drift.detectors.base import Array, Batch, Detector, number, one_of, whole
 
 OF_LOGITS = ("confidence", "margin", "entropy")
 PREDICTED_CLASS = "predicted_class"
@@ -60,6 +60,7 @@ MOST_SLACK = 0.25
 LOG_FACTORS = (-1.0, -0.5, -0.25, 0.25, 0.5, 1.0)
 MOST_CLASSES = 32
 """Of the predicted classes so many, the most frequent of the reference, are bet on."""
+MOST_REFERENCE_ROWS = 10_000_000
 MOST_WEALTH = 1e250
 """Of one bet, so that a detector which is not reset after it rang stays finite."""
 
@@ -104,35 +105,30 @@ class ScoreShift(Detector):
         false_alarm: float = 0.1,
         horizon_rows: float = 100_000,
     ) -> None:
-        self._names = tuple(name.strip() for name in signals.split(","))
+        self.signals, self._names = signals, tuple(name.strip() for name in str(signals).split(","))
         if not all(self._names) or len({*self._names}) < len(self._names):
             raise ValueError(f"signals must be different names, separated by commas, got {signals!r}")
-        if slack not in SLACKS:
-            raise ValueError(f"slack must be one of {', '.join(SLACKS)}, got {slack!r}")
-        for name, value in (("reference_error", reference_error), ("false_alarm", false_alarm)):
-            if not 0 < value < 1:
-                raise ValueError(f"{name} must be a probability between 0 and 1, got {value!r}")
-        if not 1 <= horizon_rows < np.inf:
-            raise ValueError(f"horizon_rows must be a finite number, 1 or more, got {horizon_rows!r}")
-        if not (float(reference_rows).is_integer() and 1 <= reference_rows <= 10_000_000):
-            raise ValueError(f"reference_rows must be a whole number from 1 to 10,000,000, got {reference_rows!r}")
-        self._numbers = tuple(name for name in self._names if name != PREDICTED_CLASS)
-        self._m, self._slack, self._error = int(reference_rows), slack, reference_error / len(self._names)
-        self._deltas = _slacks(slack, self._m, self._error)
+        self.reference_rows = whole("reference_rows", reference_rows, most=MOST_REFERENCE_ROWS)
+        self.slack = one_of("slack", slack, SLACKS)
+        self.reference_error = number("reference_error", reference_error, above=0.0, most=0.5)
+        self.false_alarm = number("false_alarm", false_alarm, above=0.0, most=1.0)
+        self.horizon_rows = number("horizon_rows", horizon_rows, least=1.0)
+        self._most = self.horizon_rows / self.false_alarm
+        self._error = self.reference_error / len(self._names)
+        self._deltas = _slacks(self.slack, self.reference_rows, self._error)
         if max(self._deltas) >= MOST_SLACK:
             raise ValueError(
-                f"reference_rows={self._m} is too small a reference for slack={slack!r} and reference_error={reference_error}"
+                f"reference_rows must be more for slack {slack} and this reference_error, got {reference_rows}"
             )
-        self._most = horizon_rows / false_alarm
-        self._parameters = json.dumps([signals, self._m, slack, reference_error, self._most])
-        self._reference = np.zeros((len(self._numbers), self._m), dtype=np.float32)
+        self._numbers = tuple(name for name in self._names if name != PREDICTED_CLASS)
+        self._reference = np.zeros((len(self._numbers), self.reference_rows), dtype=np.float32)
         self._classes = np.zeros(0, dtype=np.int64)  # rows of the reference that each was predicted in
         self._n_read = 0
         self._begin(_Bets.none())
 
     @property
     def ready(self) -> bool:
-        return self._n_read >= self._m
+        return self._n_read >= self.reference_rows
 
     @property
     def statistic(self) -> float:
@@ -175,26 +171,20 @@ class ScoreShift(Detector):
         self._begin(self._bets)
 
     def state(self) -> dict[str, NDArray[np.generic]]:
-        return {
-            "parameters": np.frombuffer(self._parameters.encode(), dtype=np.uint8),
-            "counts": np.array([self._n_read, self.n_rows]),
-            "reference": self._reference.copy(),
-            "classes": self._classes.copy(),
-            "wealth": self._wealth.copy(),
-            "best": self._best.copy(),
-            "since": self._since.copy(),
-        }
+        counts = np.array([self._n_read, self.n_rows])
+        return self._packed(
+            counts=counts, reference=self._reference, classes=self._classes, wealth=self._wealth, best=self._best,
+            since=self._since,
+        )  # fmt: skip
 
     def restore(self, state: Mapping[str, NDArray[np.generic]]) -> Self:
-        if sorted(state) != sorted(self.state()) or bytes(state["parameters"].tobytes()).decode() != self._parameters:
-            raise ValueError(f"this is not the state of a {self.kind} detector with parameters {self._parameters}")
-        self._n_read, n_rows = (int(count) for count in state["counts"])
-        self._reference = state["reference"].astype(np.float32)
-        self._classes = state["classes"].astype(np.int64)
+        kept: dict[str, NDArray[Any]] = self._unpacked(
+            state, "counts", "reference", "classes", "wealth", "best", "since"
+        )
+        self._n_read, n_rows = kept["counts"].tolist()
+        self._reference, self._classes = kept["reference"], kept["classes"]
         self._begin(self._make_bets() if self.ready else _Bets.none())
-        self.n_rows = n_rows
-        self._wealth, self._best = state["wealth"].astype(np.float64), state["best"].astype(np.float64)
-        self._since = state["since"].astype(np.int64)
+        self.n_rows, self._wealth, self._best, self._since = n_rows, kept["wealth"], kept["best"], kept["since"]
         return self
 
     # ---- signals and the reference
@@ -224,7 +214,7 @@ class ScoreShift(Detector):
         """Complete the reference; how many of the rows went into it."""
         if self.ready:
             return 0
-        n = min(self._m - self._n_read, len(classes))
+        n = min(self.reference_rows - self._n_read, len(classes))
         self._reference[:, self._n_read : self._n_read + n] = values[:, :n]
         if len(self._classes):
             self._classes += np.bincount(classes[:n], minlength=len(self._classes))
@@ -261,9 +251,12 @@ class ScoreShift(Detector):
         """Of the probability of each class to be the predicted one: all hold but with probability `_error`."""
         counts, tail = self._classes, self._error / (2 * len(self._classes))
         if self._slack == "none":
-            return counts / self._m, counts / self._m
-        low, high = beta.ppf(tail, counts, self._m - counts + 1), beta.isf(tail, counts + 1, self._m - counts)
-        return np.where(counts > 0, low, 0.0), np.where(counts < self._m, high, 1.0)
+            return counts / self.reference_rows, counts / self.reference_rows
+        low, high = (
+            beta.ppf(tail, counts, self.reference_rows - counts + 1),
+            beta.isf(tail, counts + 1, self.reference_rows - counts),
+        )
+        return np.where(counts > 0, low, 0.0), np.where(counts < self.reference_rows, high, 1.0)
 
     def _parts(self) -> list[str]:
         """What each bet is on."""
