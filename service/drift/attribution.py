@@ -121,7 +121,7 @@ class _Case:
             return self._concept(gains)
         if gains.class_bias > gains.temperature:
             return self._class_bias(gains)
-        return self._stretched(gains)
+        return self._stretched()
 
     # ---- kinds
 
@@ -167,7 +167,7 @@ class _Case:
             f"Fit `class_prior` on the {self.n_labels} labels since the change, and look at what feeds this class.",
         )
 
-    def _stretched(self, gains: Gains) -> Cause:
+    def _stretched(self) -> Cause:
         fit = f"fit `temperature` on the {self.n_labels} labels since the change."
         if self.inputs_changed:
             self.sentences.append("The inputs changed, and the model does not know how much less sure it should be.")
