@@ -18,7 +18,7 @@ from service.drift.detectors.base import Batch
 Array = NDArray[Any]
 
 N_CLASSES, N_INPUTS, N_SEGMENTS = 10, 8, 5
-CENTRES = 1.02 * np.random.default_rng(7).normal(size=(N_CLASSES, N_INPUTS))
+CENTRES = 0.96 * np.random.default_rng(7).normal(size=(N_CLASSES, N_INPUTS))
 RAMP = 5000
 """Rows that a gradual change takes."""
 

@@ -258,8 +258,8 @@ def _lower(x: Array, most: float) -> float:
 def squared_gap_interval(curve: ReliabilityCurve, level: float) -> tuple[float, float]:
     """Bounds of E = sum_b P_b g_b^2, g_b the true gap of bin b, by the normal law of its debiased estimate e.
 
-    e varies by 4 E s / n + v: s is the variance of a label, as the bins' gaps weigh it, and v = 2 sum_b (P_b s_b / n_b)^2
-    what is left where there is no gap. The bounds are the two E at which |e - E| is z of these deviations.
+    e has the variance 4 E s / n + v: s is that of a label, as the bins' gaps weigh it, and v = 2 sum_b (s_b / n)^2 is
+    left where there is no gap. The bounds are the two E at which |e - E| is z of these deviations.
     """
     several = curve.counts > 1
     counts, said, right = curve.counts[several], curve.confidence[several], curve.accuracy[several]

@@ -250,7 +250,7 @@ class ScoreShift(Detector):
     def _bounds(self) -> tuple[Array, Array]:
         """Of the probability of each class to be the predicted one: all hold but with probability `_error`."""
         counts, tail = self._classes, self._error / (2 * len(self._classes))
-        if self._slack == "none":
+        if self.slack == "none":
             return counts / self.reference_rows, counts / self.reference_rows
         low, high = (
             beta.ppf(tail, counts, self.reference_rows - counts + 1),
