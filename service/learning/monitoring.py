@@ -215,6 +215,7 @@ class Monitoring:
 
         What a reader has not taken yet waits in the store, however slow the reader is.
         """
+        self._check_on()
         last, change = after, await asyncio.to_thread(self.alarms.last_change)
         while last:
             found, change = await asyncio.to_thread(self.alarms.after, model, last)
@@ -321,8 +322,7 @@ class Monitoring:
     @asynccontextmanager
     async def _ready(self) -> AsyncIterator[None]:
         """Nobody else at work, and a loaded monitor for each that there is of a model that is served."""
-        if self._mode == OFF:
-            raise Refused("this server has no monitors: it runs with --monitors off")
+        self._check_on()
         async with self._busy:
             if not self._is_read:
                 await asyncio.to_thread(self._read)
@@ -336,6 +336,10 @@ class Monitoring:
                 if found is not None and key[0] in models:
                     await self._follow(found)
             yield
+
+    def _check_on(self) -> None:
+        if self._mode == OFF:
+            raise Refused("this server has no monitors: it runs with --monitors off")
 
     def _read(self) -> None:
         with self._journal.reading() as connection:
