@@ -25,7 +25,7 @@ from service.client import monitors, requests
 from service.client.connection import Pem, Security
 from service.client.failures import DEFAULT_RETRIES, Retries, translated, translation
 from service.client.following import POLL_SECONDS, Following, progress_bars, sending
-from service.client.monitors import Alarm, Monitor, MonitorReport, alarm_of, monitor_of, number_of, report_of
+from service.client.monitors import FIRST, Alarm, Monitor, MonitorReport, alarm_of, monitor_of, number_of, report_of
 from service.client.requests import Inputs, Reference
 from service.client.results import (
     Array,
@@ -376,7 +376,8 @@ class Client:
 
         `after` names an alarm: those after it come first. A stream that is cut off is taken up again. It has no end.
         """
-        seen, tried = after, 0
+        newest = [] if after else self.alarms(model, most=1)
+        seen, tried = after or next((alarm.alarm for alarm in newest), FIRST), 0
         while True:
             request = pb_monitor.WatchAlarmsRequest(model=model, after=seen)
             try:

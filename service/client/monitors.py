@@ -14,6 +14,10 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from service import errors
 
 
+FIRST = "alarm-0"
+"""Comes before all alarms."""
+
+
 @dataclass(frozen=True)
 class Monitor:
     """A detector that watches one model.
@@ -111,8 +115,8 @@ class MonitorReport:
 
 
 def number_of(alarm: str) -> int:
-    """Alarms are numbered as they come; 0 comes before all."""
-    return int(alarm.rpartition("-")[2] or 0)
+    """Alarms are numbered as they come."""
+    return int(alarm.rpartition("-")[2])
 
 
 def spec_of(model: str, name: str, fields: Mapping[str, Any]) -> pb.MonitorSpec:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from service.store.journal import Journal
 from service.store.monitors import AlarmRow
 
 PREFIX = "alarm-"
+_ID = re.compile(r"alarm-[0-9]{1,17}")
 PENDING = "pending"
 """How the outcome of a policy begins that is not carried out yet."""
 PAGE = 100
@@ -101,9 +103,8 @@ def change(connection: Connection, model: str, alarm: str, **changes: Any) -> Al
 
 
 def number_of(alarm: str) -> int:
-    """0 for what is no alarm's id."""
-    digits = alarm.removeprefix(PREFIX)
-    return int(digits) if alarm.startswith(PREFIX) and digits.isascii() and digits.isdigit() and len(digits) < 18 else 0
+    """They count from 1, so that `alarm-0` comes before all; -1 for what is no alarm's id."""
+    return int(alarm.removeprefix(PREFIX)) if _ID.fullmatch(alarm) else -1
 
 
 def alarm_of(row: AlarmRow) -> Alarm:

@@ -56,6 +56,7 @@ def default_monitors(model: str) -> list[MonitorSpec]:
             baseline_rows=baseline,
         )
         for name, (detector, watched, parameters, baseline) in _DETECTORS.items()
+        if detector in {MissingLabels.kind, *registry.kinds()}
     ]
 
 

@@ -57,7 +57,7 @@ class MissingLabels(Detector):
     """
 
     kind = "missing_labels"
-    labelled = True
+    labelled = False
 
     def __init__(
         self,

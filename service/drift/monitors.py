@@ -96,6 +96,11 @@ def detector_of(spec: MonitorSpec) -> Detector:
         raise InvalidRequest(f"detector: {error}") from error
 
 
+def waits_for_labels(detector: Detector) -> bool:
+    """Whether rows are held back until it is known that their label has come, or has not come in time."""
+    return detector.labelled or isinstance(detector, MissingLabels)
+
+
 def promise(detector: Detector) -> str:
     """In words, how seldom it rings while nothing has changed."""
     said = detector.parameters()
@@ -177,13 +182,11 @@ class Watching:
         return subject_of(self.spec.watched, part.stream.digest, part.revision) == self.subject
 
     def _read(self, part: Pairs) -> Iterator[Ring]:
-        batch, times = self._batch(part)
-        self.missing += int((batch.labels == NO_LABEL).sum()) if self.detector.labelled else 0
-        if not self.baseline.ready:
-            times = times[len(times) - len(batch := self.baseline.take(batch)) :]
-        else:
-            batch = self.baseline.take(batch)
-        start = 0
+        whole, times = self._batch(part)
+        batch = self.baseline.take(whole)
+        taken, start = len(whole) - len(batch), 0
+        times = times[taken:]
+        self._count(whole.labels[:taken])
         while start < len(batch):
             if self.cooling:
                 passed = min(self.cooling, len(batch) - start)
@@ -192,10 +195,15 @@ class Watching:
             rest = batch.rows(slice(start, None))
             at = self.detector.update(rest)
             if at is None:
+                self._count(rest.labels)
                 self._mark(int(times[-1]))
                 break
             yield self._rang(times[start : start + at + 1], rest.labels[: at + 1])
             start += at + 1
+
+    def _count(self, labels: NDArray[np.int64]) -> None:
+        if waits_for_labels(self.detector):
+            self.missing += int((labels == NO_LABEL).sum())
 
     def _batch(self, part: Pairs) -> tuple[Batch, NDArray[np.int64]]:
         """The rows as detectors read them, and when each was predicted."""
@@ -267,7 +275,7 @@ class Monitor:
 
     def __init__(self, journal: Journal, spec: MonitorSpec, wait_seconds: float) -> None:
         self.spec, self._journal = spec, journal
-        self.waits = detector_of(spec).labelled
+        self.waits = waits_for_labels(detector_of(spec))
         self.reader = Reader(journal, spec.model, f"monitor/{spec.name}", wait_seconds if self.waits else 0.0)
         self.rows = 0
 
@@ -282,6 +290,7 @@ class Monitor:
         """Go on where the store says. ValueError if the detector no longer knows its state."""
         self.position, self.number, state = self.reader.state()
         self.watching = Watching.decode(state)
+        self.spec = self.watching.spec
 
     def turn(self, connection: Connection, what: str, subject: str = "", spec: MonitorSpec | None = None) -> None:
         """Let something befall it, inside a transaction of the journal's writer; `load` afterwards."""

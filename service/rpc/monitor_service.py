@@ -175,7 +175,7 @@ def _parameters(text: str) -> Mapping[str, Any]:
 
 
 def _check_alarm(field: str, value: str) -> None:
-    if value and not number_of(value):
+    if value and number_of(value) < 0:
         raise InvalidRequest(f"{field} must be an alarm's name, got {shown(value)}")
 
 
