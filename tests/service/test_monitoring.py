@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from queue import SimpleQueue
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -393,6 +394,34 @@ def test_a_calibrator_is_fitted_on_the_rows_since_the_change_once_there_are_enou
     again = server._run(server.app._monitoring._policies.carry_out(stored(server, alarm), lambda: pytest.fail("again")))
     assert again == alarm.outcome
     assert len(client.list("mlp")) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (None, "it is in shadow beside what serves"),
+        (errors.AlreadyExists("it is in shadow"), "it is in shadow beside what serves"),
+        (errors.Refused("it may not be"), "it is not active, and not in shadow: it may not be"),
+    ],
+)
+def test_what_was_fitted_is_compared_in_shadow_where_that_can_be(
+    watched: tuple[RunningServer, Client], error: errors.CalserveError | None, words: str
+) -> None:
+    class Shadows:
+        begun: ClassVar[list[tuple[str, str, str]]] = []
+
+        async def start(self, model: str, revision: str, *, by: str) -> object:
+            self.begun.append((model, revision, by))
+            if error is not None:
+                raise error
+            return None
+
+    server, client = watched
+    server.app._monitoring._policies._shadows = Shadows()
+    Shadows.begun.clear()
+    ring(client, "refit", LABELS[:1000])
+    assert ended(client, "refit").outcome.endswith(f"was fitted on rows since the change; {words}")
+    assert Shadows.begun == [("mlp", "temperature-1", "alarm-1")]
 
 
 def gumbel(count: int) -> np.ndarray:
