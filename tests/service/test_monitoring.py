@@ -316,6 +316,67 @@ def test_who_may_do_what(root: Path, tmp_path: Path) -> None:
         assert ann.alarms() == []
 
 
+# ---- the default set
+
+
+@pytest.fixture
+def calibrated(root: Path) -> Iterator[tuple[RunningServer, Client]]:
+    """A server with the default monitors, on which the model is calibrated well."""
+    with serving(root, monitors="off") as (_, client):
+        client.activate("mlp", client.fit("mlp", "temperature", logits=LOGITS, labels=LABELS).revision)
+    with serving(root, monitor_wait_seconds=0) as (server, client):
+        yield server, client
+
+
+DEFAULTS = ["missing_labels", "raw_calibration", "raw_scores", "served_calibration"]
+
+
+def test_every_model_is_watched_without_being_asked_and_silent_while_nothing_changes(
+    calibrated: tuple[RunningServer, Client],
+) -> None:
+    _, client = calibrated
+    assert [monitor.name for monitor in client.monitors("mlp") if monitor.is_default] == DEFAULTS
+    come(client, X, LABELS)
+    until(lambda: client.monitor("mlp", "served_calibration").rows == 6000)
+    until(lambda: all(monitor.ready for monitor in client.monitors("mlp")))
+    report = client.monitor_report("mlp")
+    assert report.alarms == ()
+    assert "together the default monitors of a model ring falsely within the first 100,000 rows" in report.false_alarms
+    assert {monitor.name: monitor.rows for monitor in report.monitors} == {
+        "served_calibration": 6000, "raw_calibration": 4000, "raw_scores": 4000, "missing_labels": 5000
+    }  # fmt: skip
+
+
+def test_labels_that_no_longer_follow_the_probabilities_ring_and_the_cause_is_told(
+    calibrated: tuple[RunningServer, Client],
+) -> None:
+    _, client = calibrated
+    come(client, X[:4000], LABELS[:4000])
+    noisy = np.where(np.arange(2000) % 3 == 0, np.random.default_rng(6).integers(0, 4, 2000), LABELS[4000:])
+    come(client, X[4000:], noisy, step=100)
+    for name in ("served_calibration", "raw_calibration"):
+        told = lambda alarm: alarm.cause and alarm.cause.kind != "unknown"  # noqa: E731
+        alarm = alarm_of(client, name, told)
+        assert alarm.cause.kind in ("temperature", "concept")  # of the inputs nothing is known
+        assert alarm.revision == "temperature-1"
+    assert {alarm.monitor for alarm in client.alarms("mlp")} == {"served_calibration", "raw_calibration"}
+
+
+def test_what_was_changed_of_the_default_set_stays_so(root: Path) -> None:
+    with serving(root) as (_, client):
+        client.delete_monitor("mlp", "raw_scores")
+        client.update_monitor("mlp", "missing_labels", policy="suspend", cooldown_rows=3)
+    with serving(root) as (_, client):
+        assert [monitor.name for monitor in client.monitors("mlp")] == [
+            name for name in DEFAULTS if name != "raw_scores"
+        ]
+        changed = client.monitor("mlp", "missing_labels")
+        assert (changed.policy, changed.cooldown_rows, changed.is_default) == ("suspend", 3, True)
+    with serving(root, monitors="own") as (_, client):
+        assert len(client.monitors("mlp")) == 3  # they are there, and go on
+        client.create_monitor("mlp", "raw_scores", "score_shift")
+
+
 # ---- policies
 
 
