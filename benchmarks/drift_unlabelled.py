@@ -115,10 +115,8 @@ def nowcasts(seeds: int) -> None:
                 errors[seed, k] = told.estimate - truth
                 held[seed, k] = told.low <= truth <= told.high
         (error, error_few), (share, share_few) = errors.mean(axis=0), held.mean(axis=0)
-        print(
-            f"  {change:<18} {truth:.3f}  no labels {error:+.3f} {share:.2f}   300 labels {error_few:+.3f} {share_few:.2f}",
-            flush=True,
-        )
+        few = f"300 labels {error_few:+.3f} {share_few:.2f}"
+        print(f"  {change:<18} {truth:.3f}   no labels {error:+.3f} {share:.2f}   {few}", flush=True)
 
 
 def speed() -> None:

@@ -10,6 +10,7 @@ from scipy.special import softmax
 from scipy.stats import entropy
 
 from benchmarks.drift_streams import stream
+from service.drift.detectors import score_shift
 from service.drift.detectors.base import Array, Batch
 from service.drift.detectors.score_shift import ScoreShift, signals_of
 
@@ -120,6 +121,18 @@ def test_many_signals_with_ties_give_the_same_bits_however_divided_and_restored(
         divided.update(batch.rows(slice(start, start + 37)))
     for name, array in whole.state().items():
         assert array.tobytes() == divided.state()[name].tobytes(), name
+
+
+def test_machine_code_and_python_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, signals = stream("none", 400, 400, 0), "confidence,margin,entropy,ood_score,predicted_class"
+    machine = ScoreShift(signals, reference_rows=200)
+    machine.update(batch)
+    for name in ("_bet", "_signals"):
+        monkeypatch.setattr(score_shift, name, getattr(score_shift, name).py_func)
+    plain = ScoreShift(signals, reference_rows=200)
+    plain.update(batch)
+    for name, array in machine.state().items():
+        assert array.tobytes() == plain.state()[name].tobytes(), name
 
 
 def test_labels_are_not_read() -> None:
