@@ -199,7 +199,8 @@ class ScoreShift(Detector):
             if name in OF_LOGITS:
                 values[row] = of_logits[OF_LOGITS.index(name)]
             elif name in batch.signals:
-                values[row] = batch.signals[name]
+                with np.errstate(over="ignore"):  # beyond float32 is not a finite number
+                    values[row] = batch.signals[name]
             else:
                 raise ValueError(f"signals must be of the rows, which have {sorted(batch.signals)}, got {name!r}")
         if PREDICTED_CLASS in self._names:
