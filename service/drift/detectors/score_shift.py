@@ -106,7 +106,8 @@ class ScoreShift(Detector):
         horizon_rows: float = 100_000,
     ) -> None:
         self.signals, self._names = signals, tuple(name.strip() for name in str(signals).split(","))
-        if not all(self._names) or len({*self._names}) < len(self._names):
+        is_names = isinstance(signals, str) and all(name.isidentifier() for name in self._names)
+        if not is_names or len({*self._names}) < len(self._names):
             raise ValueError(f"signals must be different names, separated by commas, got {signals!r}")
         self.reference_rows = whole("reference_rows", reference_rows, most=MOST_REFERENCE_ROWS)
         self.slack = one_of("slack", slack, SLACKS)
