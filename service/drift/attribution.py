@@ -7,7 +7,7 @@ it: so none gains by merely having more parameters.
     temperature    softmax(s z)                      s learned from the labels before (`calibrators.online.softmax`)
     prior          p_k pi_k / pi0_k, normalised      pi from no label, but from p on the rows since the change: the mode
                                                      by EM (Saerens, Latinne, Decaestecker, Neural Computation 14,
-                                                     2002), with 200 rows of the reference's pi0 added in thought
+                                                     2002), with 20 K rows of the reference's pi0 added
     class bias     softmax(s z + b)                  s and b learned from the labels before
 
 The largest gain names the correction if it exceeds log 100. Prior is preferred to class bias while its gain is more
@@ -45,7 +45,9 @@ LABELS_NEEDED = 200
 MARGIN = log(100)
 MOST_ROWS = 5000
 """The last before the change, the first since, and the first labels since: more say no more about the change itself."""
-PRIOR_PSEUDO_ROWS, EM_STEPS = 200, 200
+PRIOR_PSEUDO_ROWS = 20
+"""A class."""
+EM_STEPS, EM_TOLERANCE = 200, 1e-3
 MOST_OF_THE_EVIDENCE = 0.5
 SURE = 1e-3
 """Probability that two samples of the same law are taken to differ."""
@@ -266,13 +268,13 @@ def gains_of(reference: Array, since: Batch) -> Gains:
 
 def _priors(p: Array, before: Array) -> Array:
     """The most probable frequencies of classes (n_classes,) of rows of which the model says p (n_rows, n_classes)."""
-    priors = before
+    priors, pseudo = before, PRIOR_PSEUDO_ROWS * len(before)
     for _ in range(EM_STEPS):
-        posterior = p * (priors / before)
-        posterior /= posterior.sum(axis=1, keepdims=True)
-        new = (posterior.sum(axis=0) + PRIOR_PSEUDO_ROWS * before) / (len(p) + PRIOR_PSEUDO_ROWS)
-        moved, priors = np.abs(new - priors).max(), new
-        if moved < 1e-5:
+        ratio = priors / before
+        rows_by_class = ratio * (p.T @ (1 / (p @ ratio)))
+        new = (rows_by_class + pseudo * before) / (len(p) + pseudo)
+        moved, priors = np.abs(new / priors - 1).max(), new
+        if moved < EM_TOLERANCE:
             break
     return priors
 
