@@ -53,7 +53,7 @@ from service.store.blobs import Blobs
 from service.store.catalogue import Catalogue
 from service.store.journal import LOST, Journal
 from service.store.journal_tables import Retention
-from service.store.labels import Labels, Result
+from service.store.labels import DELAYS_SECONDS, Labels, Result
 from service.store.lock import lock_store
 from service.store.online_states import OnlineStates
 from service.supervisor import Member
@@ -311,7 +311,7 @@ class App:
             other[stream.row.model] += stream.other_rows
             for why in LOST:
                 lost[stream.row.model, why] += stream.lost_rows[why]
-        labels = {str(result): self._feedback.counts[result] for result in Result}
+        labels, joined = {str(result): self._feedback.counts[result] for result in Result}, self._feedback.labels
         writer = self._journal.writer
         return JournalState(
             writer.writable,
@@ -322,6 +322,7 @@ class App:
             lost,
             other,
             labels,
+            Durations(DELAYS_SECONDS, list(joined.delays), joined.delay_seconds),
         )
 
     def _webhook_state(self) -> WebhookMetrics | None:
