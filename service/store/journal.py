@@ -54,8 +54,8 @@ Read: TypeAlias = Callable[[Sequence[Any]], list[Answered]]
 class OpenStream:
     """The requests of one served model on their way to the journal. `append` is for one thread.
 
-    `read` makes of what is appended what is kept: in the writer's thread, since every line in the path of a request
-    costs several times what it does in a loop.
+    `read` makes of what is appended, many at once, what is kept: in the writer's thread, since every line in the path
+    of a request costs several times what it does in a loop.
     """
 
     def __init__(self, journal: Journal, row: StreamRow, read: Read, more_bytes: int) -> None:
