@@ -73,6 +73,7 @@ class JournalState:
     kept, lost : rows of predictions by model; by model and why
     other : rows by model, of segments beyond those that are told apart
     labels : what became of labels -> how many
+    delay : how old predictions were when labels came for them
     """
 
     writable: bool
@@ -83,6 +84,7 @@ class JournalState:
     lost: Mapping[tuple[str, str], int]
     other: Mapping[str, int]
     labels: Mapping[str, int]
+    delay: Durations
 
 
 @dataclass(frozen=True)
@@ -298,7 +300,8 @@ class _State(Collector):
                 dropped.add_metric([*name, why], count)
             for result, count in state.requests.items():
                 requests.add_metric([*name, result], count)
-            batches.add_metric(name, _runs_by_rows(state.batches), state.rows)
+            in_runs = sum(rows * runs for rows, runs in state.batches.items())
+            batches.add_metric(name, _runs_by_rows(state.batches), in_runs)
             for what, family in durations.items():
                 spread: Durations = getattr(state, what)
                 family.add_metric(name, buckets(spread.bounds, spread.counts), spread.seconds)
@@ -338,7 +341,11 @@ class _Journal(Collector):
         labels = CounterMetricFamily("calserve_labels", "Labels that came, by what became of them.", labels=["result"])
         for result, count in state.labels.items():
             labels.add_metric([result], count)
-        yield from (kept, lost, other, labels)
+        delay = HistogramMetricFamily(
+            "calserve_label_delay_seconds", "Age of a prediction when a label came for it, to a quarter of a second."
+        )
+        delay.add_metric([], buckets(state.delay.bounds, state.delay.counts), state.delay.seconds)
+        yield from (kept, lost, other, labels, delay)
 
 
 class _Coverage(Collector):
