@@ -109,11 +109,14 @@ class Nowcasts:
         self._window, self._n_rows = np.zeros(self.window_rows), 0
         self._n_labels = 0
         self._reference = np.zeros(3)  # count, mean and squared deviations of confidence - correct
-        self._last = np.zeros((2, 0))
         self.begin_cohort()
 
     def begin_cohort(self) -> None:
         """Judge labels to come apart from those before: a change was noticed."""
+        self._last = np.zeros((2, 0))  # the cohort before
+        self._empty_cohort()
+
+    def _empty_cohort(self) -> None:
         self._cohort = np.zeros((2, self.cohort_labels))  # confidence, and 1 where it was right
         self._n_cohort = 0
 
@@ -134,7 +137,7 @@ class Nowcasts:
         while rows.shape[1]:
             if self._n_cohort == self.cohort_labels:
                 self._last = self._cohort
-                self.begin_cohort()
+                self._empty_cohort()
             n = min(rows.shape[1], self.cohort_labels - self._n_cohort)
             self._cohort[:, self._n_cohort : self._n_cohort + n] = rows[:, :n]
             self._n_cohort, rows = self._n_cohort + n, rows[:, n:]

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.drift_streams import stream
 from service.drift.attribution import LABELS_NEEDED, cause, gains_of
+from service.drift.detectors import registry
 from service.drift.detectors.base import Batch
 from service.drift.states import Cause
 
@@ -41,6 +42,18 @@ def test_the_kind_of_a_change_is_told(change: str) -> None:
     """
     told = [cause({}, *around(change, seed)).kind for seed in range(5)]
     assert told == [KINDS[change]] * 5
+
+
+@pytest.mark.parametrize("change", ["temperature 2", "label noise", "label shift", "one class", "input noise"])
+def test_from_the_alarm_with_labels_to_the_cause(change: str) -> None:
+    batch, detector = stream(change, 8000, 4000, 3), registry.create("recalibration")
+    rang = detector.update(batch)
+    assert rang is not None
+    assert rang >= 4000
+    since = rang + 1 - detector.change_point()
+    found = cause(detector.evidence(), batch.rows(slice(0, since)), batch.rows(slice(since, since + 1000)))
+    assert found.kind == KINDS[change]
+    assert found.where == ("class 3" if change == "one class" else "")
 
 
 def test_without_signals_of_the_inputs_a_stretch_is_a_temperature_and_noise_is_not_told_from_the_concept() -> None:
