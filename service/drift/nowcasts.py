@@ -121,15 +121,15 @@ class Nowcasts:
         self._n_cohort = 0
 
     def read(self, batch: Batch) -> None:
-        """Rows as they are predicted, with labels or without."""
-        confidence = softmax(batch.logits).max(axis=1)[-self.window_rows :]
-        first = self._n_rows + len(batch) - len(confidence)
-        self._window[(first + np.arange(len(confidence))) % self.window_rows] = confidence
-        self._n_rows += len(batch)
+        """Rows as they are predicted, with labels or without; a row without finite probabilities passes by."""
+        confidence = softmax(batch.logits[_is_finite(batch)]).max(axis=1)
+        places = (self._n_rows + np.arange(len(confidence))) % self.window_rows
+        self._window[places[-self.window_rows :]] = confidence[-self.window_rows :]
+        self._n_rows += len(confidence)
 
     def read_labels(self, batch: Batch) -> None:
         """Rows that are waited for no longer, in the order of their prediction; those without a label pass by."""
-        (labelled,) = np.nonzero(batch.labels != NO_LABEL)
+        (labelled,) = np.nonzero((batch.labels != NO_LABEL) & _is_finite(batch))
         p = softmax(batch.logits[labelled])
         rows = np.stack([p.max(axis=1), p.argmax(axis=1) == batch.labels[labelled]])
         self._n_labels += len(labelled)
@@ -230,6 +230,10 @@ class Nowcasts:
             mean += delta / count
             squares += delta * (gap - mean)
         self._reference = np.array([count, mean, squares])
+
+
+def _is_finite(batch: Batch) -> NDArray[np.bool_]:
+    return np.isfinite(batch.logits.max(axis=1))
 
 
 def betting_interval(x: Array, level: float) -> tuple[float, float]:

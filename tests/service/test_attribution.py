@@ -137,6 +137,17 @@ def test_class_priors_of_a_change_in_the_scores_alone_are_not_believed() -> None
     assert gains_of(around("one class", 0)[0].logits, around("one class", 0)[1]).prior < -10
 
 
+def test_rows_without_probabilities_are_left_out_and_impossible_classes_allowed() -> None:
+    reference, since = around("temperature 2", 0)
+    odd = since.logits.copy()
+    odd[::10], odd[1::10, 9] = np.nan, -np.inf
+    never = reference.logits.copy()
+    never[:, 8] = -np.inf
+    found = cause({}, replace(reference, logits=never), replace(since, logits=odd))
+    assert found.kind in {"score_pipeline", "class_bias", "prior_shift"}
+    assert "the 900 labels since the change" in found.action
+
+
 def test_a_cause_is_plain_values() -> None:
     found = cause({}, *around("none", 0))
     assert isinstance(found, Cause)

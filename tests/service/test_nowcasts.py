@@ -170,6 +170,20 @@ def test_of_few_rows_or_labels_it_says_what_is_missing() -> None:
     assert nowcasts.accuracy().n_labels == 60
 
 
+def test_rows_without_probabilities_pass_by() -> None:
+    before, _ = after("none", 0)
+    odd = np.full((30, before.logits.shape[1]), np.nan)
+    odd[::2, 0] = np.inf
+    mixed = replace(before.rows(slice(0, 30)), logits=odd)
+    one, other = Nowcasts(), Nowcasts()
+    for nowcasts, batches in ((one, [before]), (other, [mixed, before, mixed])):
+        for batch in batches:
+            nowcasts.read(batch)
+            nowcasts.read_labels(batch)
+    assert one.accuracy() == other.accuracy()
+    assert one.calibration_error() == other.calibration_error()
+
+
 def test_rows_whose_label_never_came_count_as_rows_only() -> None:
     before, _ = after("none", 0)
     one, other = Nowcasts(), Nowcasts()
