@@ -233,7 +233,7 @@ class Nowcasts:
 
 
 def _is_finite(batch: Batch) -> NDArray[np.bool_]:
-    return np.isfinite(batch.logits.max(axis=1))
+    return np.asarray(np.isfinite(batch.logits.max(axis=1)))
 
 
 def betting_interval(x: Array, level: float) -> tuple[float, float]:
