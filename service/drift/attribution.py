@@ -47,7 +47,7 @@ MOST_ROWS = 5000
 """The last before the change, the first since, and the first labels since: more say no more about the change itself."""
 PRIOR_PSEUDO_ROWS = 20
 """A class."""
-EM_STEPS, EM_TOLERANCE = 200, 1e-3
+LEAST_PRIOR, EM_STEPS, EM_TOLERANCE = 1e-9, 200, 1e-3
 MOST_OF_THE_EVIDENCE = 0.5
 SURE = 1e-3
 """Probability that two samples of the same law are taken to differ."""
@@ -86,6 +86,7 @@ def cause(
     >>> found.kind, found.action
     ('temperature', 'Fit `temperature` on the 1000 labels since the change.')
     """
+    reference, since = (rows.rows(np.flatnonzero(np.isfinite(rows.logits.max(axis=1)))) for rows in (reference, since))
     segment, share = _largest(evidence, "segment ")
     where, sentences = "", list[str]()
     if share > MOST_OF_THE_EVIDENCE:
@@ -254,7 +255,7 @@ def gains_of(reference: Array, since: Batch) -> Gains:
     labelled = np.flatnonzero(since.labels != NO_LABEL)[:MOST_ROWS]
     logits, y = since.logits[labelled], since.labels[labelled]
     gains, theta = online.gains(logits, y)
-    before = softmax(reference).mean(axis=0)
+    before = np.maximum(softmax(reference).mean(axis=0), LEAST_PRIOR)
     priors = _priors(softmax(since.logits[:MOST_ROWS]), before)
     ratio, log_p = np.log(priors / before), log_softmax(logits)
     prior = ratio[y] - np.log(np.exp(log_p + ratio).sum(axis=1))

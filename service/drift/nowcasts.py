@@ -109,24 +109,27 @@ class Nowcasts:
         self._window, self._n_rows = np.zeros(self.window_rows), 0
         self._n_labels = 0
         self._reference = np.zeros(3)  # count, mean and squared deviations of confidence - correct
-        self._last = np.zeros((2, 0))
         self.begin_cohort()
 
     def begin_cohort(self) -> None:
         """Judge labels to come apart from those before: a change was noticed."""
+        self._last = np.zeros((2, 0))  # the cohort before
+        self._empty_cohort()
+
+    def _empty_cohort(self) -> None:
         self._cohort = np.zeros((2, self.cohort_labels))  # confidence, and 1 where it was right
         self._n_cohort = 0
 
     def read(self, batch: Batch) -> None:
-        """Rows as they are predicted, with labels or without."""
-        confidence = softmax(batch.logits).max(axis=1)[-self.window_rows :]
-        first = self._n_rows + len(batch) - len(confidence)
-        self._window[(first + np.arange(len(confidence))) % self.window_rows] = confidence
-        self._n_rows += len(batch)
+        """Rows as they are predicted, with labels or without; a row without finite probabilities passes by."""
+        confidence = softmax(batch.logits[_is_finite(batch)]).max(axis=1)
+        places = (self._n_rows + np.arange(len(confidence))) % self.window_rows
+        self._window[places[-self.window_rows :]] = confidence[-self.window_rows :]
+        self._n_rows += len(confidence)
 
     def read_labels(self, batch: Batch) -> None:
         """Rows that are waited for no longer, in the order of their prediction; those without a label pass by."""
-        (labelled,) = np.nonzero(batch.labels != NO_LABEL)
+        (labelled,) = np.nonzero((batch.labels != NO_LABEL) & _is_finite(batch))
         p = softmax(batch.logits[labelled])
         rows = np.stack([p.max(axis=1), p.argmax(axis=1) == batch.labels[labelled]])
         self._n_labels += len(labelled)
@@ -134,7 +137,7 @@ class Nowcasts:
         while rows.shape[1]:
             if self._n_cohort == self.cohort_labels:
                 self._last = self._cohort
-                self.begin_cohort()
+                self._empty_cohort()
             n = min(rows.shape[1], self.cohort_labels - self._n_cohort)
             self._cohort[:, self._n_cohort : self._n_cohort + n] = rows[:, :n]
             self._n_cohort, rows = self._n_cohort + n, rows[:, n:]
@@ -227,6 +230,10 @@ class Nowcasts:
             mean += delta / count
             squares += delta * (gap - mean)
         self._reference = np.array([count, mean, squares])
+
+
+def _is_finite(batch: Batch) -> NDArray[np.bool_]:
+    return np.asarray(np.isfinite(batch.logits.max(axis=1)))
 
 
 def betting_interval(x: Array, level: float) -> tuple[float, float]:

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.drift_streams import stream
 from service.drift.attribution import LABELS_NEEDED, cause, gains_of
+from service.drift.detectors import registry
 from service.drift.detectors.base import Batch
 from service.drift.states import Cause
 
@@ -41,6 +42,18 @@ def test_the_kind_of_a_change_is_told(change: str) -> None:
     """
     told = [cause({}, *around(change, seed)).kind for seed in range(5)]
     assert told == [KINDS[change]] * 5
+
+
+@pytest.mark.parametrize("change", ["temperature 2", "label noise", "label shift", "one class", "input noise"])
+def test_from_the_alarm_with_labels_to_the_cause(change: str) -> None:
+    batch, detector = stream(change, 8000, 4000, 3), registry.create("recalibration")
+    rang = detector.update(batch)
+    assert rang is not None
+    assert rang >= 4000
+    since = rang + 1 - detector.change_point()
+    found = cause(detector.evidence(), batch.rows(slice(0, since)), batch.rows(slice(since, since + 1000)))
+    assert found.kind == KINDS[change]
+    assert found.where == ("class 3" if change == "one class" else "")
 
 
 def test_without_signals_of_the_inputs_a_stretch_is_a_temperature_and_noise_is_not_told_from_the_concept() -> None:
@@ -122,6 +135,17 @@ def test_the_gains_are_those_of_the_true_correction_but_for_what_learning_costs(
 def test_class_priors_of_a_change_in_the_scores_alone_are_not_believed() -> None:
     """Frequencies found without labels are wrong where the scores of one class are: the labels refute them."""
     assert gains_of(around("one class", 0)[0].logits, around("one class", 0)[1]).prior < -10
+
+
+def test_rows_without_probabilities_are_left_out_and_impossible_classes_allowed() -> None:
+    reference, since = around("temperature 2", 0)
+    odd = since.logits.copy()
+    odd[::10], odd[1::10, 9] = np.nan, -np.inf
+    never = reference.logits.copy()
+    never[:, 8] = -np.inf
+    found = cause({}, replace(reference, logits=never), replace(since, logits=odd))
+    assert found.kind in {"score_pipeline", "class_bias", "prior_shift"}
+    assert "the 900 labels since the change" in found.action
 
 
 def test_a_cause_is_plain_values() -> None:

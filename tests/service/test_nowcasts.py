@@ -11,6 +11,7 @@ from scipy.special import softmax
 from benchmarks.drift_streams import stream
 from calibrators.metrics import debiased_squared_error
 from calibrators.metrics.calibration import binned_curve, equal_width_edges
+from service.drift.detectors import registry
 from service.drift.detectors.base import Array, Batch
 from service.drift.nowcasts import LOOKS, N_BINS, Nowcasts, betting_interval, squared_gap_interval
 
@@ -67,6 +68,20 @@ def test_it_is_wrong_when_calibration_breaks_which_the_flag_says_and_labels_mend
         assert by_labels.valid
         held += by_labels.low <= truth <= by_labels.high
     assert held >= 32
+
+
+def test_the_flag_goes_down_under_concept_drift_by_the_alarm_with_labels_and_stays_up_without() -> None:
+    for change, goes_down in {"label noise": True, "benign covariate": False}.items():
+        batch, detector, nowcasts = stream(change, 6000, 4000, 3), registry.create("recalibration"), Nowcasts()
+        up = []
+        for start in range(0, 6000, 500):
+            part = batch.rows(slice(start, start + 500))
+            nowcasts.read(part)
+            nowcasts.read_labels(part)
+            ringing = detector.statistic >= detector.threshold or detector.update(part) is not None
+            up.append(nowcasts.accuracy_without_labels(ringing=ringing).valid)
+        assert up[:8] == [True] * 8
+        assert up[8:] == [not goes_down] * 4
 
 
 def test_the_betting_sequence_holds_at_all_looks_together() -> None:
@@ -138,6 +153,8 @@ def test_a_cohort_is_told_of_at_its_looks_and_the_one_before_until_it_has_half()
     assert nowcasts.calibration_error().n_labels == 800  # 300 of the next are too few
     nowcasts.read_labels(batch.rows(slice(1100, 1200)))
     assert nowcasts.calibration_error().n_labels == 400
+    nowcasts.begin_cohort()
+    assert np.isnan(nowcasts.calibration_error().estimate)  # of labels from before a change nothing is told
 
 
 def test_of_few_rows_or_labels_it_says_what_is_missing() -> None:
@@ -151,6 +168,20 @@ def test_of_few_rows_or_labels_it_says_what_is_missing() -> None:
     assert (told.valid, told.n_rows, told.n_labels) == (False, 2000, 60)
     assert told.why_not == "60 labels have come, 500 are needed to know what confidence is worth."
     assert nowcasts.accuracy().n_labels == 60
+
+
+def test_rows_without_probabilities_pass_by() -> None:
+    before, _ = after("none", 0)
+    odd = np.full((30, before.logits.shape[1]), np.nan)
+    odd[::2, 0] = np.inf
+    mixed = replace(before.rows(slice(0, 30)), logits=odd)
+    one, other = Nowcasts(), Nowcasts()
+    for nowcasts, batches in ((one, [before]), (other, [mixed, before, mixed])):
+        for batch in batches:
+            nowcasts.read(batch)
+            nowcasts.read_labels(batch)
+    assert one.accuracy() == other.accuracy()
+    assert one.calibration_error() == other.calibration_error()
 
 
 def test_rows_whose_label_never_came_count_as_rows_only() -> None:
