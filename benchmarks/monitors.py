@@ -100,7 +100,10 @@ def in_process(count: int) -> list[list[str]]:
         states = [len(monitor.watching.encode()) for monitor in monitors]
         journal.close()
     names = [monitor.spec.name for monitor in monitors]
-    table = [["", "pairs/s of processor time", "bytes of its state"], ["all together", f"{rates[0]:,.0f}", f"{sum(states):,}"]]
+    table = [
+        ["", "pairs/s of processor time", "bytes of its state"],
+        ["all together", f"{rates[0]:,.0f}", f"{sum(states):,}"],
+    ]
     columns = zip(names, rates[1:], states, strict=True)
     return table + [[name, f"{rate:,.0f}", f"{state:,}"] for name, rate, state in columns]
 

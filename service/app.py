@@ -67,6 +67,7 @@ from service.web.metrics import (
     Metrics,
     ModelState,
     MonitorMetrics,
+    NowcastMetrics,
     OnlineLearning,
     SetCoverage,
     WebhookMetrics,
@@ -140,6 +141,10 @@ class App:
             self._online_learning,
             lambda: [SetCoverage(**vars(state)) for state in self._coverage.states()],
             self._monitor_metrics,
+            lambda: [
+                NowcastMetrics(model, now.estimate, now.low, now.high, now.valid)
+                for model, now in self._monitoring.accuracies()
+            ],
             webhook=self._webhook_state,
         )
         self._streams = Streams(_stream_limits(settings))

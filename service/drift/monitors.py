@@ -27,6 +27,7 @@ from service.drift.detectors import registry
 from service.drift.detectors.base import NO_LABEL, Batch, Detector
 from service.drift.detectors.score_shift import OF_LOGITS, PREDICTED_CLASS
 from service.drift.missing_labels import MissingLabels
+from service.drift.nowcasting import HIDDEN, KINDS
 from service.drift.states import RAW, MonitorSpec, MonitorState
 from service.errors import InvalidRequest
 from service.store.database import Connection
@@ -97,6 +98,8 @@ def detector_of(spec: MonitorSpec) -> Detector:
     try:
         if spec.detector == MissingLabels.kind:
             return MissingLabels(**spec.parameters)  # type: ignore[arg-type]
+        if spec.name.startswith(HIDDEN):
+            return KINDS[spec.detector]()
         return registry.create(spec.detector, **spec.parameters)
     except (ValueError, TypeError) as error:
         raise InvalidRequest(f"detector: {error}") from error

@@ -20,13 +20,12 @@ from service.drift.states import SERVED, MonitorSpec
 
 HIDDEN = "."
 """How the names of these begin; no caller's monitor has such a name."""
-_OF_ROWS = ("window",)
 
 
 class _Reading(Detector):
     """A now-cast that takes rows, and never rings."""
 
-    ready, statistic, threshold = True, 0.0, inf  # type: ignore[assignment]
+    ready, statistic, threshold = True, 0.0, inf
 
     def __init__(self) -> None:
         self.now, self.n_rows = Nowcasts(), 0
@@ -75,7 +74,7 @@ class OfLabels(_Reading):
 
 
 class Told(NamedTuple):
-    """Of what one model serves: its accuracy, without labels and with those that have come, and its calibration error."""
+    """Of what one model serves: its accuracy, without labels and with those that came, and its calibration error."""
 
     accuracy_without_labels: Nowcast
     accuracy: Nowcast
