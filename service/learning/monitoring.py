@@ -318,7 +318,7 @@ class Monitoring:
         rows, labels = (self._watched[model, kind].monitor.watching.detector for kind in nowcasting.KINDS)
         ringing = self._is_ringing(model)
         self._accuracies[model] = nowcasting.without_labels(rows, labels, ringing=ringing)
-        if ringing and any(not alarm.repeats for alarm in alarms):
+        if any(not alarm.repeats and self._is_of_labels(self._watched[model, alarm.monitor]) for alarm in alarms):
             self._begin_cohort(model)
         return any(sum(map(len, step.cohort.pairs)) >= STEP_ROWS for _, step in steps)
 
@@ -496,10 +496,12 @@ class Monitoring:
 
     def _is_ringing(self, model: str) -> bool:
         """Whether an alarm by the labels of what is served is open."""
-        return any(
-            one.open and one.monitor.spec.watched == SERVED and one.monitor.watching.detector.labelled
-            for _, one in self._of(model)
-        )
+        return any(one.open and self._is_of_labels(one) for _, one in self._of(model))
+
+    @staticmethod
+    def _is_of_labels(one: _Watched) -> bool:
+        """Whether a monitor holds labels against what is served."""
+        return one.monitor.spec.watched == SERVED and one.monitor.watching.detector.labelled
 
     def _find(self, model: str, name: str) -> _Watched:
         self._repository.get(model)
