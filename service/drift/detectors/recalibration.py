@@ -75,11 +75,11 @@ class Recalibration(Detector):
         self.horizon = number("horizon", horizon, least=1)
         self.false_alarm_probability = number("false_alarm_probability", false_alarm_probability, above=0, most=1)
         self.tolerance = number("tolerance", tolerance, least=0, most=1)
-        self.families = families
         self.adaptive = whole("adaptive", adaptive, least=0, most=1)
         self.max_segments = whole("max_segments", max_segments, least=0, most=10_000)
-        self._chosen = [name.strip() for name in families.split(",")]
-        if set(self._chosen) - set(FAMILIES) or not families:
+        self.families = str(families)
+        self._chosen = [name.strip() for name in self.families.split(",")]
+        if set(self._chosen) - set(FAMILIES):
             raise ValueError(f"families must be words of {', '.join(FAMILIES)} with commas between, got {families!r}")
         self.reset()
 
