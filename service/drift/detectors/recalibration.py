@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from math import log10
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,8 +29,8 @@ SCALES = {0.5: 0.12, 0.65: 0.6, 0.85: 0.1, 1.2: 0.07, 1.5: 0.11}
 BIASES = {-1.3: 0.25, -0.5: 0.25, 0.5: 0.25, 1.3: 0.25}
 MEMORIES = {300.0: 1.0}
 SLOPES, SHIFTS = (0.4, 0.6, 0.8, 1.3, 1.7), (-1.0, -0.5, -0.25, 0.25, 0.5, 1.0)
-TOP_LABEL = [*((slope, 0.0) for slope in SLOPES), *((1.0, shift) for shift in SHIFTS)]
-"""Of each bet, its part of the family's share; those on the top label have the same."""
+TOP_LABEL = dict.fromkeys([*((slope, 0.0) for slope in SLOPES), *((1.0, shift) for shift in SHIFTS)], 1 / 11)
+"""Of each bet, its part of the family's share."""
 
 FAMILIES = ("temperature", "class_bias", "top_label")
 SHOWN = 0.01
@@ -62,6 +62,14 @@ class Recalibration(Detector):
     kind = "recalibration"
     labelled = True
     ready = True
+
+    shares: ClassVar[Mapping[str, float]] = SHARES
+    grids: ClassVar[Mapping[str, Mapping[Any, float]]] = {
+        "temperature": SCALES,
+        "class_bias": BIASES,
+        "top_label": TOP_LABEL,
+        "adaptive": MEMORIES,
+    }
 
     def __init__(
         self,
@@ -163,16 +171,12 @@ class Recalibration(Detector):
     def _make_bets(self) -> Bets:
         within_segments = self.max_segments and self._chosen != ["class_bias"]
         families = {"adaptive": self.adaptive, "segments": within_segments, **dict.fromkeys(self._chosen, 1)}
-        total = sum(SHARES[name] for name, is_chosen in families.items() if is_chosen)
-        share = {name: SHARES[name] / total if families.get(name) else 0.0 for name in SHARES}
-        grids: dict[str, dict[Any, float]] = {
-            "temperature": SCALES,
-            "class_bias": BIASES,
-            "top_label": dict.fromkeys(TOP_LABEL, 1 / len(TOP_LABEL)),
-            "adaptive": MEMORIES,
+        total = sum(self.shares[name] for name, is_chosen in families.items() if is_chosen)
+        share = {name: part / total if families.get(name) else 0.0 for name, part in self.shares.items()}
+        values = {name: list(grid) if share[name] else [] for name, grid in self.grids.items()}
+        weights = {
+            name: [share[name] * part for part in grid.values() if share[name]] for name, grid in self.grids.items()
         }
-        values = {name: list(grid) if share[name] else [] for name, grid in grids.items()}
-        weights = {name: [share[name] * part for part in grid.values() if share[name]] for name, grid in grids.items()}
         by_class = weights.pop("class_bias") if self._n_classes > 2 else []
         repeated = np.concatenate([weights[name] for name in weights if name != "adaptive"])
         within = share["segments"] * repeated / max(repeated.sum(), 1e-300)
