@@ -160,7 +160,7 @@ class _Case:
                 f"The classes come in other proportions: most of all {self._named(k)}, "
                 f"{before[k]:.1%} of rows before and about {since[k]:.1%} since."
             ],
-            f"Fit `class_prior` on {self._labels()}.",
+            f"Fit {self._on_labels('class_prior')}.",
         )
 
     def _concept(self) -> Cause:
@@ -172,7 +172,7 @@ class _Case:
             self.where,
             said,
             "Look at how labels are made and what the classes mean now. Until the model is trained on new labels, "
-            f"fit `temperature` on {self._labels()}.",
+            f"fit {self._on_labels('temperature')}.",
         )
 
     def _class_bias(self) -> Cause:
@@ -188,29 +188,30 @@ class _Case:
             "class_bias",
             ", ".join(filter(None, (self.where, f"class {k}"))),
             said,
-            f"Fit `class_prior` on {self._labels()}, and look at what feeds this class and at who labels it.",
+            f"Fit {self._on_labels('class_prior')}, and look at what feeds this class and at who labels it.",
         )
 
     def _stretched(self) -> Cause:
-        fit = f"it `temperature` on {self._labels()}."
+        on_labels = self._on_labels("temperature")
         if self.inputs_changed:
             said = "The inputs changed, and the model's confidence did not follow its accuracy."
-            return Cause("covariate", self.where, [said], f"Look at where the inputs come from. Until then, f{fit}")
+            action = f"Look at where the inputs come from. Until then, fit {on_labels}."
+            return Cause("covariate", self.where, [said], action)
         if self.inputs_changed is None:
-            return Cause("temperature", self.where, [], f"F{fit}")
+            return Cause("temperature", self.where, [], f"Fit {on_labels}.")
         return Cause(
             "score_pipeline",
             self.where,
             ["The scores changed and the inputs did not."],
             "Look at what lies between the inputs and the scores: another model file, rounding to fewer digits, "
-            f"other preparation of features. Until then, f{fit}",
+            f"other preparation of features. Until then, fit {on_labels}.",
         )
 
     def _named(self, k: int) -> str:
-        return f"class {k} ({self.class_names[k]})" if self.class_names else f"class {k}"
+        return f"class {k} ({self.class_names[k]})" if k < len(self.class_names) else f"class {k}"
 
-    def _labels(self) -> str:
-        return f"the {self.gains.n_labels} labels since the change"
+    def _on_labels(self, kind: str) -> str:
+        return f"`{kind}` on the {self.gains.n_labels} labels since the change"
 
 
 # ---- what the labels say
@@ -308,10 +309,9 @@ class _Difference:
         return self.p < SURE
 
     def said(self) -> str:
-        chance = "less than 1e-12" if self.p < 1e-12 else f"{self.p:.0e}"
-        return (
-            f"{self.what} was {self.before:.3g} before the change and is {self.since:.3g} since; by chance: {chance}."
-        )
+        chance = "below 1e-12" if self.p < 1e-12 else f"{self.p:.0e}"
+        moved = f"was {self.before:.3g} before the change and is {self.since:.3g} since"
+        return f"{self.what} {moved}; the probability that chance does this is {chance}."
 
 
 def _scores(reference: Batch, since: Batch) -> list[_Difference]:
