@@ -12,17 +12,21 @@ from multiprocessing.connection import Connection
 from typing import Self
 
 from service.cores import threads_per_run, usable_cores
+from service.drift.webhook import RESULTS, Target, Webhook
 from service.inference.batcher import Limits as QueueLimits
 from service.inference.device_loss import DeviceLoss
 from service.inference.repository import Repository, folders
 from service.inference.session import Device
+from service.inference.statistics import BOUNDS_NS, Spread
 from service.learning.coverage import Coverage
 from service.learning.following import Following
 from service.learning.journalling import Journalling
 from service.learning.loading import Loading, Poll
+from service.learning.monitoring import Monitoring
 from service.learning.online import Online
 from service.learning.online_serving import OnlineServing
 from service.learning.operations import Limits, Operations
+from service.learning.policies import Policies
 from service.learning.progress import COUNTED
 from service.learning.revisions import Revisions
 from service.learning.shadow import BETTER, WORSE
@@ -37,6 +41,7 @@ from service.rpc.grpc_front import ConnectionLimits, GrpcFront
 from service.rpc.health import PROCESS, READY, Health
 from service.rpc.inference_service import Inference
 from service.rpc.methods import Method, methods_of
+from service.rpc.monitor_service import MonitorService
 from service.rpc.observed import observed
 from service.rpc.online_service import OnlineService
 from service.rpc.process_settings import ProcessSettings
@@ -48,25 +53,30 @@ from service.rpc.shared_memory import Regions, SharedMemory
 from service.rpc.streams import StreamLimits, Streams
 from service.rpc.tls import CertificateFiles
 from service.rpc.tokens import TokenFile
+from service.rpc.tracing import Tracing
 from service.rpc.wire import FEEDBACK_SERVICE, INFERENCE_SERVICE
 from service.settings import Settings, is_local
 from service.store.blobs import Blobs
 from service.store.catalogue import Catalogue
 from service.store.journal import LOST, Journal
 from service.store.journal_tables import Retention
-from service.store.labels import Labels, Result
+from service.store.labels import DELAYS_SECONDS, Labels, Result
 from service.store.lock import lock_store
 from service.store.online_states import OnlineStates
 from service.supervisor import Member
 from service.web.http import HttpServer, Page, text
 from service.web.metrics import (
+    Durations,
     JournalState,
     Metrics,
     ModelState,
+    MonitorMetrics,
+    NowcastMetrics,
     OnlineLearning,
     SetCoverage,
     ShadowRunning,
     ShadowStanding,
+    WebhookMetrics,
 )
 
 log = logging.getLogger(__name__)
@@ -90,6 +100,8 @@ class App:
         self._tokens = TokenFile(settings.token_file) if settings.token_file else None
         self._access = Access(self._tokens) if self._tokens else None
         certificates = _certificates(settings)
+        self._webhook = _webhook(settings) if self._learns else None
+        self._tracing = Tracing(settings.traces_endpoint) if settings.traces_endpoint else None
         self._device = _device(settings)
         self._lock = lock_store(settings.store) if self._learns else None
         self._catalogue = Catalogue(settings.store / "catalogue.sqlite")
@@ -132,6 +144,13 @@ class App:
         self._feedback = FeedbackService(self.repository, self._journal, Labels(self._journal), self._online.labelled)
         self._regions = Regions(settings.shared_memory_prefix, settings.shared_memory_bytes)
         self._operations = Operations(self._catalogue, blobs, settings.store / "jobs", _limits(settings))
+        self._monitoring = Monitoring(
+            self._journal,
+            self.repository,
+            Policies(self.repository, self._revisions, self._online, self._operations, self._shadows),
+            mode=settings.monitors,
+            wait_seconds=settings.monitor_wait_seconds,
+        )
         self._metrics = Metrics(
             self._model_states,
             lambda: self._health.serving(READY),
@@ -139,8 +158,14 @@ class App:
             self._journal_state,
             self._online_learning,
             lambda: [SetCoverage(**vars(state)) for state in self._coverage.states()],
-            self._shadow_standings,
+            self._monitor_metrics,
             lambda: [
+                NowcastMetrics(model, now.estimate, now.low, now.high, now.valid)
+                for model, now in self._monitoring.accuracies()
+            ],
+            webhook=self._webhook_state,
+            shadows=self._shadow_standings,
+            shadow_runs=lambda: [
                 ShadowRunning(run.row.model, run.row.revision, run.counts, run.seconds)
                 for run in self._shadow_runs.runs()
             ],
@@ -181,6 +206,10 @@ class App:
             self._online.start()
             self._coverage.start()
             self._shadows.begin()
+            if self._webhook:
+                self._webhook.start()
+                self._monitoring.listeners.append(self._webhook.send)
+            self._monitoring.start()
         else:
             self._following.start()
         self._shadow_runs.start()
@@ -199,16 +228,20 @@ class App:
         await asyncio.sleep(self.settings.drain_delay_seconds)
         stopped = asyncio.create_task(self._front.stop(self.settings.drain_seconds))
         await self._operations.release()
+        self._monitoring.release()
         await self._streams.drain()
         self._health.draining = True
         await stopped
         self._watch.cancel()
+        await self._monitoring.close()
         await self._operations.close()
         await self._following.close()
         await self._shadows.close()
         await self._shadow_runs.close()
         await self._online.close()
         await self._coverage.close()
+        if self._webhook:
+            await self._webhook.close()
         if self._forward:
             await self._forward.close()
         await self._poll.close()
@@ -216,6 +249,8 @@ class App:
         self._regions.release()
         self._http.stop()
         self.repository.close()
+        if self._tracing:
+            await asyncio.to_thread(self._tracing.close)
         await asyncio.to_thread(self._journal.close)
         self._catalogue.close()
         if self._lock:
@@ -260,7 +295,13 @@ class App:
     def _methods(self) -> Iterable[Method]:
         deadline = self.settings.default_deadline_seconds
         inference = Inference(
-            self.repository, self._revisions, self._health, self._regions, deadline, self._journalling
+            self.repository,
+            self._revisions,
+            self._health,
+            self._regions,
+            deadline,
+            self._journalling,
+            self._tracing,
         )
         methods = [
             *methods_of(
@@ -283,6 +324,7 @@ class App:
             *CalibratorService(self.repository, self._revisions, self._operations, self._shadows).methods(),
             *OnlineService(self._online).methods(),
             *ShadowService(self._shadows).methods(),
+            *MonitorService(self._monitoring).methods(),
         ]
         feedback = self._feedback.methods()
         if self._forward is None:
@@ -306,25 +348,46 @@ class App:
                 model.active.revision,
                 model.active.session.provider,
                 model.batcher.queued,
-                model.statistics.rows,
-                model.statistics.executions,
-                model.statistics.dropped,
+                said.rows,
+                said.executions,
+                {"answered": said.success.count, "refused": said.fail.count},
+                said.dropped,
+                {rows: runs.count for rows, runs in list(said.batches.items())},
+                _durations(said.success),
+                _durations(said.queue),
+                _durations(said.infer),
             )
-            for model in list(self.repository.models())
+            for model, said in [(model, model.statistics) for model in self.repository.models()]
         ]
 
     def _journal_state(self) -> JournalState:
         kept: Counter[str] = Counter()
+        other: Counter[str] = Counter()
         lost: Counter[tuple[str, str]] = Counter()
         for stream in self._journal.streams():
             kept[stream.row.model] += stream.kept_rows
+            other[stream.row.model] += stream.other_rows
             for why in LOST:
                 lost[stream.row.model, why] += stream.lost_rows[why]
-        labels = {str(result): self._feedback.counts[result] for result in Result}
+        labels, joined = {str(result): self._feedback.counts[result] for result in Result}, self._feedback.labels
         writer = self._journal.writer
         return JournalState(
-            writer.writable, self._journal.bytes(), self._journal.queued_bytes, writer.commits, kept, lost, labels
+            writer.writable,
+            self._journal.bytes(),
+            self._journal.queued_bytes,
+            writer.commits,
+            kept,
+            lost,
+            other,
+            labels,
+            Durations(DELAYS_SECONDS, list(joined.delays), joined.delay_seconds),
         )
+
+    def _webhook_state(self) -> WebhookMetrics | None:
+        if self._webhook is None:
+            return None
+        counts = self._webhook.counts
+        return WebhookMetrics({name: counts[name] for name in RESULTS}, counts["retried"], self._webhook.waiting)
 
     def _online_learning(self) -> list[OnlineLearning]:
         return [
@@ -353,6 +416,21 @@ class App:
                 {BETTER: 1, WORSE: -1}.get(state.comparison.verdict, 0),
             )
             for state in self._shadows.states()
+        ]
+
+    def _monitor_metrics(self) -> list[MonitorMetrics]:
+        counts = self._monitoring.alarm_counts
+        return [
+            MonitorMetrics(
+                state.spec.model,
+                state.spec.name,
+                state.statistic,
+                state.threshold,
+                rows,
+                counts[state.spec.model, state.spec.name],
+                len(state.alarms),
+            )
+            for state, rows in self._monitoring.states()
         ]
 
     def _pages(self) -> dict[str, Page]:
@@ -400,6 +478,17 @@ def _certificates(settings: Settings) -> CertificateFiles | None:
     if settings.tls_cert is None or settings.tls_key is None:
         return None
     return CertificateFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+
+
+def _durations(spread: Spread) -> Durations:
+    return Durations([ns / 1e9 for ns in BOUNDS_NS], list(spread.counts), 1e-9 * spread.ns)
+
+
+def _webhook(settings: Settings) -> Webhook | None:
+    if not settings.webhook_url:
+        return None
+    target = Target.parse(settings.webhook_url, settings.webhook_hosts, settings.webhook_ca)
+    return Webhook(target, settings.store / "webhook.json", settings.webhook_secret_file)
 
 
 def _connection_limits(settings: Settings) -> ConnectionLimits:

@@ -77,6 +77,7 @@ CREATE TABLE alarms (
     row TEXT NOT NULL, crc INTEGER NOT NULL
 ) STRICT;
 CREATE INDEX alarms_by_change ON alarms (change);
+CREATE INDEX alarms_by_monitor ON alarms (model, monitor, alarm);
 """
 SCHEMA_OF_SHADOWS = """
 CREATE TABLE online_heads (

@@ -83,6 +83,12 @@ def read_alarm(connection: Connection, number: int) -> AlarmRow | None:
     return found[0] if found else None
 
 
+def last_alarm(connection: Connection, model: str, monitor: str) -> AlarmRow | None:
+    """The newest of one monitor."""
+    found = _alarms(connection, "model = ? AND monitor = ? ORDER BY alarm DESC LIMIT 1", (model, monitor))
+    return found[0] if found else None
+
+
 def alarms_before(connection: Connection, model: str, number: int, most: int) -> list[AlarmRow]:
     """The last alarms of a model (empty: of all) with smaller numbers, newest first."""
     return _alarms(connection, "alarm < ? AND ? IN (model, '') ORDER BY alarm DESC LIMIT ?", (number, model, most))

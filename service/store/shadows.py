@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from service.errors import Damaged
 from service.store.database import Connection
 from service.store.journal_tables import checksum
-from service.store.packs import Floats, Kept, probabilities_of
+from service.store.packs import Kept, probabilities_of
 from service.store.reading import Pairs
 
 RUNNING, PROMOTED, STOPPED = "running", "promoted", "stopped"
@@ -79,7 +79,7 @@ class ShadowPack(NamedTuple):
     kept: Kept
 
     @classmethod
-    def of(cls, requests: Sequence[tuple[int, Floats]]) -> Self:
+    def of(cls, requests: Sequence[tuple[int, NDArray[np.float32]]]) -> Self:
         """From the number and the probabilities, of all classes, of each request."""
         probabilities = np.concatenate([given for _, given in requests], dtype=np.float32)
         return cls(
