@@ -473,8 +473,10 @@ def test_a_calibrator_is_fitted_on_the_rows_since_the_change_once_there_are_enou
     assert waiting.outcome.startswith("pending: ")
     come(client, drifted(slice(500, 1000)), labels[500:])
     alarm = ended(client, "refit")
-    assert alarm.outcome == "temperature-1 was fitted on rows since the change; it is not active"
+    assert alarm.outcome == "temperature-1 was fitted on rows since the change; it is in shadow beside what serves"
     assert client.models()[0].active_revision == "none"
+    shadow = client.shadow("mlp", "temperature-1")
+    assert (shadow.outcome, shadow.champion, shadow.started_by) == ("running", "none", alarm.alarm)
     assert client.get("mlp", "temperature-1").row_count in (1000, 1100)  # rows of a request were predicted at one time
     assert 2.4 < client.calibrator("mlp", "temperature-1").temperature_ < 3.8  # 900 rows: about four standard errors
     again = server._run(server.app._monitoring._policies.carry_out(stored(server, alarm), lambda: pytest.fail("again")))
