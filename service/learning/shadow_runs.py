@@ -66,13 +66,17 @@ class _Given(NamedTuple):
 
 
 class _Taken(NamedTuple):
-    """A request that was answered. `inputs` are its own, None for a challenger that reads logits alone."""
+    """A request that was answered, and what is to compute it: an online challenger as it was then, before its label.
+
+    `inputs` are None for a challenger that reads logits alone.
+    """
 
     number: int
     time: float
     answer: Answer
     inputs: Inputs | None
     size: int
+    challenger: Calibrator | Snapshot
 
     @property
     def rows(self) -> int:
@@ -92,7 +96,8 @@ class ShadowRun:
         self, journal: Journal, row: ShadowRow, model: ServedModel, stream: int, challenger: Calibrator | Snapshot
     ) -> None:
         self.row, self.model, self.challenger = row, model, challenger
-        self.counts, self.seconds, self.online_state = Counter[str](), 0.0, START
+        self.counts = Counter(dict.fromkeys(("run", "full", "late", "failed"), 0))
+        self.seconds, self.online_state = 0.0, START
         self.fitted = challenger
         self._journal, self._stream = journal, stream
         self._waiting: deque[_Taken] = deque()
@@ -106,7 +111,7 @@ class ShadowRun:
         if answer.run.snapshot.revision != self.row.champion or random.random() >= self.row.share:  # noqa: S311
             return
         rows, reads_inputs = answer.stop - answer.start, isinstance(self.challenger, Snapshot)
-        size = size if reads_inputs else 4 * rows * self.model.n_classes
+        size = (size if reads_inputs else 0) + 4 * rows * self.model.n_classes
         if (
             len(self._waiting) >= MOST_REQUESTS
             or self._added_rows - self._taken_rows + rows > MOST_ROWS
@@ -116,7 +121,8 @@ class ShadowRun:
             return
         self._added_rows += rows
         self._added_bytes += size
-        self._waiting.append(_Taken(number, time.monotonic(), answer, inputs if reads_inputs else None, size))
+        kept = inputs if reads_inputs else None
+        self._waiting.append(_Taken(number, time.monotonic(), answer, kept, size, self.challenger))
 
     def close(self) -> None:
         """End the thread; what waits is nobody's any more."""
@@ -155,15 +161,22 @@ class ShadowRun:
         in_time = [(one.number, one.probabilities) for one in given if one.time >= oldest]
         rows = sum(len(probabilities) for _, probabilities in in_time)
         self.counts["late"] += sum(len(one.probabilities) for one in given) - rows
-        if in_time:
-            pack, place = ShadowPack.of(in_time), (self.row.model, self.row.revision, self._stream)
+        if not in_time:
+            return
+        pack, place = ShadowPack.of(in_time), (self.row.model, self.row.revision, self._stream)
+        try:
             self._journal.writer.write_now(lambda connection: append_shadow_pack(connection, *place, pack))
-            self.counts["run"] += rows
+        except Exception:
+            self.counts["failed"] += rows
+            raise
+        self.counts["run"] += rows
 
     def _next(self) -> Sequence[_Taken]:
-        """The requests of the next run: one, or all that wait where no session is run."""
-        count = 1 if isinstance(self.challenger, Snapshot) else len(self._waiting)
-        taken = [self._waiting.popleft() for _ in range(count)]
+        """The requests of the next run: one, or all that wait for the same state where no session is run."""
+        taken = [self._waiting.popleft()]
+        challenger = taken[0].challenger
+        while self._waiting and not isinstance(challenger, Snapshot) and self._waiting[0].challenger is challenger:
+            taken.append(self._waiting.popleft())
         self._taken_rows += sum(one.rows for one in taken)
         self._taken_bytes += sum(one.size for one in taken)
         oldest = time.monotonic() - LATEST_SECONDS
@@ -179,7 +192,7 @@ class ShadowRun:
         return [_Given(one.number, one.time, of_one) for one, of_one in zip(taken, values, strict=True)]
 
     def _computed(self, taken: Sequence[_Taken]) -> Sequence[NDArray[np.float32]]:
-        challenger = self.challenger
+        challenger = taken[0].challenger
         if isinstance(challenger, Snapshot):
             return [self._run(challenger, one.inputs()) for one in taken if one.inputs is not None]
         logits = np.concatenate([one.answer.part(LOGITS) for one in taken], dtype=np.float32)

@@ -212,11 +212,15 @@ class Shadows:
         """A judge for each shadow that the store says is running on a model that is served."""
         for row in await asyncio.to_thread(self._rows, ""):
             served = self._served(row)
-            if row.is_running and served is not None and (row.model, row.revision) not in self._judges:
+            if not row.is_running or served is None or (row.model, row.revision) in self._judges:
+                continue
+            try:
                 calibrator = await self._revisions.challenger(served, row.revision)
                 judge = Judge(self._journal, row, calibrator, *self._options)
                 await asyncio.to_thread(judge.load)
                 self._judges[row.model, row.revision] = judge
+            except CalserveError as error:
+                log.error("shadow %s of model %s cannot go on now: %s", row.revision, row.model, error.message)
 
     async def _follow(self, key: Key, judge: Judge) -> None:
         row, served = judge.row, self._served(judge.row)
@@ -229,6 +233,8 @@ class Shadows:
             note = "" if promoted else "it was made active by another call"
             await self._end(judge, PROMOTED if promoted else STOPPED, row.promoting, note)
             return
+        if row.promoting:  # the process ended before the activation
+            await asyncio.to_thread(judge.change, promoting="")
         if active != row.champion:
             note = f"compared with {active} since that is active; before that with {row.champion}"
             log.warning("model %s: %s in shadow is %s", row.model, row.revision, note)
@@ -266,7 +272,7 @@ class Shadows:
         row, gain = judge.row, judge.comparison.gain
         await asyncio.to_thread(judge.end, outcome, by, note or row.note)
         self._judges.pop((row.model, row.revision), None)
-        log.warning(
+        log.info(
             "model %s: the shadow %s is %s by %s after %d labels, gain %.4f over %s",
             row.model, row.revision, outcome, by or "anybody", gain.n_labels, gain.mean, row.champion,
         )  # fmt: skip

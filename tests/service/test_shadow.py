@@ -5,23 +5,29 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import calibrators
 from calibrators import Calibrator
+from calibrators.graph import LOGITS
 from calibrators.kinds.identity import Identity
 from calibrators.numerics import softmax
 from calibrators.online.comparison import Difference
-from service.learning import shadow
+from service.inference.batcher import Answer, Run
+from service.learning import shadow, shadow_runs
 from service.learning.shadow import BETTER, UNDECIDED, WORSE, Comparison, Judge, from_journal, reads_logits
+from service.learning.shadow_runs import ShadowRun
 from service.store.journal_tables import Retention, forget_revision, prune
 from service.store.labels import NewLabel, Result
 from service.store.packs import MOST_PROBABLE, Answered
-from service.store.shadows import ShadowPack, ShadowRow, append_shadow_pack, read_shadows
+from service.store.reading import Reader
+from service.store.shadows import ShadowPack, ShadowRow, append_shadow_pack, given_to, read_shadows
 from tests.service import journals
 from tests.service.journals import MODEL
+from tests.service.test_durability import until
 
 PLENTY = 10**9
 CHAMPION, CHALLENGER = "none", "temperature-1"
@@ -304,6 +310,49 @@ def test_what_a_challenger_gave_goes_with_the_rows_it_was_given_to(kept: journal
 )
 def test_it_is_told_what_must_be_run(calibrator: Calibrator, n_classes: int, of_logits: bool, of_journal: bool) -> None:
     assert (reads_logits(calibrator), from_journal(calibrator, n_classes)) == (of_logits, of_journal)
+
+
+def answer_of(logits: np.ndarray, revision: str = CHAMPION) -> Answer:
+    session = SimpleNamespace(provider="CPUExecutionProvider")
+    snapshot = SimpleNamespace(revision=revision, online_state=None, session=session)
+    return Answer(Run([LOGITS], [logits], snapshot, len(logits)), 0, len(logits))
+
+
+def test_a_request_is_computed_by_the_state_that_there_was_when_it_was_answered(
+    kept: journals.Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state after it may have learned its label."""
+    monkeypatch.setattr(shadow_runs, "GATHER_SECONDS", 0.05)
+    model = SimpleNamespace(n_classes=K)
+    run = ShadowRun(kept.journal, row_of(share=1.0), model, kept.stream.row.stream, temperature(2.0))  # type: ignore[arg-type]
+    logits, _ = rows(6, seed=28)
+    run.offer(0, answer_of(logits[:2]), dict, 0)
+    run.challenger = temperature(5.0)
+    run.offer(1, answer_of(logits[2:4]), dict, 0)
+    run.offer(2, answer_of(logits[4:], "another"), dict, 0)
+    until(lambda: run.counts["run"] == 4)
+    run.close()
+    now = int(1000 * time.time())
+    kept.predict(*(Answered(now, CHAMPION, 0, logits[i : i + 2], softmax(logits[i : i + 2])) for i in (0, 2, 4)))
+    kept.flush()
+    reader = Reader(kept.journal, MODEL, "anyone", 0)
+    (part,) = reader.read().pairs
+    with kept.journal.reading() as connection:
+        there, found = given_to(connection, CHALLENGER, part)
+    assert there.tolist() == [True] * 4 + [False] * 2
+    np.testing.assert_allclose(found[:2], softmax(logits[:2] / 2), atol=1e-6)
+    np.testing.assert_allclose(found[2:4], softmax(logits[2:4] / 5), atol=1e-6)
+
+
+def test_what_waited_too_long_is_given_up(kept: journals.Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shadow_runs, "GATHER_SECONDS", 0.05)
+    monkeypatch.setattr(shadow_runs, "LATEST_SECONDS", 0.0)
+    model = SimpleNamespace(n_classes=K)
+    run = ShadowRun(kept.journal, row_of(share=1.0), model, 1, temperature(2.0))  # type: ignore[arg-type]
+    run.offer(0, answer_of(rows(3, seed=29)[0]), dict, 0)
+    until(lambda: run.counts["late"] == 3)
+    run.close()
+    assert run.counts["run"] == 0
 
 
 def promotions(gains: np.ndarray, level: float, least: int) -> np.ndarray:
