@@ -315,7 +315,7 @@ def test_it_is_told_what_must_be_run(calibrator: Calibrator, n_classes: int, of_
 def answer_of(logits: np.ndarray, revision: str = CHAMPION) -> Answer:
     session = SimpleNamespace(provider="CPUExecutionProvider")
     snapshot = SimpleNamespace(revision=revision, online_state=None, session=session)
-    return Answer(Run([LOGITS], [logits], snapshot, len(logits)), 0, len(logits))
+    return Answer(Run([LOGITS], [logits], snapshot, len(logits), (0, 0)), 0, len(logits))
 
 
 def test_a_request_is_computed_by_the_state_that_there_was_when_it_was_answered(
