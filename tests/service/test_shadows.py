@@ -24,6 +24,7 @@ from tests.service import models
 from tests.service.conftest import RunningServer
 from tests.service.test_durability import until
 from tests.service.test_feedback import metrics, serving
+from tests.service.test_lifecycle import Process
 from tests.service.test_workers import Workers, connections
 
 X, LOGITS, LABELS = models.labelled_rows(4000, seed=1)
@@ -222,6 +223,21 @@ def test_a_crash_in_the_middle_of_a_promotion_promotes_once(
         assert (ended.ended_by, ended.verdict) == ("the policy", "better")
         assert _activations(server) == [revision]
         assert client.predict("mlp", X[:1]).calibrator_revision == revision
+
+
+def test_a_server_killed_while_it_judges_and_promotes_comes_to_one_promotion(root: Path) -> None:
+    process = Process(root, "--online-wait-seconds", "0")
+    process.wait_until_ready()
+    with Client(f"127.0.0.1:{process.port}", show_progress=False) as client:
+        client.start_shadow("mlp", STATIC, policy="automatic", least_labels=1)
+        come(client, 0, 4000)
+        judged(client, STATIC, 1)
+        process.send(signal.SIGKILL)
+    assert process.end() == -signal.SIGKILL
+    with serving(root, **AT_ONCE) as (server, client):
+        ended = until(lambda: (found := client.shadow("mlp", STATIC)).outcome == "promoted" and found)
+        assert (ended.ended_by, ended.verdict) == ("the policy", "better")
+        assert _activations(server) == [STATIC]
 
 
 def test_a_promotion_that_is_refused_is_left_to_people(
