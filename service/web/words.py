@@ -1,0 +1,155 @@
+"""The page's findings in words, for a reader who has never heard of a calibration error."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from calibrators.plots._style import percent as percent
+from service.drift.states import RAW, SERVED, Alarm
+from service.drift.summary import Sums
+
+NBSP = "\N{NO-BREAK SPACE}"
+ENOUGH_LABELS = 50
+"""Labels that a share in the first sentence should be counted over."""
+NEARBY = 0.05
+KINDS = {
+    "temperature": "its scores have become too sure, or not sure enough",
+    "class_bias": "it promises some classes too often or too rarely",
+    "prior_shift": "some classes have become more common than they were",
+    "covariate": "what it is asked has changed",
+    "concept": "the same inputs now have other labels",
+    "score_pipeline": "something between the model and its scores has changed",
+    "unknown": "the cause cannot be told yet",
+}
+DETECTORS = {
+    "e_detector": "bets against the stated probabilities; grows only when they are wrong",
+    "score_shift": "compares the scores with those of a quiet time, without labels",
+}
+_WINDOW = re.compile(r"([1-9]\d{0,3})([mhd])")
+_SECONDS = {"m": 60, "h": 3600, "d": 86400}
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a confidence was worth: of `labels` answers given with about `said`, `right` were."""
+
+    said: float
+    right: float
+    labels: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a model does, in short.
+
+    Attributes
+    ----------
+    mood : good, off, alarm or unknown
+    label : the same in a word or three
+    raw, served : what about one confidence is worth, of the model itself and as served; None: too few labels
+    sentence : what else there is to say
+    """
+
+    mood: str
+    label: str
+    raw: Told | None
+    served: Told | None
+    sentence: str
+
+
+def seconds_of(window: str) -> int | None:
+    """How long "90m", "24h" or "7d" is; None for anything else."""
+    found = _WINDOW.fullmatch(window)
+    return int(found[1]) * _SECONDS[found[2]] if found else None
+
+
+def verdict(name: str, total: Sums | None, *, calibrated: bool, alarms: Sequence[Alarm]) -> Verdict:
+    raw, served = _told(total, calibrated) if total else (None, None)
+    ringing = [alarm for alarm in alarms if not alarm.acknowledged_by]
+    which = SERVED if calibrated else RAW
+    if total is None or not total.answers:
+        return Verdict(
+            "alarm" if ringing else "unknown", "no answers", raw, served, "Nothing was answered in this time."
+        )
+    if total.labels < ENOUGH_LABELS:
+        needed = f"{total.labels:,} of at least {ENOUGH_LABELS}"
+        sentence = f"Whether {name} keeps its promises can be told when labels have come: {needed} so far."
+        return Verdict("alarm" if ringing else "unknown", "too few labels", raw, served, sentence)
+    error, chance = total.calibration_error(which), total.chance_error(which)
+    gap = total[f"{which}.said"].sum() / total.labels - total.accuracy(which)
+    honest = error <= chance
+    sentence = f"Over {total.labels:,} labelled answers its confidence is off by {points(error)} on average" + (
+        ", which chance alone would explain." if honest else f"; chance alone would explain {points(chance)}."
+    )
+    if ringing:
+        return Verdict("alarm", "drift alarm", raw, served, sentence)
+    if honest:
+        return Verdict("good", "honest", raw, served, sentence)
+    label = "overconfident" if gap > 0 else "underconfident"
+    return Verdict("off", label if abs(gap) > error / 2 else "off", raw, served, sentence)
+
+
+def _told(total: Sums, calibrated: bool) -> tuple[Told | None, Told | None]:
+    """One confidence of which both make enough labelled answers, nine tenths if they do."""
+    shown = (RAW, SERVED) if calibrated else (RAW,)
+
+    def enough(candidate: float) -> tuple[int, float]:
+        return min(ENOUGH_LABELS, *(_near(total, which, candidate).labels for which in shown)), -abs(candidate - 0.9)
+
+    chosen = max((tenth / 10 for tenth in range(1, 11)), key=enough)
+    told = [_near(total, which, chosen) for which in (RAW, SERVED)]
+    return tuple(one if one.labels >= ENOUGH_LABELS // 5 else None for one in told)  # type: ignore[return-value]
+
+
+def _near(total: Sums, which: str, confidence: float) -> Told:
+    middle = round(60 * confidence)
+    bins = slice(middle - 3, min(60, middle + 3))
+    labels = int(total[f"{which}.labels"][bins].sum())
+    right = float(total[f"{which}.right"][bins].sum() / labels) if labels else math.nan
+    return Told(confidence, right, labels)
+
+
+def about(confidence: float) -> str:
+    """ "about 90 %", or "more than 95 %" at the end."""
+    return f"more than 95{NBSP}%" if confidence > 0.95 else f"about {100 * confidence:.0f}{NBSP}%"
+
+
+def points(error: float) -> str:
+    """A difference of shares in percentage points."""
+    value = f"{100 * error:.1f}"
+    return f"{value} point{'' if value == '1.0' else 's'}"
+
+
+def interval(low: float, high: float) -> str:
+    return f"{percent(low)} to {percent(high)}"
+
+
+def short(count: int) -> str:
+    """A count in four characters or so: 940, 12.3k, 1.20M."""
+    for limit, divisor, unit in ((10_000, 1, ""), (100_000, 1e3, "k"), (1_000_000, 1e3, "k"), (1e15, 1e6, "M")):
+        if count < limit:
+            value = count / divisor
+            return f"{count:,}" if not unit else f"{value:.1f}{unit}" if value < 100 else f"{value:.0f}{unit}"
+    return f"{count:.3g}"
+
+
+def utc(time_ms: int) -> str:
+    """A time as it is written where no script makes it the reader's own."""
+    return datetime.fromtimestamp(time_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def iso(time_ms: int) -> str:
+    return datetime.fromtimestamp(time_ms / 1000, UTC).isoformat(timespec="seconds")
+
+
+def lasting(seconds: float) -> str:
+    """90 -> "2 minutes"."""
+    for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1)):
+        if seconds >= 2 * size or size == 1 or (seconds >= size and seconds % size == 0):
+            count = round(seconds / size)
+            return f"{count} {unit}{'' if count == 1 else 's'}"
+    raise AssertionError
