@@ -20,8 +20,8 @@ from service.web.words import interval, percent
 Figure = dict[str, Any]
 
 RAW_COLOUR, SERVED_COLOUR = "--quiet", "--accent"
-LEAST_LABELS = 60
-"""Of a stretch that gets a point of its own: with fewer chance draws the curve."""
+LEAST_LABELS, MOST_POINTS = 60, 40
+"""Of a stretch that gets a point of its own, and points of a curve: with fewer labels chance draws it."""
 NBSP = "\N{NO-BREAK SPACE}"
 
 
@@ -45,7 +45,9 @@ def reliability(total: Sums, *, calibrated: bool) -> Figure:
     dots = [_dots(total, RAW)] + ([_dots(total, SERVED)] if calibrated else [])
     share: Figure = {"range": [0, 100], "dtick": 20, "ticksuffix": f"{NBSP}%"}
     x, y = _axis("what it says", **share), _axis("how often it is right", **share)
-    return {"data": [band, line, *dots], "layout": _layout(x, y, barmode="overlay", hovermode="closest", bargap=0)}
+    layout = _layout(x, y, barmode="overlay", hovermode="closest", bargap=0)
+    layout["margin"] |= {"l": 70, "r": 24, "b": 52}
+    return {"data": [band, line, *dots], "layout": layout}
 
 
 def _dots(total: Sums, which: str) -> Figure:
@@ -94,8 +96,8 @@ def confidences(total: Sums, *, calibrated: bool) -> Figure:
         "line": {"color": RAW_COLOUR, "width": 1.5, "dash": "dash"},
         "hoverinfo": "skip",
     }
-    x = _axis("what it says", range=[0, 100], dtick=20, ticksuffix=f"{NBSP}%")
-    y = _axis("of all answers", ticksuffix=f"{NBSP}%", rangemode="tozero", nticks=4)
+    x = _axis(range=[0, 100], dtick=20, ticksuffix=f"{NBSP}%")
+    y = _axis(ticksuffix=f"{NBSP}%", rangemode="tozero", nticks=4)
     return {"data": [bars, *([steps] if calibrated else [])], "layout": _layout(x, y, hovermode="closest")}
 
 
@@ -106,8 +108,8 @@ def set_sizes(total: Sums) -> Figure:
     names = [f"{size}" if size < MOST_SET_SIZE else f"{size}+" for size in sizes.tolist()][: last + 1]
     bars = _bars(sizes[: last + 1], shares[: last + 1], SERVED_COLOUR, 0.8)
     bars["hovertext"] = [f"{name} labels<br>{percent(one)} of sets" for name, one in zip(names, shares, strict=False)]
-    x = _axis("labels in the set", tickvals=sizes[: last + 1].tolist(), ticktext=names)
-    y = _axis("of all answers", ticksuffix=f"{NBSP}%", rangemode="tozero", nticks=4)
+    x = _axis(tickvals=sizes[: last + 1].tolist(), ticktext=names)
+    y = _axis(ticksuffix=f"{NBSP}%", rangemode="tozero", nticks=4)
     return {"data": [bars], "layout": _layout(x, y, hovermode="closest")}
 
 
@@ -135,7 +137,9 @@ def right_over_time(points: Sequence[Point], alarms: Sequence[Alarm], *, calibra
     ]
     right = _curve(points, [p.sums.accuracy(SERVED) for p in points])
     right |= {"line": {"color": "--ink", "width": 2.2}, "hovertemplate": f"right %{{y:.1f}}{NBSP}%<extra></extra>"}
-    return _over_time([*band, *said, right], alarms, ticksuffix=f"{NBSP}%")
+    figure = _over_time([*band, *said, right], alarms, ticksuffix=f"{NBSP}%")
+    figure["layout"]["yaxis"].pop("rangemode")
+    return figure
 
 
 def loss_over_time(points: Sequence[Point], alarms: Sequence[Alarm], *, calibrated: bool) -> Figure:
@@ -207,12 +211,13 @@ def evidence(monitor: MonitorState) -> Figure:
 
 def enough(points: Sequence[Point]) -> list[Point]:
     """Points joined until each has labels enough to say something."""
+    least = max(LEAST_LABELS, sum(point.sums.labels for point in points) // MOST_POINTS)
     joined: list[Point] = []
     open_, since = Sums(), 0
     for point in points:
         since = since or point.since_ms
         open_.add(point.sums)
-        if open_.labels >= LEAST_LABELS:
+        if open_.labels >= least:
             joined.append(Point(since, point.until_ms, open_))
             open_, since = Sums(), 0
     return joined
@@ -312,7 +317,7 @@ def _layout(xaxis: Figure, yaxis: Figure, **more: Any) -> Figure:
     return {
         "xaxis": xaxis,
         "yaxis": yaxis,
-        "margin": {"l": 52, "r": 12, "t": 12, "b": 44},
+        "margin": {"l": 46, "r": 14, "t": 10, "b": 38},
         "font": {"family": font, "size": 12, "color": "--quiet"},
         "paper_bgcolor": "--clear",
         "plot_bgcolor": "--clear",

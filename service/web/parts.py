@@ -178,13 +178,13 @@ def _alarm(alarm: Alarm, model: str) -> Html:
     return tag(
         "article",
         tag("h2", f"{whose} have drifted", place),
-        tag("p", tag("b", kind[:1].upper() + kind[1:], "."), " It began about ", since, "."),
+        tag("p", tag("b", kind[:1].upper() + kind[1:], "."), since),
         tag("ul", [tag("li", one) for one in cause.evidence]) if cause and cause.evidence else None,
         tag("p", tag("b", "What to do: "), cause.action) if cause and cause.action else None,
         tag("p", f"Monitor {alarm.monitor} rang ", when(alarm.time_ms), f"; policy {alarm.policy}", ": " if alarm.outcome else "",
             alarm.outcome, ".", class_="quiet"),
         command(f"calserve alarms acknowledge {shlex.quote(model)} {shlex.quote(alarm.id)}"),
-        class_="alarm",
+        class_="rang",
     )  # fmt: skip
 
 
@@ -241,12 +241,12 @@ def reliability(view: View) -> Html | None:
                    lambda: figures.reliability(total, calibrated=view.calibrated), "square")
         )  # fmt: skip
     column = [
-        figure(view, "How sure it is", "All answers, with or without a label.",
+        figure(view, "How sure it is", "Its confidence, of all answers, with or without a label.",
                lambda: figures.confidences(total, calibrated=view.calibrated), "short")
     ]  # fmt: skip
     if total.sets:
         column.append(
-            figure(view, "How large the sets are", "The fewer labels, the more a set says.",
+            figure(view, "How large the sets are", "Labels in each; the fewer, the more a set says.",
                    lambda: figures.set_sizes(total), "short")
         )  # fmt: skip
     key = [("dot raw", "the model itself"), ("band", "where chance would put an honest model")]
