@@ -1,37 +1,40 @@
 """What is behind an alarm: which kind of change, where, and what to do about it.
 
-Three corrections compete on the labels since the change, each forecasting a label from what came before it, against
-the model's own probabilities p = softmax(z). The gain of a correction is how much more probable, in nats, it made
-those labels: a prequential log-likelihood ratio, so no correction is paid for merely having more parameters.
+Three corrections compete on the labels since the change against the model's own probabilities p = softmax(z). The gain
+of a correction is how much more probable, in nats, it makes those labels, each forecast without itself or those after
+it: so none gains by merely having more parameters.
 
-    temperature    softmax(s z)                      s learned online (`calibrators.online.softmax`)
-    prior          p_k pi_k / pi0_k, normalised      pi without labels, from the last 1000 forecasts: the mode by EM
-                                                     (Saerens, Latinne, Decaestecker, Neural Computation 14, 2002) with
-                                                     200 rows of the reference's pi0 added in thought
-    class bias     softmax(s z + b)                  s and b learned online
+    temperature    softmax(s z)                      s learned from the labels before (`calibrators.online.softmax`)
+    prior          p_k pi_k / pi0_k, normalised      pi from no label, but from p on the rows since the change: the mode
+                                                     by EM (Saerens, Latinne, Decaestecker, Neural Computation 14,
+                                                     2002), with 200 rows of the reference's pi0 added in thought
+    class bias     softmax(s z + b)                  s and b learned from the labels before
 
-The largest gain names the correction if it exceeds log 100; prior is preferred to class bias while its gain is more
-than half, since it used no label. What the monitors without labels saw decides the rest:
+The largest gain names the correction if it exceeds log 100. Prior is preferred to class bias while its gain is more
+than half, since it used no label; temperature, while it has less by no more than log 100, since it is the smaller
+change. Whether the scores changed, and the inputs, decides the rest. They did if a monitor without labels rang, or if
+two samples of rows, before and since, differ at the level `SURE`: a monitor that did not ring may not have seen enough.
 
     a correction gains   inputs changed   scores changed   kind
     prior                any              any              prior_shift
-    class bias           any              yes or unknown   class_bias
+    class bias           any              any              class_bias
     temperature          yes              any              covariate
     temperature          no               yes              score_pipeline
-    temperature          unknown          yes or unknown   temperature
-    either of the last   no or unknown    no               concept
-    none                 yes or scores did                 covariate: a harmless one
-    none                 no               no               unknown
+    temperature          unknown          yes              temperature
+    temperature          no or unknown    no               concept
+    none                 either of them                    covariate: a harmless one
+    none                 no or unknown    no               unknown
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import log
+from dataclasses import dataclass, replace
+from math import exp, log
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from scipy.stats import ks_2samp, norm
 
 from calibrators.numerics import log_softmax, softmax
 from calibrators.online import softmax as online
@@ -39,22 +42,15 @@ from service.drift.detectors.base import NO_LABEL, Array, Batch
 from service.drift.states import Cause
 
 LABELS_NEEDED = 200
-MOST_LABELS = 5000
-"""The first since the change; later ones say no more about it."""
 MARGIN = log(100)
-PRIOR_ROWS, PRIOR_PSEUDO_ROWS, PRIOR_EVERY, EM_STEPS = 1000, 200, 50, 20
+MOST_ROWS = 5000
+"""The last before the change, the first since, and the first labels since: more say no more about the change itself."""
+PRIOR_PSEUDO_ROWS, EM_STEPS = 200, 200
 MOST_OF_THE_EVIDENCE = 0.5
-
-
-class Gains(NamedTuple):
-    """Of each correction, in nats; and the temperature and biases (n_classes,) that the last one ended with."""
-
-    temperature: float
-    prior: float
-    class_bias: float
-    divided_by: float
-    biases: Array
-    priors: Array
+SURE = 1e-3
+"""Probability that two samples of the same law are taken to differ."""
+FEWEST_ROWS = 100
+"""Of each sample, to be compared at all."""
 
 
 def cause(
@@ -62,8 +58,8 @@ def cause(
     reference: Batch,
     since: Batch,
     *,
-    scores_changed: bool | None = None,
-    inputs_changed: bool | None = None,
+    scores_rang: bool = False,
+    inputs_rang: bool = False,
     class_names: Sequence[str] = (),
 ) -> Cause:
     """What changed.
@@ -72,214 +68,288 @@ def cause(
     ----------
     evidence : of the detector that rang
     reference : rows from before the change; their labels are not looked at
-    since : rows from the change on, in the order of their prediction, -1 where no label is known
-    scores_changed, inputs_changed : whether the monitors without labels of the scores, and of the inputs, rang; None
-        where there is no such monitor
+    since : rows from the change on, in the order of their prediction, -1 where no label is known. The signals of both
+        are taken to be of the inputs
+    scores_rang, inputs_rang : whether a monitor without labels rang, of the scores, of the inputs
     class_names : of the classes, where they have names
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> z = 2 * rng.normal(size=(3000, 3))
+    >>> y = (z + rng.gumbel(size=z.shape)).argmax(axis=1)
+    >>> z[2000:] *= 2
+    >>> rows = Batch(z, y, np.zeros(3000, dtype=int))
+    >>> found = cause({}, rows.rows(slice(2000)), rows.rows(slice(2000, None)))
+    >>> found.kind, found.action
+    ('temperature', 'Fit `temperature` on the 1000 labels since the change.')
     """
-    return _Case(evidence, reference, since, scores_changed, inputs_changed, class_names).cause()
+    segment, share = _largest(evidence, "segment ")
+    where, sentences = "", list[str]()
+    if share > MOST_OF_THE_EVIDENCE:
+        where = f"segment {segment}"
+        sentences.append(f"Segment {segment} holds {share:.0%} of the evidence; only its rows are compared.")
+        reference, since = (rows.rows(np.flatnonzero(rows.segments == segment)) for rows in (reference, since))
+    reference, recent = reference.rows(slice(-MOST_ROWS, None)), since.rows(slice(MOST_ROWS))
+    if len(reference) < FEWEST_ROWS:
+        sentences.append(f"{len(reference)} rows are known from before the change, {FEWEST_ROWS} are needed.")
+        return Cause("unknown", where, sentences, "Wait: there is too little to compare with.")
+    scores, inputs = _scores(reference, recent), _inputs(reference, recent)
+    sentences += [difference.said() for difference in scores + inputs if difference.sure]
+    n_labels = int((since.labels != NO_LABEL).sum())
+    if n_labels < LABELS_NEEDED:
+        sentences.append(
+            f"{n_labels} labels have come since the change, {LABELS_NEEDED} are needed to tell what it did."
+        )
+        more = LABELS_NEEDED - n_labels
+        return Cause("unknown", where, sentences, f"Send labels of rows since the change: {more} more.")
+    gains = gains_of(reference.logits, since)
+    changed_inputs = (inputs_rang or any(d.sure for d in inputs)) if inputs or inputs_rang else None
+    case = _Case(where, gains, scores_rang or any(d.sure for d in scores), changed_inputs, evidence, class_names)
+    found = case.cause()
+    return Cause(found.kind, found.where, [*sentences, gains.said(), *found.evidence], found.action)
 
 
+@dataclass(frozen=True)
 class _Case:
-    def __init__(
-        self,
-        evidence: Mapping[str, float],
-        reference: Batch,
-        since: Batch,
-        scores_changed: bool | None,
-        inputs_changed: bool | None,
-        class_names: Sequence[str],
-    ) -> None:
-        self.scores_changed, self.inputs_changed, self.class_names = scores_changed, inputs_changed, class_names
-        self.where, self.sentences = "", list[str]()
-        segment, share = _largest(evidence, "segment ")
-        if share > MOST_OF_THE_EVIDENCE:
-            self.where = f"segment {segment}"
-            self.sentences.append(f"Segment {segment} holds {share:.0%} of the evidence; only its rows are compared.")
-            reference, since = (rows.rows(np.flatnonzero(rows.segments == segment)) for rows in (reference, since))
-        self.evidence, self.reference, self.since = evidence, reference, since
-        self.n_labels = int((since.labels != NO_LABEL).sum())
+    """What is known when the labels suffice; None: nothing is known of the inputs."""
+
+    where: str
+    gains: Gains
+    scores_changed: bool
+    inputs_changed: bool | None
+    evidence: Mapping[str, float]
+    class_names: Sequence[str]
 
     def cause(self) -> Cause:
-        if not len(self.reference):
-            return self._unknown(
-                "There are no rows from before the change to compare with.", "Wait for the next alarm."
-            )
-        self._describe_scores()
-        if self.n_labels < LABELS_NEEDED:
-            return self._unknown(
-                f"{self.n_labels} labels have come since the change, {LABELS_NEEDED} are needed to tell what it did.",
-                f"Send labels: {LABELS_NEEDED - self.n_labels} more of rows since the change.",
-            )
-        gains = gains_of(self.reference.logits, self.since)
-        self._describe_gains(gains)
-        if max(gains[:3]) < MARGIN:
-            return self._harmless()
-        if gains.prior > MARGIN and gains.prior > max(gains.temperature, gains.class_bias / 2):
-            return self._prior_shift(gains)
-        if self.scores_changed is False and not self.inputs_changed:
-            return self._concept(gains)
-        if gains.class_bias > gains.temperature:
-            return self._class_bias(gains)
-        return self._stretched()
+        temperature, prior, class_bias = self.gains[:3]
+        if max(temperature, prior, class_bias) < MARGIN:
+            return self._harmless() if self.scores_changed or self.inputs_changed else self._nothing()
+        if prior > max(MARGIN, temperature, class_bias / 2):
+            return self._prior_shift()
+        if class_bias > temperature + MARGIN or temperature < MARGIN:
+            return self._class_bias()
+        return self._stretched() if self.scores_changed or self.inputs_changed else self._concept()
 
-    # ---- kinds
-
-    def _unknown(self, sentence: str, action: str) -> Cause:
-        return Cause("unknown", self.where, [*self.sentences, sentence], action)
-
-    def _harmless(self) -> Cause:
-        if self.inputs_changed or self.scores_changed:
-            self.sentences.append("Other inputs come than before, and the probabilities are as true on them.")
-            return self._cause("covariate", "Nothing has to be fitted. If the new inputs stay, make a new reference.")
-        return self._unknown(
-            "No correction explains what the alarm saw: it was a passing change, or one of another kind.",
+    def _nothing(self) -> Cause:
+        return Cause(
+            "unknown",
+            self.where,
+            ["No correction explains what the alarm saw: it was a passing change, or one of another kind."],
             "Look at the reliability diagram of the rows since the change; fit anew if the alarm comes again.",
         )
 
-    def _prior_shift(self, gains: Gains) -> Cause:
-        before = softmax(self.reference.logits).mean(axis=0)
-        k = int(np.argmax(np.abs(np.log(gains.priors / before))))
-        self.sentences.append(
-            f"The classes come in other proportions: most of all {self._class(k)}, "
-            f"{before[k]:.1%} of rows before and about {gains.priors[k]:.1%} since."
+    def _harmless(self) -> Cause:
+        return Cause(
+            "covariate",
+            self.where,
+            ["Other rows come than before, and the probabilities are as true on them."],
+            "Nothing has to be fitted. If the new rows stay, make a new reference.",
         )
-        return self._cause("prior_shift", f"Fit `class_prior` on the {self.n_labels} labels since the change.")
 
-    def _concept(self, gains: Gains) -> Cause:
-        by_class = gains.class_bias > gains.temperature
-        if by_class:
-            self._name_class(gains)
-        self.sentences.append(
-            "The scores are distributed as before, and the labels are not what they were at the same scores."
+    def _prior_shift(self) -> Cause:
+        before, since = self.gains.priors_before, self.gains.priors
+        k = int(np.argmax(np.abs(np.log(since / before))))
+        return Cause(
+            "prior_shift",
+            self.where,
+            [
+                f"The classes come in other proportions: most of all {self._named(k)}, "
+                f"{before[k]:.1%} of rows before and about {since[k]:.1%} since."
+            ],
+            f"Fit `class_prior` on {self._labels()}.",
         )
-        kind = "class_prior" if by_class else "temperature"
-        return self._cause(
+
+    def _concept(self) -> Cause:
+        said = ["The scores are as before; the labels at the same scores are not."]
+        if self.inputs_changed is None:
+            said.append("Of the inputs nothing is known: noise in them may look the same.")
+        return Cause(
             "concept",
+            self.where,
+            said,
             "Look at how labels are made and what the classes mean now. Until the model is trained on new labels, "
-            f"fit `{kind}` on the {self.n_labels} labels since the change.",
+            f"fit `temperature` on {self._labels()}.",
         )
 
-    def _class_bias(self, gains: Gains) -> Cause:
-        self._name_class(gains)
-        return self._cause(
+    def _class_bias(self) -> Cause:
+        k, share = _largest(self.evidence, "class ")
+        biases = self.gains.biases
+        if share <= MOST_OF_THE_EVIDENCE:
+            k = int(np.argmax(np.abs(biases)))
+        much, factor = "much" if biases[k] < 0 else "little", exp(abs(biases[k]))
+        said = [f"The model gives too {much} to {self._named(k)}: its odds are off by a factor of {factor:.1f}."]
+        if not self.scores_changed:
+            said.append("No change of the scores is seen: what counts as this class may have changed.")
+        return Cause(
             "class_bias",
-            f"Fit `class_prior` on the {self.n_labels} labels since the change, and look at what feeds this class.",
+            ", ".join(filter(None, (self.where, f"class {k}"))),
+            said,
+            f"Fit `class_prior` on {self._labels()}, and look at what feeds this class and at who labels it.",
         )
 
     def _stretched(self) -> Cause:
-        fit = f"fit `temperature` on the {self.n_labels} labels since the change."
+        fit = f"it `temperature` on {self._labels()}."
         if self.inputs_changed:
-            self.sentences.append("The inputs changed, and the model does not know how much less sure it should be.")
-            return self._cause("covariate", f"Look at where the inputs come from. Until that is mended, {fit}")
-        if self.inputs_changed is False:
-            self.sentences.append("The scores changed and the inputs did not.")
-            return self._cause(
-                "score_pipeline",
-                "Look at what lies between the inputs and the scores: another model file, rounding to fewer digits, "
-                f"other preparation of features. Until that is mended, {fit}",
-            )
-        return self._cause("temperature", fit[0].upper() + fit[1:])
-
-    # ---- sentences
-
-    def _cause(self, kind: str, action: str) -> Cause:
-        return Cause(kind, self.where, self.sentences, action)
-
-    def _describe_scores(self) -> None:
-        before, after = (softmax(rows.logits).max(axis=1).mean() for rows in (self.reference, self.since))
-        self.sentences.append(
-            f"The model's mean confidence was {before:.1%} before the change and is {after:.1%} since."
-        )
-        for what, changed in (("scores", self.scores_changed), ("inputs", self.inputs_changed)):
-            if changed is not None:
-                said = "have changed" if changed else "have not changed"
-                self.sentences.append(f"The {what} {said}, by the monitors that need no label.")
-
-    def _describe_gains(self, gains: Gains) -> None:
-        said = "dividing" if gains.divided_by >= 1 else "multiplying"
-        factor = max(gains.divided_by, 1 / gains.divided_by)
-        self.sentences.append(
-            f"The {self.n_labels} labels since the change are {_odds(gains.temperature)} if one corrects by {said} all "
-            f"logits by {factor:.2f}, {_odds(gains.prior)} if by the classes' new frequencies, and "
-            f"{_odds(gains.class_bias)} if by a temperature and a bias for each class."
+            said = "The inputs changed, and the model's confidence did not follow its accuracy."
+            return Cause("covariate", self.where, [said], f"Look at where the inputs come from. Until then, f{fit}")
+        if self.inputs_changed is None:
+            return Cause("temperature", self.where, [], f"F{fit}")
+        return Cause(
+            "score_pipeline",
+            self.where,
+            ["The scores changed and the inputs did not."],
+            "Look at what lies between the inputs and the scores: another model file, rounding to fewer digits, "
+            f"other preparation of features. Until then, f{fit}",
         )
 
-    def _name_class(self, gains: Gains) -> None:
-        k, share = _largest(self.evidence, "class ")
-        if share <= MOST_OF_THE_EVIDENCE:
-            k = int(np.argmax(np.abs(gains.biases)))
-        self.where = f"{self.where}, class {k}" if self.where else f"class {k}"
-        much = "too much" if gains.biases[k] < 0 else "too little"
-        factor = np.exp(abs(gains.biases[k]))
-        self.sentences.append(
-            f"The model gives {much} to {self._class(k)}: its odds are off by a factor of {factor:.1f}."
-        )
-
-    def _class(self, k: int) -> str:
+    def _named(self, k: int) -> str:
         return f"class {k} ({self.class_names[k]})" if self.class_names else f"class {k}"
+
+    def _labels(self) -> str:
+        return f"the {self.gains.n_labels} labels since the change"
+
+
+# ---- what the labels say
+
+
+class Gains(NamedTuple):
+    """Of the corrections, in nats, and what they came to.
+
+    Attributes
+    ----------
+    divided_by : the temperature
+    biases : (n_classes,) of the last correction, their median 0
+    priors_before, priors : (n_classes,)
+    """
+
+    temperature: float
+    prior: float
+    class_bias: float
+    n_labels: int
+    divided_by: float
+    biases: Array
+    priors_before: Array
+    priors: Array
+
+    def said(self) -> str:
+        way = "Dividing" if self.divided_by >= 1 else "Multiplying"
+        factor = max(self.divided_by, 1 / self.divided_by)
+        return (
+            f"{way} all logits by {factor:.2f} makes the {self.n_labels} labels since the change "
+            f"{_odds(self.temperature)}; correcting for the classes' new frequencies makes them {_odds(self.prior)}; "
+            f"a temperature and a bias for each class, {_odds(self.class_bias)}."
+        )
 
 
 def gains_of(reference: Array, since: Batch) -> Gains:
-    """What the three corrections gain on the first `MOST_LABELS` labels of `since`.
+    """What the three corrections gain on the labels of `since`, the first `MOST_ROWS` of them.
 
     Parameters
     ----------
     reference : (n_rows, n_classes) logits
     """
-    (labelled,) = np.nonzero(since.labels != NO_LABEL)
-    labelled = labelled[:MOST_LABELS]
-    y = since.labels[labelled]
-    gains, theta = online.gains(since.logits[labelled], y)
-    prior, priors = _prior_gain(reference, since.logits, labelled, y)
-    by_memory = gains[2:]
-    class_bias = float(by_memory.max() + np.log(np.exp(by_memory - by_memory.max()).mean()))
-    biased = theta[2 + int(by_memory.argmax()), 1:]
-    biases = biased - np.median(biased)
-    return Gains(float(gains[1]), prior, class_bias, float(1 / theta[1, 0]), biases, priors)
-
-
-def _prior_gain(
-    reference: Array, logits: Array, labelled: NDArray[np.intp], y: NDArray[np.int64]
-) -> tuple[float, Array]:
-    """The gain, and the priors at the end, which every `PRIOR_EVERY` rows are found again from the rows before."""
+    labelled = np.flatnonzero(since.labels != NO_LABEL)[:MOST_ROWS]
+    logits, y = since.logits[labelled], since.labels[labelled]
+    gains, theta = online.gains(logits, y)
     before = softmax(reference).mean(axis=0)
-    priors, gain = before, 0.0
-    log_p = log_softmax(logits[: labelled[-1] + 1])
-    for start in range(0, len(log_p), PRIOR_EVERY):
-        recent = log_p[max(0, start - PRIOR_ROWS) : start]
-        priors = _priors(np.exp(recent), before, priors)
-        inside = (labelled >= start) & (labelled < start + PRIOR_EVERY)
-        log_ratio = np.log(priors / before)
-        gain += float(log_ratio[y[inside]].sum())
-        gain -= float(np.log(np.exp(log_p[labelled[inside]] + log_ratio).sum(axis=1)).sum())
-    return gain, priors
+    priors = _priors(softmax(since.logits[:MOST_ROWS]), before)
+    ratio, log_p = np.log(priors / before), log_softmax(logits)
+    prior = ratio[y] - np.log(np.exp(log_p + ratio).sum(axis=1))
+    memories = gains[2:]  # of the experts with biases, mixed alike
+    class_bias = memories.max() + np.log(np.exp(memories - memories.max()).mean())
+    biases = theta[2 + int(memories.argmax()), 1:]
+    biases = biases - np.median(biases)
+    numbers = float(gains[1]), float(prior.sum()), float(class_bias), len(y), float(1 / theta[1, 0])
+    return Gains(*numbers, biases, before, priors)
 
 
-def _priors(p: Array, before: Array, priors: Array) -> Array:
+def _priors(p: Array, before: Array) -> Array:
     """The most probable frequencies of classes (n_classes,) of rows of which the model says p (n_rows, n_classes)."""
+    priors = before
     for _ in range(EM_STEPS):
         posterior = p * (priors / before)
         posterior /= posterior.sum(axis=1, keepdims=True)
         new = (posterior.sum(axis=0) + PRIOR_PSEUDO_ROWS * before) / (len(p) + PRIOR_PSEUDO_ROWS)
         moved, priors = np.abs(new - priors).max(), new
-        if moved < 1e-6:
+        if moved < 1e-5:
             break
     return priors
-
-
-def _largest(evidence: Mapping[str, float], prefix: str) -> tuple[int, float]:
-    """Of the parts named so: the number of the largest, and its share; 0 where there is none."""
-    shares = {int(name.removeprefix(prefix)): share for name, share in evidence.items() if name.startswith(prefix)}
-    return max(shares.items(), key=lambda item: item[1], default=(0, 0.0))
 
 
 def _odds(gain: float) -> str:
     """A gain in words.
 
     >>> _odds(53.0), _odds(0.3), _odds(-3.0)
-    ('10^23 times as probable', '1.3 times as probable', '20 times less probable')
+    ('10^23 times more probable', '1.3 times more probable', '20 times less probable')
     """
     much = abs(gain) / log(10)
     factor = f"10^{much:.0f}" if much >= 4 else f"{10**much:,.0f}" if much >= 1 else f"{10**much:.1f}"
-    return f"{factor} times {'as' if gain >= 0 else 'less'} probable"
+    return f"{factor} times {'more' if gain >= 0 else 'less'} probable"
+
+
+# ---- what the rows say
+
+
+@dataclass(frozen=True)
+class _Difference:
+    """Of one thing between two samples; `p` is the probability of as large a one by chance, times the tests made."""
+
+    what: str
+    before: float
+    since: float
+    p: float
+
+    @property
+    def sure(self) -> bool:
+        return self.p < SURE
+
+    def said(self) -> str:
+        chance = "less than 1e-12" if self.p < 1e-12 else f"{self.p:.0e}"
+        return (
+            f"{self.what} was {self.before:.3g} before the change and is {self.since:.3g} since; by chance: {chance}."
+        )
+
+
+def _scores(reference: Batch, since: Batch) -> list[_Difference]:
+    if len(since) < FEWEST_ROWS:
+        return []
+    before, after = softmax(reference.logits), softmax(since.logits)
+    return _corrected(
+        [_numbers("Mean confidence", before.max(axis=1), after.max(axis=1)), _class_that_moved_most(before, after)]
+    )
+
+
+def _inputs(reference: Batch, since: Batch) -> list[_Difference]:
+    """Of the signals; a row in which one is not a finite number is not compared."""
+    found = []
+    for name in sorted(reference.signals.keys() & since.signals.keys()):
+        before, after = (values[np.isfinite(values)] for values in (reference.signals[name], since.signals[name]))
+        if min(len(before), len(after)) >= FEWEST_ROWS:
+            found.append(_numbers(f"The mean of {name}", before, after))
+    return _corrected(found)
+
+
+def _numbers(what: str, before: Array, since: Array) -> _Difference:
+    p = float(ks_2samp(before, since, method="asymp").pvalue)
+    return _Difference(what, float(before.mean()), float(since.mean()), p)
+
+
+def _class_that_moved_most(before: Array, since: Array) -> _Difference:
+    """Of the mean probabilities of the classes, by the normal law of a difference of means."""
+    variance = before.var(axis=0) / len(before) + since.var(axis=0) / len(since)
+    moved = (since.mean(axis=0) - before.mean(axis=0)) / np.sqrt(np.maximum(variance, 1e-300))
+    k = int(np.abs(moved).argmax())
+    p = 2 * before.shape[1] * float(norm.sf(abs(moved[k])))
+    return _Difference(f"The mean probability of class {k}", float(before[:, k].mean()), float(since[:, k].mean()), p)
+
+
+def _corrected(found: list[_Difference]) -> list[_Difference]:
+    """For the number of tests."""
+    return [replace(difference, p=min(1.0, difference.p * len(found))) for difference in found]
+
+
+def _largest(evidence: Mapping[str, float], prefix: str) -> tuple[int, float]:
+    """Of the parts named so: the number of the largest, and its share; 0 where there is none."""
+    shares = {int(name.removeprefix(prefix)): share for name, share in evidence.items() if name.startswith(prefix)}
+    return max(shares.items(), key=lambda item: item[1], default=(0, 0.0))
