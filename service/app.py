@@ -12,17 +12,21 @@ from multiprocessing.connection import Connection
 from typing import Self
 
 from service.cores import threads_per_run, usable_cores
+from service.drift.webhook import RESULTS, Target, Webhook
 from service.inference.batcher import Limits as QueueLimits
 from service.inference.device_loss import DeviceLoss
 from service.inference.repository import Repository, folders
 from service.inference.session import Device
+from service.inference.statistics import BOUNDS_NS, Spread
 from service.learning.coverage import Coverage
 from service.learning.following import Following
 from service.learning.journalling import Journalling
 from service.learning.loading import Loading, Poll
+from service.learning.monitoring import Monitoring
 from service.learning.online import Online
 from service.learning.online_serving import OnlineServing
 from service.learning.operations import Limits, Operations
+from service.learning.policies import Policies
 from service.learning.progress import COUNTED
 from service.learning.revisions import Revisions
 from service.lifecycle import Signals, end_process, keep_watchdog, notify
@@ -34,6 +38,7 @@ from service.rpc.grpc_front import ConnectionLimits, GrpcFront
 from service.rpc.health import PROCESS, READY, Health
 from service.rpc.inference_service import Inference
 from service.rpc.methods import Method, methods_of
+from service.rpc.monitor_service import MonitorService
 from service.rpc.observed import observed
 from service.rpc.online_service import OnlineService
 from service.rpc.process_settings import ProcessSettings
@@ -55,7 +60,16 @@ from service.store.lock import lock_store
 from service.store.online_states import OnlineStates
 from service.supervisor import Member
 from service.web.http import HttpServer, Page, text
-from service.web.metrics import JournalState, Metrics, ModelState, OnlineLearning, SetCoverage
+from service.web.metrics import (
+    Durations,
+    JournalState,
+    Metrics,
+    ModelState,
+    MonitorMetrics,
+    OnlineLearning,
+    SetCoverage,
+    WebhookMetrics,
+)
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +122,13 @@ class App:
         self._feedback = FeedbackService(self.repository, self._journal, Labels(self._journal), self._online.labelled)
         self._regions = Regions(settings.shared_memory_prefix, settings.shared_memory_bytes)
         self._operations = Operations(self._catalogue, blobs, settings.store / "jobs", _limits(settings))
+        self._monitoring = Monitoring(
+            self._journal,
+            self.repository,
+            Policies(self.repository, self._revisions, self._online, self._operations),
+            mode=settings.monitors,
+            wait_seconds=settings.monitor_wait_seconds,
+        )
         self._metrics = Metrics(
             self._model_states,
             lambda: self._health.serving(READY),
@@ -115,7 +136,10 @@ class App:
             self._journal_state,
             self._online_learning,
             lambda: [SetCoverage(**vars(state)) for state in self._coverage.states()],
+            self._monitor_metrics,
+            webhook=self._webhook_state,
         )
+        self._webhook = _webhook(settings) if self._learns else None
         self._streams = Streams(_stream_limits(settings))
         limits = replace(_connection_limits(settings), shared_port=member is not None)
         self._front = GrpcFront(self._guarded_methods(), limits, certificates)
@@ -151,6 +175,10 @@ class App:
             await self._operations.resume()
             self._online.start()
             self._coverage.start()
+            if self._webhook:
+                self._webhook.start()
+                self._monitoring.listeners.append(self._webhook.send)
+            self._monitoring.start()
         else:
             self._following.start()
         await self._tell_health(*self.repository.names())
@@ -168,14 +196,18 @@ class App:
         await asyncio.sleep(self.settings.drain_delay_seconds)
         stopped = asyncio.create_task(self._front.stop(self.settings.drain_seconds))
         await self._operations.release()
+        self._monitoring.release()
         await self._streams.drain()
         self._health.draining = True
         await stopped
         self._watch.cancel()
+        await self._monitoring.close()
         await self._operations.close()
         await self._following.close()
         await self._online.close()
         await self._coverage.close()
+        if self._webhook:
+            await self._webhook.close()
         if self._forward:
             await self._forward.close()
         await self._poll.close()
@@ -247,9 +279,10 @@ class App:
         """The learner's own; of another worker, passed on to it. Labels may name what this worker answered just now."""
         calibrators = CalibratorService(self.repository, self._revisions, self._operations).methods()
         feedback, online = self._feedback.methods(), OnlineService(self._online).methods()
+        own = [*calibrators, *online, *MonitorService(self._monitoring).methods()]
         if self._forward is None:
-            return [*calibrators, *feedback, *online]
-        passed_on = [self._forward.method(method) for method in (*calibrators, *online)]
+            return [*own, *feedback]
+        passed_on = [self._forward.method(method) for method in own]
         return [*passed_on, *(self._forward.method(method, self._journal.flush) for method in feedback)]
 
     def _extensions(self) -> list[str]:
@@ -268,25 +301,45 @@ class App:
                 model.active.revision,
                 model.active.session.provider,
                 model.batcher.queued,
-                model.statistics.rows,
-                model.statistics.executions,
-                model.statistics.dropped,
+                said.rows,
+                said.executions,
+                {"answered": said.success.count, "refused": said.fail.count},
+                said.dropped,
+                {rows: runs.count for rows, runs in list(said.batches.items())},
+                _durations(said.success),
+                _durations(said.queue),
+                _durations(said.infer),
             )
-            for model in list(self.repository.models())
+            for model, said in [(model, model.statistics) for model in self.repository.models()]
         ]
 
     def _journal_state(self) -> JournalState:
         kept: Counter[str] = Counter()
+        other: Counter[str] = Counter()
         lost: Counter[tuple[str, str]] = Counter()
         for stream in self._journal.streams():
             kept[stream.row.model] += stream.kept_rows
+            other[stream.row.model] += stream.other_rows
             for why in LOST:
                 lost[stream.row.model, why] += stream.lost_rows[why]
         labels = {str(result): self._feedback.counts[result] for result in Result}
         writer = self._journal.writer
         return JournalState(
-            writer.writable, self._journal.bytes(), self._journal.queued_bytes, writer.commits, kept, lost, labels
+            writer.writable,
+            self._journal.bytes(),
+            self._journal.queued_bytes,
+            writer.commits,
+            kept,
+            lost,
+            other,
+            labels,
         )
+
+    def _webhook_state(self) -> WebhookMetrics | None:
+        if self._webhook is None:
+            return None
+        counts = self._webhook.counts
+        return WebhookMetrics({name: counts[name] for name in RESULTS}, counts["retried"], self._webhook.waiting)
 
     def _online_learning(self) -> list[OnlineLearning]:
         return [
@@ -302,6 +355,21 @@ class App:
                 state.counts["timed"],
             )
             for state in self._online.states()
+        ]
+
+    def _monitor_metrics(self) -> list[MonitorMetrics]:
+        counts = self._monitoring.alarm_counts
+        return [
+            MonitorMetrics(
+                state.spec.model,
+                state.spec.name,
+                state.statistic,
+                state.threshold,
+                rows,
+                counts[state.spec.model, state.spec.name],
+                len(state.alarms),
+            )
+            for state, rows in self._monitoring.states()
         ]
 
     def _pages(self) -> dict[str, Page]:
@@ -349,6 +417,17 @@ def _certificates(settings: Settings) -> CertificateFiles | None:
     if settings.tls_cert is None or settings.tls_key is None:
         return None
     return CertificateFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+
+
+def _durations(spread: Spread) -> Durations:
+    return Durations([ns / 1e9 for ns in BOUNDS_NS], list(spread.counts), 1e-9 * spread.ns)
+
+
+def _webhook(settings: Settings) -> Webhook | None:
+    if not settings.webhook_url:
+        return None
+    target = Target.parse(settings.webhook_url, settings.webhook_hosts, settings.webhook_ca)
+    return Webhook(target, settings.store / "webhook.json", settings.webhook_secret_file)
 
 
 def _connection_limits(settings: Settings) -> ConnectionLimits:

@@ -14,6 +14,7 @@ Failures are the classes of `service.errors`, as on the server.
 from service.client.asynchronous import AsyncClient
 from service.client.blocking import Client
 from service.client.failures import Retries
+from service.client.monitors import Alarm, Cause, Monitor, MonitorReport
 from service.client.requests import Inputs
 from service.client.results import (
     Evaluation,
@@ -28,12 +29,16 @@ from service.client.results import (
 from service.client.stream import Stream
 
 __all__ = [
+    "Alarm",
     "AsyncClient",
+    "Cause",
     "Client",
     "Evaluation",
     "Inputs",
     "KeptState",
     "Model",
+    "Monitor",
+    "MonitorReport",
     "OnlineState",
     "Prediction",
     "Replay",

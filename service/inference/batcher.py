@@ -252,7 +252,7 @@ class Batcher:
         answer = self._run(lane, [feeds], [rows])[0]
         took = time.perf_counter_ns() - begun
         costs.learn(rows, took)
-        self._statistics.ran(rows, 1, 0, took)
+        self._statistics.ran(rows, (0,), took)
         return answer
 
     def _queue(self, lane: Lane, feeds: Sequence[Any], rows: int, deadline: float, caller: str) -> _Pending:
@@ -445,8 +445,8 @@ class Batcher:
 
     def _learn(self, batch: _Batch, outcome: _Outcome) -> None:
         self.costs.of(batch.lane.inputs).learn(batch.rows, outcome.cost_ns)
-        queue_ns = sum(outcome.begun_ns - pending.asked_ns for pending in batch.waiting)
-        self._statistics.ran(batch.rows, len(batch.waiting), queue_ns, outcome.took_ns)
+        queue_ns = [outcome.begun_ns - pending.asked_ns for pending in batch.waiting]
+        self._statistics.ran(batch.rows, queue_ns, outcome.took_ns)
         self._pressure.ran(len(batch.waiting), 1e-9 * outcome.took_ns)
         self._row_seconds += (1e-9 * outcome.took_ns / max(1, batch.rows) - self._row_seconds) / 8
 

@@ -20,7 +20,7 @@ import safetensors.numpy
 import calibrators
 from calibrators import Calibrator
 from calibrators.graph import stage
-from service.errors import CalserveError, Damaged, InvalidRequest, Refused, shown
+from service.errors import CalserveError, Damaged, InvalidRequest, Refused, Stale, shown
 from service.inference import datatypes
 from service.inference.model import NO_REVISION, ServedModel, Snapshot
 from service.inference.repository import Repository
@@ -157,10 +157,15 @@ class Revisions:
             await asyncio.to_thread(self._catalogue.record_activation, row)
             return self._swap(model, snapshot)
 
-    async def roll_back(self, model_name: str, version: str = "") -> tuple[str, str]:
-        """Activate what was active before the present one; return (active now, active before)."""
+    async def roll_back(self, model_name: str, version: str = "", *, only: str = "") -> tuple[str, str]:
+        """Activate what was active before the present one; return (active now, active before).
+
+        Stale if the present one is not the `only` one that is to be left.
+        """
         async with self._lock:
             model = self._repository.get(model_name, version)
+            if only not in ("", model.active.revision):
+                raise Stale(f"{model.active.revision} is active on model {shown(model_name)}, no longer {only}")
             history = await asyncio.to_thread(self._catalogue.activations, model.name, model.digest)
             if not history:
                 raise Refused(f"model {shown(model_name)}: nothing was ever activated, there is nothing to roll back")

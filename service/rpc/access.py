@@ -67,6 +67,17 @@ _ROLES = {
         "ImportLabels": LABEL,
         "GetPrediction": LABEL | OPERATE,
     },
+    "calserve.v1.MonitorService": {
+        "CreateMonitor": OPERATE,
+        "GetMonitor": OPERATE,
+        "ListMonitors": OPERATE,
+        "UpdateMonitor": OPERATE,
+        "DeleteMonitor": OPERATE,
+        "ListAlarms": OPERATE,
+        "WatchAlarms": OPERATE,
+        "AcknowledgeAlarm": OPERATE,
+        "GetReport": OPERATE,
+    },
     "calserve.v1.OnlineService": {
         "GetOnlineState": OPERATE,
         "RollBackOnlineState": OPERATE,

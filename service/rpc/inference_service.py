@@ -17,7 +17,7 @@ from service.learning.journalling import Journalling, ModelJournal
 from service.learning.revisions import Revisions
 from service.rpc import infer_plan
 from service.rpc.health import Health
-from service.rpc.infer_plan import RECEIPT, Plan, Reading, Templates, own_id, varint
+from service.rpc.infer_plan import RECEIPT, Reading, Templates, own_id, varint
 from service.rpc.infer_response import PREDICTION_ID, encode, parameter
 from service.rpc.methods import Call, parse
 from service.rpc.shared_memory import Regions
@@ -109,7 +109,7 @@ class Inference:
             answer = begun.answer if isinstance(begun.answer, Answer) else await begun.answer
             if plan.model.is_classifier and not answer.run.finite("confidence"):
                 _check_confidence(answer, begun.reading)
-            said = b"" if plan.journal is None else _keep(plan.journal, plan, answer, begun.reading.id_field)
+            said = b"" if plan.journal is None else _keep(plan.journal, answer, begun.reading)
             if said and plan.journal is not None and plan.journal.waits:
                 await plan.journal.flush()
             reply = encode(plan, answer, begun.reading.id_field, said, final=in_stream and plan.final)
@@ -166,9 +166,11 @@ class Inference:
         return await plan.model.run(plan.lane.outputs, arrays, snapshot, deadline, caller)
 
 
-def _keep(journal: ModelJournal, plan: Plan, answer: Answer, id_field: bytes) -> bytes:
+def _keep(journal: ModelJournal, answer: Answer, reading: Reading) -> bytes:
     """Append an answer to the journal; what it says of that, as bytes of the message."""
-    prediction_id, receipt = journal.keep(answer, own_id(id_field), receipt=plan.receipt)
+    plan, of_inputs = reading.plan, reading.plan.model.input_signals
+    inputs = () if of_inputs is None else of_inputs.sample(plan.arrays(reading.feeds))
+    prediction_id, receipt = journal.keep(answer, own_id(reading.id_field), plan.segment, inputs, receipt=plan.receipt)
     if not prediction_id:
         return b""
     return PREDICTION_ID + prediction_id + (parameter(RECEIPT, receipt) if receipt else b"")

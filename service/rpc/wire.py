@@ -8,7 +8,13 @@ from typing import Any
 
 import grpc
 from calserve import open_inference
-from calserve.v1 import calibrator_service_pb2, feedback_service_pb2, online_service_pb2, resources_pb2
+from calserve.v1 import (
+    calibrator_service_pb2,
+    feedback_service_pb2,
+    monitor_service_pb2,
+    online_service_pb2,
+    resources_pb2,
+)
 from google.protobuf import descriptor_pb2, message_factory
 from google.protobuf.descriptor import FileDescriptor, MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import Message
@@ -19,6 +25,7 @@ INFERENCE_SERVICE = open_inference.SERVICE
 HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"]
 CALIBRATOR_SERVICE = calibrator_service_pb2.DESCRIPTOR.services_by_name["CalibratorService"]
 FEEDBACK_SERVICE = feedback_service_pb2.DESCRIPTOR.services_by_name["FeedbackService"]
+MONITOR_SERVICE = monitor_service_pb2.DESCRIPTOR.services_by_name["MonitorService"]
 ONLINE_SERVICE = online_service_pb2.DESCRIPTOR.services_by_name["OnlineService"]
 
 
@@ -51,7 +58,8 @@ def file_descriptors() -> Iterator[descriptor_pb2.FileDescriptorProto]:
             seen.add(file.name)
             yield descriptor_pb2.FileDescriptorProto.FromString(file.serialized_pb)
 
-    for module in (resources_pb2, calibrator_service_pb2, feedback_service_pb2, online_service_pb2):
+    own = (resources_pb2, calibrator_service_pb2, feedback_service_pb2, monitor_service_pb2, online_service_pb2)
+    for module in own:
         yield from with_imports(module.DESCRIPTOR)
 
 

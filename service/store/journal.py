@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from service.store import receipts
 from service.store.database import Connection, open_database, reading_errors
 from service.store.journal_tables import (
+    LATER_SCHEMAS,
     SCHEMA,
     SCHEMA_VERSION,
     Retention,
@@ -55,15 +56,16 @@ class OpenStream:
     costs several times what it does in a loop.
     """
 
-    def __init__(self, journal: Journal, row: StreamRow, read: Callable[[Any], Answered]) -> None:
+    def __init__(self, journal: Journal, row: StreamRow, read: Callable[[Any], Answered], more_bytes: int) -> None:
         self.row, self.read = row, read
         self.waiting: deque[Any] = deque()
         self.written, self.recorded = 0, False  # requests that are past; whether the stream's row is there
         self.lost_rows: Counter[str] = Counter()  # why -> how many
+        self.other_rows = 0  # of segments beyond those that are told from one another
         self.kept_rows = self.told_lost = 0
         self._journal, self._next, self._ids = journal, 0, list[bytes]()
         self._maker = IdMaker(journal.keys.newest, row.stream)
-        self._row_bytes = BYTES_OF_CLASS * row.class_count
+        self.row_bytes = BYTES_OF_CLASS * row.class_count + more_bytes
 
     def sign_with(self, key: Key) -> None:
         if self._maker.key is not key:
@@ -71,7 +73,7 @@ class OpenStream:
 
     def append(self, request: Any, rows: int) -> bytes:
         """The prediction's id; empty if there is no room, which is counted."""
-        if refused := self._journal.refusal(OVERHEAD_BYTES + rows * self._row_bytes):
+        if refused := self._journal.refusal(OVERHEAD_BYTES + rows * self.row_bytes):
             self.lost_rows[refused] += rows
             return b""
         self.waiting.append(request)
@@ -146,7 +148,7 @@ class Journal:
         return iter(range(end - STREAM_BLOCK + 1, end + 1))
 
     def connect(self) -> Connection:
-        return open_database(self.path, "journal", SCHEMA, SCHEMA_VERSION)
+        return open_database(self.path, "journal", SCHEMA, SCHEMA_VERSION, LATER_SCHEMAS)
 
     def start(self) -> None:
         self.writer.start()
@@ -173,15 +175,22 @@ class Journal:
         return list(self._streams)
 
     def open_stream(
-        self, model: str, version: str, digest: str, class_count: int, read: Callable[[Any], Answered] = lambda it: it
+        self,
+        model: str,
+        version: str,
+        digest: str,
+        class_count: int,
+        read: Callable[[Any], Answered] = lambda it: it,
+        more_bytes: int = 0,
     ) -> OpenStream:
-        """A stream for what this process answers with one model file."""
+        """A stream for what this process answers with one model file. `more_bytes` is what a row that waits takes
+        beside its numbers."""
         number = next(self._numbers, None)
         if number is None:
             self._numbers = self._take_numbers()
             number = next(self._numbers)
         row = StreamRow(number, model, version, digest, class_count, time.time())
-        stream = OpenStream(self, row, read)
+        stream = OpenStream(self, row, read, more_bytes)
         self._streams.append(stream)
         return stream
 
@@ -250,7 +259,7 @@ class Journal:
                 continue
             stream.written += len(flight.requests)
             self._taken += OVERHEAD_BYTES * len(flight.requests)
-            self._taken += BYTES_OF_CLASS * stream.row.class_count * flight.rows
+            self._taken += stream.row_bytes * flight.rows
             if committed:
                 stream.recorded = True
                 stream.kept_rows += flight.rows

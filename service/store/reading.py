@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.errors import Damaged, Stale
+from service.store.beside import Signals
 from service.store.database import Connection
 from service.store.journal import Journal
 from service.store.journal_tables import (
@@ -62,6 +63,9 @@ class Pairs:
     labels : (rows,) the class that came true; -1: its label did not come in time
     producers : (rows,) who sent it, a number; 0: nobody
     numbers, rows : which request of the stream, and which row of it: with the stream the row's name
+    segment_names : the segments that may occur; the one of rows that belong to none is empty
+    segments : (rows,) which of them each row belongs to
+    signals : name -> (rows,) float32: `density`, `ood_score`, `set_size`, `input_1`, ...; NaN where a row has none
     """
 
     stream: StreamRow
@@ -73,13 +77,25 @@ class Pairs:
     producers: NDArray[np.int64]
     numbers: NDArray[np.int64]
     rows: NDArray[np.int64]
+    segment_names: tuple[str, ...]
+    segments: NDArray[np.int64]
+    signals: Signals
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def segment_of(self, row: int) -> str:
+        return self.segment_names[int(self.segments[row])]
+
+    def signals_of(self, row: int) -> dict[str, float]:
+        """Those that a row has."""
+        return {name: float(values[row]) for name, values in self.signals.items() if not np.isnan(values[row])}
+
     def chosen(self, rows: slice | NDArray[np.intp]) -> Pairs:
-        columns = ("times_ms", "states", "labels", "producers", "numbers", "rows")
-        return replace(self, kept=self.kept.rows(rows), **{name: getattr(self, name)[rows] for name in columns})
+        columns = ("times_ms", "states", "labels", "producers", "numbers", "rows", "segments")
+        values = {name: getattr(self, name)[rows] for name in columns}
+        signals = {name: column[rows] for name, column in self.signals.items()}
+        return replace(self, kept=self.kept.rows(rows), signals=signals, **values)
 
 
 @dataclass(frozen=True)
@@ -164,6 +180,23 @@ class Reader:
         )
         return number
 
+    def begin_at_end(self, connection: Connection) -> None:
+        """Pass everything that is there by now, in place of what was read under this name before; likewise."""
+        self.forget(connection)
+        query = "SELECT pack, rows FROM packs JOIN streams ON streams.stream = packs.stream WHERE model = ?"
+        end = connection.execute(f"{query} ORDER BY pack DESC LIMIT 1", (self._model,)).fetchone() or (0, 0)
+        (record,) = connection.execute("SELECT coalesce(max(record), 0) FROM records").fetchone()
+        place = (self._model, self._name, 0, *end, record)
+        values = (*place, b"", checksum(*place, b""))
+        connection.execute("INSERT INTO readers VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
+        connection.execute("INSERT INTO releases VALUES (?, ?, ?, ?, ?, ?, ?)", (*place, checksum(*place)))
+
+    def forget(self, connection: Connection) -> None:
+        """Forget that there was such a reader; likewise."""
+        for table in ("readers", "releases"):
+            query = f"DELETE FROM {table} WHERE model = ? AND reader = ?"  # noqa: S608
+            connection.execute(query, (self._model, self._name))
+
     def passed(self, most_packs: int) -> list[Pairs]:
         """What the last packs before the position have, with the labels that were there."""
         with self._journal.reading() as connection:
@@ -196,7 +229,7 @@ class Reader:
             if checksum(*place) != crc:
                 raise Damaged(f"a step of reader {self._name!r} is damaged: its checksum differs")
             number, end = place[2], Position(*place[3:])
-            begin = Position() if number == 1 else begin
+            begin = Position() if number == 1 and begin is None else begin
             if begin is not None:  # else what came before it is forgotten
                 with self._journal.reading() as connection:
                     yield self._cohort(connection, number, begin, end, begin.record)
@@ -352,6 +385,9 @@ def pairs_of(
         producers,
         pack.first + request,
         np.arange(len(request)) - pack.starts[request],
+        pack.beside.segments,
+        pack.beside.of_rows(request),
+        pack.beside.signals,
     )
     revisions = pack.revision_indices[request]
     ends = [*(np.flatnonzero(np.diff(revisions)) + 1).tolist(), len(request)]
@@ -361,5 +397,7 @@ def pairs_of(
         if chosen is not None:
             start, stop = max(start, chosen.start), min(stop, chosen.stop)
         if start < stop:
-            parts.append(replace(whole.chosen(slice(start, stop)), revision=revision))
+            part = whole.chosen(slice(start, stop))
+            there = {name: values for name, values in part.signals.items() if not np.isnan(values).all()}
+            parts.append(replace(part, revision=revision, signals=there))
     return parts

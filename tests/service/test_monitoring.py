@@ -1,0 +1,316 @@
+"""Monitors of a server: predictions and labels come, an alarm goes out with its cause, and what was asked for is done."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import threading
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
+
+import numpy as np
+import pytest
+
+import service.learning.monitoring
+from service import cli, errors
+from service.client import Alarm, AsyncClient, Client, Monitor
+from service.drift.states import REFIT, ROLL_BACK, SUSPEND, TELL
+from service.learning import policies
+from service.rpc.tokens import Role, add
+from service.settings import Settings
+from service.store.labels import Labels
+from tests.service import models
+from tests.service.conftest import RunningServer, settings_for
+from tests.service.test_durability import until
+from tests.service.test_feedback import metrics, serving
+from tests.service.test_lifecycle import Process
+from tests.service.test_workers import Workers, connections
+
+QUICK = {"reference_rows": 500, "false_alarm": 0.1}
+X, LOGITS, LABELS = models.labelled_rows(6000, seed=11)
+
+
+@pytest.fixture(autouse=True)
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service.learning.monitoring, "LOOK_SECONDS", 0.02)
+
+
+@pytest.fixture
+def watched(root: Path) -> Iterator[tuple[RunningServer, Client]]:
+    """A server without default monitors."""
+    with serving(root, monitors="own", monitor_wait_seconds=0, online_wait_seconds=0) as (server, client):
+        yield server, client
+
+
+def come(client: Client, x: np.ndarray, labels: np.ndarray | None = None, step: int = 500) -> None:
+    """Predictions, and their labels."""
+    for start in range(0, len(x), step):
+        known, count = client.predict("mlp", x[start : start + step]).prediction_id, len(x[start : start + step])
+        if labels is not None:
+            own = labels[start : start + step]
+            assert set(client.label("mlp", [known] * count, own, rows=range(count))) == {"recorded"}
+
+
+def drifted(rows: slice, scale: float = 3.0) -> np.ndarray:
+    """Inputs on which the model is much surer of itself."""
+    return (scale * X[rows]).astype(np.float32)
+
+
+def monitor_after(client: Client, name: str, rows: int) -> Monitor:
+    """The monitor when it has read so many rows."""
+    return until(lambda: (found := client.monitor("mlp", name)).rows >= rows and found)
+
+
+def alarm_of(client: Client, name: str, is_enough: Callable[[Alarm], object] = lambda _: True) -> Alarm:
+    def found() -> Alarm | None:
+        return next((a for a in client.alarms("mlp") if a.monitor == name and is_enough(a)), None)
+
+    return until(found)
+
+
+def ended(client: Client, name: str) -> Alarm:
+    """The alarm when its policy is carried out."""
+    return alarm_of(client, name, lambda alarm: not alarm.outcome.startswith("pending"))
+
+
+def test_a_change_is_told_to_who_watches_acknowledged_and_told_again(watched: tuple[RunningServer, Client]) -> None:
+    server, client = watched
+    client.create_monitor("mlp", "scores", "score_shift", watched="raw", **QUICK)
+    heard: SimpleQueue[Alarm] = SimpleQueue()
+    begun = threading.Event()
+
+    def listen() -> None:
+        with Client(server.address) as other, pytest.raises(errors.CalserveError):
+            begun.set()
+            for alarm in other.watch_alarms("mlp"):
+                heard.put(alarm)
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    assert begun.wait(10)
+    come(client, X[:1000])
+    assert monitor_after(client, "scores", 500).alarms == ()
+    come(client, drifted(slice(0, 500)))
+    alarm = heard.get(timeout=20)
+    assert (alarm.model, alarm.monitor, alarm.watched, alarm.revision) == ("mlp", "scores", "raw", "none")
+    assert alarm.statistic >= alarm.threshold
+    assert alarm.outcome == "told"
+    assert alarm.change_time <= alarm.time <= alarm.notice_time
+    assert client.monitor("mlp", "scores").alarms == (alarm.alarm,)
+    seen = client.acknowledge("mlp", alarm.alarm)
+    assert (seen.acknowledged_by, seen.acknowledge_time is not None) == ("somebody", True)
+    while heard.get(timeout=20).acknowledge_time is None:
+        pass
+    assert client.acknowledge("mlp", alarm.alarm) == seen
+    assert client.monitor("mlp", "scores").alarms == ()
+    come(client, drifted(slice(500, 1000)))
+    later = heard.get(timeout=20)
+    assert later.alarm == "alarm-2"
+    server.stop()
+    listener.join(30)
+    assert not listener.is_alive()
+
+
+def test_one_alarm_at_a_time_however_long_the_change_lasts(watched: tuple[RunningServer, Client]) -> None:
+    _, client = watched
+    client.create_monitor("mlp", "scores", "score_shift", watched="raw", **QUICK)
+    come(client, X[:600])
+    come(client, drifted(slice(0, 3000)))
+    alarm = alarm_of(client, "scores", lambda alarm: alarm.repeats > 5)
+    assert [alarm.alarm] == [one.alarm for one in client.alarms()]
+
+
+def test_after_an_alarm_that_is_acknowledged_as_the_new_normal_it_does_not_ring_again(
+    watched: tuple[RunningServer, Client],
+) -> None:
+    _, client = watched
+    client.create_monitor("mlp", "scores", "score_shift", watched="raw", **QUICK)
+    come(client, X[:600])
+    come(client, drifted(slice(0, 500)))
+    client.acknowledge("mlp", alarm_of(client, "scores").alarm, rebaseline=True)
+    assert not client.monitor("mlp", "scores").ready
+    come(client, drifted(slice(500, 3000)))
+    assert monitor_after(client, "scores", 1500).ready
+    assert len(client.alarms("mlp")) == 1
+
+
+def test_a_monitor_is_made_shown_changed_and_deleted(watched: tuple[RunningServer, Client]) -> None:
+    _, client = watched
+    made = client.create_monitor("mlp", "scores", "score_shift", policy="suspend", cooldown_rows=10, **QUICK)
+    assert (made.watched, made.policy, made.cooldown_rows, made.is_default) == ("served", "suspend", 10, False)
+    assert made.params == QUICK
+    assert client.monitors("mlp") == [made] == [client.monitor("mlp", "scores")]
+    with pytest.raises(errors.AlreadyExists, match="has a monitor 'scores'"):
+        client.create_monitor("mlp", "scores", "score_shift")
+    come(client, X[:700])
+    read = monitor_after(client, "scores", 200)
+    assert read.history
+    changed = client.update_monitor("mlp", "scores", policy="refit", cooldown_rows=0)
+    assert (changed.policy, changed.cooldown_rows, changed.rows) == ("refit", 0, read.rows)
+    anew = client.update_monitor("mlp", "scores", params={"reference_rows": 300})
+    assert (anew.params, anew.rows, anew.ready) == ({"reference_rows": 300}, 0, False)
+    client.delete_monitor("mlp", "scores")
+    assert client.monitors("mlp") == []
+    for ask in (client.monitor, client.delete_monitor):
+        with pytest.raises(errors.NotFound, match="has no monitor 'scores'"):
+            ask("mlp", "scores")
+    assert client.create_monitor("mlp", "scores", "score_shift").rows == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"name": "Big Name"}, "a monitor's name is"),
+        ({"name": ""}, "a monitor's name is"),
+        ({"detector": "crystal_ball"}, "unknown kind 'crystal_ball'; kinds are"),
+        ({"reference_rows": 0}, "reference_rows must be a number at least 1"),
+        ({"colour": 1}, "got .'colour'."),
+        ({"signals": [1]}, "params_json must be a JSON object of numbers and texts"),
+        ({"cooldown_rows": -1}, "cooldown_rows must be in 0..10000000, got -1"),
+        ({"baseline_rows": 1 << 40}, "baseline_rows must be in"),
+        ({"watched": "nothing"}, "watched must be one of raw, served, got 'nothing'"),
+        ({"policy": "panic"}, "policy must be one of tell, suspend, roll_back, refit"),
+    ],
+)
+def test_a_monitor_that_cannot_be_is_told_why(watched: tuple[RunningServer, Client], fields: dict, words: str) -> None:
+    _, client = watched
+    asked = {"name": "a", "detector": "score_shift", **fields}
+    with pytest.raises(errors.InvalidRequest, match=words):
+        client.create_monitor("mlp", **asked)
+    assert client.monitors("mlp") == []
+
+
+def test_what_else_cannot_be_is_told(watched: tuple[RunningServer, Client], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, client = watched
+    with pytest.raises(errors.NotFound):
+        client.create_monitor("nobody", "a", "score_shift")
+    with pytest.raises(errors.InvalidRequest, match="update_mask must name some of params_json"):
+        client.update_monitor("mlp", "a")
+    with pytest.raises(errors.NotFound, match="model 'mlp' has no alarm 'alarm-9'"):
+        client.acknowledge("mlp", "alarm-9")
+    with pytest.raises(errors.InvalidRequest, match="after must be an alarm's name"):
+        next(iter(client.watch_alarms("mlp", after="yesterday")))
+    with pytest.raises(errors.InvalidRequest, match="page_size must be in"):
+        client.alarms(most=-1)
+    monkeypatch.setattr(service.learning.monitoring, "MOST_MONITORS", 1)
+    client.create_monitor("mlp", "a", "score_shift")
+    with pytest.raises(errors.Refused, match="a model has 1 monitors at most"):
+        client.create_monitor("mlp", "b", "score_shift")
+
+
+def test_a_server_without_monitors_says_so(root: Path) -> None:
+    with serving(root, monitors="off") as (_, client):
+        for ask in (client.monitors, client.monitor_report, lambda name: next(iter(client.watch_alarms(name)))):
+            with pytest.raises(errors.Refused, match="it runs with --monitors off"):
+                ask("mlp")
+
+
+def test_settings_that_mean_nothing_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(errors.Refused, match="monitors must be one of default, own, off, got 'on'"):
+        Settings(tmp_path, monitors="on")
+    with pytest.raises(errors.Refused, match="monitor_wait_seconds must be zero or more"):
+        Settings(tmp_path, monitor_wait_seconds=-1)
+
+
+def test_a_monitor_of_what_is_served_begins_anew_with_another_revision_and_one_of_the_model_does_not(
+    watched: tuple[RunningServer, Client],
+) -> None:
+    _, client = watched
+    for name in ("served", "raw"):
+        client.create_monitor("mlp", name, "score_shift", watched=name, **QUICK)
+    come(client, X[:800])
+    for name in ("served", "raw"):
+        monitor_after(client, name, 300)
+    client.activate("mlp", client.fit("mlp", "temperature", logits=LOGITS[:500], labels=LABELS[:500]).revision)
+    until(lambda: not client.monitor("mlp", "served").ready)
+    assert client.monitor("mlp", "raw").rows == 300
+    come(client, X[800:2000])
+    assert monitor_after(client, "served", 700).rows == 700
+    assert monitor_after(client, "raw", 1500).rows == 1500
+    assert client.alarms() == []
+
+
+def test_a_server_that_is_killed_goes_on_where_it_was_and_comes_to_the_same_alarms(root: Path) -> None:
+    process = Process(root, "--monitors", "own")
+    process.wait_until_ready()
+    with Client(f"127.0.0.1:{process.port}", show_progress=False) as client:
+        client.create_monitor("mlp", "scores", "score_shift", watched="raw", cooldown_rows=100, **QUICK)
+        come(client, X[:1000])
+        come(client, drifted(slice(0, 1000)), step=100)
+        alarm = alarm_of(client, "scores")
+        process.send(signal.SIGKILL)
+    assert process.end() == -signal.SIGKILL
+    with serving(root, monitors="own") as (server, client):
+        same = client.alarms("mlp")[-1]
+        assert (same.alarm, same.time, same.statistic, same.change_time) == (
+            alarm.alarm, alarm.time, alarm.statistic, alarm.change_time
+        )  # fmt: skip
+        come(client, drifted(slice(1000, 1500)), step=100)
+        until(lambda: client.alarms("mlp")[0].repeats > alarm.repeats)
+        monitor = server.app._monitoring._watched["mlp", "scores"].monitor
+
+        def replayed() -> bool:
+            is_same, rings = monitor.replay()
+            return is_same and len(rings) == 1 + client.alarms("mlp")[0].repeats
+
+        until(replayed)
+
+
+def test_metrics_say_where_each_monitor_is(watched: tuple[RunningServer, Client]) -> None:
+    server, client = watched
+    client.create_monitor("mlp", "scores", "score_shift", watched="raw", **QUICK)
+    come(client, X[:600])
+    come(client, drifted(slice(0, 500)))
+    alarm_of(client, "scores")
+    of_monitor = '{model="mlp",monitor="scores"}'
+    told = until(lambda: (m := metrics(server))[f"calserve_monitor_rows_total{of_monitor}"] == 1100 and m)
+    assert told[f"calserve_monitor_threshold{of_monitor}"] == 6
+    assert 0 <= told[f"calserve_monitor_statistic{of_monitor}"] < 6
+    assert told[f"calserve_alarms_total{of_monitor}"] == 1
+    assert told[f"calserve_alarms_open{of_monitor}"] == 1
+
+
+def test_a_reader_that_comes_back_hears_what_it_missed(watched: tuple[RunningServer, Client]) -> None:
+    server, client = watched
+    for name in ("a", "b"):
+        client.create_monitor("mlp", name, "score_shift", watched="raw", **QUICK)
+    come(client, X[:600])
+    come(client, drifted(slice(0, 500)))
+    alarm_of(client, "a"), alarm_of(client, "b")
+
+    async def heard(after: str, count: int) -> list[str]:
+        async with AsyncClient(server.address) as other:
+            alarms = other.watch_alarms("mlp", after=after)
+            return [(await anext(alarms)).alarm for _ in range(count)]
+
+    assert asyncio.run(heard("alarm-0", 2)) == ["alarm-1", "alarm-2"]
+    assert asyncio.run(heard("alarm-1", 1)) == ["alarm-2"]
+
+
+def test_who_may_do_what(root: Path, tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens.toml"
+    operator, narrow, other = (
+        add(tokens, name, roles, of, None)
+        for name, roles, of in (
+            ("ann", [Role.OPERATE], ["*"]), ("bob", [Role.OPERATE], ["other"]), ("eve", [Role.INFER], ["*"])
+        )
+    )  # fmt: skip
+    with serving(root, monitors="own", token_file=tokens) as (server, _), ExitStack() as stack:
+        ann, bob, eve = (
+            stack.enter_context(Client(server.address, token=token)) for token in (operator, narrow, other)
+        )
+        ann.create_monitor("mlp", "scores", "score_shift", watched="raw", **QUICK)
+        for client in (bob, eve):
+            for ask in (client.monitors, client.alarms, client.monitor_report):
+                with pytest.raises(errors.Forbidden):
+                    ask("mlp")
+            with pytest.raises(errors.Forbidden):
+                client.create_monitor("mlp", "b", "score_shift")
+        with pytest.raises(errors.Forbidden, match="name one of them"):
+            bob.alarms()
+        assert ann.alarms() == []
