@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 from typing import Self
 
 from service.cores import threads_per_run, usable_cores
+from service.drift.summaries import Summaries
 from service.drift.webhook import RESULTS, Target, Webhook
 from service.inference.batcher import Limits as QueueLimits
 from service.inference.device_loss import DeviceLoss
@@ -30,6 +31,7 @@ from service.learning.policies import Policies
 from service.learning.progress import COUNTED
 from service.learning.revisions import Revisions
 from service.lifecycle import Signals, end_process, keep_watchdog, notify
+from service.page import PageFacts
 from service.rpc.access import Access, check_complete
 from service.rpc.calibrator_service import CalibratorService
 from service.rpc.feedback_service import FeedbackService
@@ -70,6 +72,7 @@ from service.web.metrics import (
     SetCoverage,
     WebhookMetrics,
 )
+from service.web.site import Site
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +147,11 @@ class App:
         limits = replace(_connection_limits(settings), shared_port=member is not None)
         self._front = GrpcFront(self._guarded_methods(), limits, certificates)
         metrics_port = settings.metrics_port + (member.index if member and settings.metrics_port else 0)
-        self._http = HttpServer(settings.metrics_host, metrics_port, self._pages())
+        facts = PageFacts(self.repository, self._catalogue, settings.journal)
+        self._summaries = Summaries(self._journal, facts.names, facts.sets_of, retention.seconds)
+        self._site = Site(facts.sources(self._summaries, self._monitoring.states, self._monitoring.alarms))
+        has_page = self._learns and not settings.no_page
+        self._http = HttpServer(settings.metrics_host, metrics_port, self._pages(), self._site if has_page else None)
         self.port, self.metrics_port = 0, self._http.port
 
     async def __aenter__(self) -> Self:
@@ -175,6 +182,7 @@ class App:
             await self._operations.resume()
             self._online.start()
             self._coverage.start()
+            self._summaries.start()
             if self._webhook:
                 self._webhook.start()
                 self._monitoring.listeners.append(self._webhook.send)
@@ -206,6 +214,7 @@ class App:
         await self._following.close()
         await self._online.close()
         await self._coverage.close()
+        await self._summaries.close()
         if self._webhook:
             await self._webhook.close()
         if self._forward:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable
 
 from calibrators.conformal.calibrator import ConformalCalibrator
@@ -43,10 +44,10 @@ class Counted:
         cohort = self._follower.read(max(500, min(10_000, STEP_VALUES // classes)))
         with self._lock:
             for part in cohort.pairs:
-                self._tally_of(part).add(part, segments_of(part), self._sets_of(self._model, part.revision))
+                self._tally_of(part).add(part, self._sets_of(self._model, part.revision))
             for part in cohort.late:
                 if self._tally and self._tally.n_classes == part.stream.class_count:
-                    self._tally.add_labels(part, segments_of(part), self._sets_of(self._model, part.revision))
+                    self._tally.add_labels(part, self._sets_of(self._model, part.revision))
             if self._tally:
                 self._tally.age(now_ms)
         return bool(cohort)
@@ -71,10 +72,9 @@ class Summaries:
         journal: Journal,
         models: Callable[[], Iterable[str]],
         sets_of: SetsOf,
-        now_ms: Callable[[], int],
         keep_seconds: float,
     ) -> None:
-        self._journal, self._models, self._sets_of, self._now_ms = journal, models, sets_of, now_ms
+        self._journal, self._models, self._sets_of = journal, models, sets_of
         self._keep_ms = int(1000 * keep_seconds)
         self._counted: dict[str, Counted] = {}
         self._task: asyncio.Task[None] | None = None
@@ -99,7 +99,7 @@ class Summaries:
             for name in sorted(names)
         }
         for counted in list(self._counted.values()):
-            while await asyncio.to_thread(counted.step, self._now_ms()):
+            while await asyncio.to_thread(counted.step, int(1000 * time.time())):
                 pass
 
     async def _run(self) -> None:
@@ -111,9 +111,3 @@ class Summaries:
             except Exception:
                 log.exception("the summaries could not be kept up; it is tried again")
             await asyncio.sleep(LOOK_SECONDS)
-
-
-def segments_of(part: Pairs) -> list[str] | None:
-    """The segment of each row, where the journal keeps it."""
-    del part
-    return None

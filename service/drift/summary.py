@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from calibrators.conformal.calibrator import ConformalCalibrator
 from calibrators.metrics import ReliabilityCurve
 from service.drift.states import RAW, SERVED
-from service.store.packs import Kept
+from service.store.packs import Kept, probabilities_of
 from service.store.reading import NO_LABEL, Pairs
 
 Array = NDArray[np.float64]
@@ -104,11 +104,16 @@ class Sums:
         return float(gaps @ curve.counts / self.labels) if self.labels else math.nan
 
     def chance_error(self, which: str) -> float:
-        """What calibration error so many labels of a calibrated model give on average, by chance alone."""
+        """What the calibration error of so many labels of a calibrated model is at most, with probability .95 or so.
+
+        The gap of a bin is then normal of mean zero, so its size is half-normal; bins are independent.
+        """
         curve = self.curve(which)
         said = np.nan_to_num(curve.confidence)
-        spread = np.sqrt(2 / math.pi * curve.counts * said * (1 - said))
-        return float(spread.sum() / self.labels) if self.labels else math.nan
+        variances = curve.counts * said * (1 - said)
+        mean = math.sqrt(2 / math.pi) * np.sqrt(variances).sum()
+        spread = math.sqrt((1 - 2 / math.pi) * variances.sum())
+        return float((mean + 1.645 * spread) / self.labels) if self.labels else math.nan
 
     def accuracy(self, which: str) -> float:
         return float(self[f"{which}.right"].sum() / self.labels) if self.labels else math.nan
@@ -158,7 +163,7 @@ class Timeline(Generic[T]):
     def __init__(self, levels: Sequence[tuple[int, int]], oldest: int, keep_ms: int, new: Callable[[], T]) -> None:
         self._widths = [*(width for width, _ in levels), oldest]
         self._horizons = [*(horizon for _, horizon in levels), keep_ms]
-        self._new = new
+        self._new: Callable[[], T] = new
         self._buckets: list[dict[int, T]] = [{} for _ in self._widths]
         self._begins = [0] * len(self._widths)  # where each level begins: what is before it is of the next one
 
@@ -256,20 +261,17 @@ class Tally:
         self._counted_ms = self._last_ms = self._last_label_ms = 0
         self._shares = np.random.default_rng(0)  # a randomised set is not kept; one of the same law is made
 
-    def add(self, part: Pairs, segments: Sequence[str] | None = None, sets: ConformalCalibrator | None = None) -> None:
+    def add(self, part: Pairs, sets: ConformalCalibrator | None = None) -> None:
         """Rows that were answered, with the labels that are there. `sets` made their prediction sets, if any were."""
         self._counted_ms = min(self._counted_ms or part.times_ms.min(), int(part.times_ms.min()))
         self._last_ms = max(self._last_ms, int(part.times_ms.max()))
-        self._count(part, segments, sets, answered=True)
+        self._count(part, sets, answered=True)
 
-    def add_labels(
-        self, part: Pairs, segments: Sequence[str] | None = None, sets: ConformalCalibrator | None = None
-    ) -> None:
+    def add_labels(self, part: Pairs, sets: ConformalCalibrator | None = None) -> None:
         """Labels that came later, for rows that are counted already."""
         counted = np.flatnonzero(part.times_ms >= self._counted_ms)
         if self._counted_ms and len(counted):
-            chosen = None if segments is None else [segments[row] for row in counted.tolist()]
-            self._count(part.chosen(counted), chosen, sets, answered=False)
+            self._count(part.chosen(counted), sets, answered=False)
 
     def age(self, now_ms: int) -> None:
         self._sums.age(now_ms)
@@ -293,33 +295,27 @@ class Tally:
             max(groups_since, self._counted_ms),
         )  # fmt: skip
 
-    def _count(
-        self, part: Pairs, segments: Sequence[str] | None, sets: ConformalCalibrator | None, *, answered: bool
-    ) -> None:
+    def _count(self, part: Pairs, sets: ConformalCalibrator | None, *, answered: bool) -> None:
         rows = Rows.of(part, self.n_classes, sets, self._shares)
-        names = np.array(segments) if segments is not None else None
         for chosen in _runs(part.times_ms, self._sums):
-            bucket = self._sums.at(int(part.times_ms[chosen.start]))
-            rows.add_to(bucket, chosen, answered=answered)
+            rows.add_to(self._sums.at(int(part.times_ms[chosen.start])), chosen, answered=answered)
         labelled = np.flatnonzero(part.labels != NO_LABEL)
-        if not len(labelled):
-            return
-        self._last_label_ms = max(self._last_label_ms, int(part.times_ms[labelled].max()))
+        if len(labelled):
+            self._last_label_ms = max(self._last_label_ms, int(part.times_ms[labelled].max()))
         blocks = part.times_ms[labelled] // self._block_ms
         for block in np.unique(blocks).tolist():
-            chosen_rows = labelled[blocks == block]
-            rows.add_to_groups(self._groups.at(block * self._block_ms), chosen_rows, names, self.n_classes)
+            groups = self._groups.at(block * self._block_ms)
+            rows.add_to_groups(groups, labelled[blocks == block], self.n_classes)
 
 
 @dataclass(frozen=True)
 class Rows:
     """What is counted of rows: of each forecaster confidence, answer and log-probability of the label (0 without)."""
 
-    labels: Whole
+    part: Pairs
     confidence: Mapping[str, Array]
     answer: Mapping[str, Whole]
     log_probability: Mapping[str, Array]
-    kept: Kept
     set_sizes: Whole | None
     covered: NDArray[np.bool_] | None
 
@@ -339,17 +335,16 @@ class Rows:
         size, covered = _sets(kept, part.labels, n_classes, sets, shares)
         first = logits.argmax(axis=1)
         return cls(
-            part.labels,
+            part,
             {RAW: np.exp(largest - normaliser), SERVED: kept.confidence.astype(np.float64)},
             {RAW: first if kept.classes is None else kept.classes[row, first].astype(np.int64), SERVED: kept.label},
             {RAW: raw, SERVED: np.log(np.maximum(served, LEAST_PROBABILITY))},
-            kept,
             size,
             covered,
         )
 
     def add_to(self, sums: Sums, chosen: slice, *, answered: bool) -> None:
-        labels = self.labels[chosen]
+        labels = self.part.labels[chosen]
         labelled = labels != NO_LABEL
         for which in (RAW, SERVED):
             confidence = self.confidence[which][chosen]
@@ -367,22 +362,19 @@ class Rows:
             sums["sets"][0] += labelled.sum()
             sums["covered"][0] += self.covered[chosen][labelled].sum()
 
-    def add_to_groups(
-        self, groups: Groups, rows: NDArray[np.intp], segments: NDArray[np.str_] | None, n_classes: int
-    ) -> None:
-        labels = self.labels[rows]
-        names, member = np.unique(segments[rows], return_inverse=True) if segments is not None else ([], None)
+    def add_to_groups(self, groups: Groups, rows: NDArray[np.intp], n_classes: int) -> None:
+        labels, segment, names = self.part.labels[rows], self.part.segments[rows], self.part.segment_names
         of_segment = np.zeros((len(names), len(GROUP_FIELDS)))
         for which, first in ((RAW, 0), (SERVED, 3)):
             answer, said = self.answer[which][rows], self.confidence[which][rows]
             for column, weights in ((first, None), (first + 1, said), (first + 2, answer == labels)):
                 groups.classes[:, column] += np.bincount(answer, weights, n_classes)
-                if member is not None:
-                    of_segment[:, column] += np.bincount(member, weights, len(names))
-        groups.classes[:, 6] += _promised(self.kept.rows(rows), n_classes)
+                of_segment[:, column] += np.bincount(segment, weights, len(names))
+        groups.classes[:, 6] += _promised(self.part.kept.rows(rows), n_classes)
         groups.classes[:, 7] += np.bincount(labels, minlength=n_classes)
         for name, values in zip(names, of_segment, strict=True):
-            groups.add_to_segment(str(name), values)
+            if values[0]:
+                groups.add_to_segment(name, values)
 
 
 def _place_of(kept: Kept, labels: Whole) -> tuple[Whole, NDArray[np.bool_]]:
@@ -421,16 +413,6 @@ def _sets(
     members = sets.sets(probabilities_of(kept, n_classes), shares=shares.random(len(kept)) if sets.randomised else None)
     covered: NDArray[np.bool_] = members[np.arange(len(labels)), np.maximum(labels, 0)]
     return members.sum(axis=1), covered
-
-
-def probabilities_of(kept: Kept, n_classes: int) -> NDArray[np.float32]:
-    """(n_rows, n_classes) as they were served; of those that are not kept each gets an equal part of what is left."""
-    if kept.classes is None:
-        return kept.probabilities
-    each = np.asarray(_left_over(kept, np.zeros(len(kept)), n_classes)[1], np.float32)
-    probabilities = np.repeat(each[:, None], n_classes, axis=1)
-    np.put_along_axis(probabilities, kept.classes.astype(np.int64), kept.probabilities, axis=1)
-    return probabilities
 
 
 def _runs(times_ms: Whole, timeline: Timeline[Sums]) -> Iterator[slice]:

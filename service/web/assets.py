@@ -22,8 +22,13 @@ NO_STYLES = {"id": "plotly.js-style-global", "class_": "no-inline-styles"}
 """What plotly looks for in a page that has its styles already: `page.css` has them."""
 _STYLE_NAME = re.compile(r'getElementById\("([0-9a-f]{64})"\)')
 
-CARDS = {"page": ("#f6f7f9", "#0e1218"), "card": ("#ffffff", "#161c26"), "line": ("#e4e7ec", "#2a3342"),
-         "good": ("#0b7285", "#5cc8d8"), "wash": ("#fff1e8", "#33211a")}  # fmt: skip
+CARDS = {
+    "page": ("#f6f7f9", "#0e1218"),
+    "card": ("#ffffff", "#161c26"),
+    "line": ("#e4e7ec", "#2a3342"),
+    "good": ("#0b7285", "#5cc8d8"),
+    "wash": ("#fff1e8", "#33211a"),
+}
 """Colours of the page that the report has not: in light, in dark."""
 
 
@@ -68,7 +73,7 @@ class Assets:
 
     @cached_property
     def marks(self) -> Html:
-        """Elements that keep plotly from writing style elements: one is for maps and known by a name of that release."""
+        """What keeps plotly from writing a style element for maps, which each release knows by another name."""
         found = _STYLE_NAME.search(self.plotly.text) if self.plotly else None
         return tag("meta", id=found[1]) if found else Html("")
 
@@ -86,6 +91,7 @@ def _themes() -> str:
     light, dark = ("".join(f"--{name}:{pair[which]};" for name, pair in colours.items()) for which in (0, 1))
     return (
         f":root{{color-scheme:light;{light}}}\n"
-        f'@media screen and (prefers-color-scheme:dark){{:root:not([data-theme="light"]){{color-scheme:dark;{dark}}}}}\n'
+        '@media screen and (prefers-color-scheme:dark){:root:not([data-theme="light"])'
+        f"{{color-scheme:dark;{dark}}}}}\n"
         f'@media screen{{:root[data-theme="dark"]{{color-scheme:dark;{dark}}}}}\n'
     )

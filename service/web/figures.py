@@ -40,7 +40,7 @@ def reliability(total: Sums, *, calibrated: bool) -> Figure:
         "marker": {"color": "--band"},
         "hoverinfo": "skip",
     }
-    line = {"type": "scatter", "mode": "lines", "x": [0, 100], "y": [0, 100], "hoverinfo": "skip"}
+    line: Figure = {"type": "scatter", "mode": "lines", "x": [0, 100], "y": [0, 100], "hoverinfo": "skip"}
     line["line"] = {"color": "--quiet", "width": 1, "dash": "dot"}
     dots = [_dots(total, RAW)] + ([_dots(total, SERVED)] if calibrated else [])
     share: Figure = {"range": [0, 100], "dtick": 20, "ticksuffix": f"{NBSP}%"}
@@ -85,7 +85,7 @@ def confidences(total: Sums, *, calibrated: bool) -> Figure:
     )
     bars = _bars(middles, served if calibrated else raw, SERVED_COLOUR if calibrated else RAW_COLOUR, 4.4)
     bars["hovertext"] = [
-        f"{middle - 2.5:g} to {middle + 2.5:g}{NBSP}% sure<br>{percent(now)} as served, {percent(before)} of the model's"
+        f"{middle - 2.5:g} to {middle + 2.5:g}{NBSP}%<br>as served {percent(now)}, the model itself {percent(before)}"
         for middle, now, before in zip(middles.tolist(), served.tolist(), raw.tolist(), strict=True)
     ]
     steps = {

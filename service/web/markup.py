@@ -16,7 +16,7 @@ class Html(str):
     __slots__ = ()
 
 
-Part: TypeAlias = "str | int | Html | None | Iterable[Part]"
+Part: TypeAlias = "str | int | Html | Iterable[Part] | None"
 
 
 def tag(name: str, /, *parts: Part, **attributes: str | int | bool | None) -> Html:

@@ -13,8 +13,8 @@ from calibrators.plots._style import percent
 from service.drift.states import RAW, SERVED, Alarm, MonitorState
 from service.drift.summary import GROUP_FIELDS, Groups, Summary, Sums
 from service.web import figures, words
-from service.web.facts import ModelFacts, NowCast
-from service.web.markup import Html, Part, data, join, tag
+from service.web.facts import ModelFacts, NowCast, RevisionFacts
+from service.web.markup import Html, Part, data, tag
 
 NO_REVISION = "none"
 SHOWN_GROUPS = 6
@@ -66,8 +66,17 @@ class View:
 
 def sections(view: View) -> list[Html]:
     makers: tuple[Callable[[View], Html | None], ...] = (
-        hero, ringing, tiles, reliability, over_time, where, monitors, alarms, revisions, glossary,
-    )  # fmt: skip
+        hero,
+        ringing,
+        tiles,
+        reliability,
+        over_time,
+        where,
+        monitors,
+        alarms,
+        revisions,
+        glossary,
+    )
     return [section for make in makers if (section := make(view)) is not None]
 
 
@@ -95,18 +104,19 @@ def pill(verdict: words.Verdict) -> Html:
 def headline(view: View) -> Part:
     name, verdict = tag("span", view.model.name, class_="name"), view.verdict
     raw, served = verdict.raw, verdict.served
-    if raw is None and served is None:
+    first = raw or served
+    if first is None:
         return [name, ": ", "nothing to judge yet" if verdict.label == "no answers" else "waiting for labels"]
-    if not view.calibrated or served is None:
-        told = raw or served
-        assert told is not None
-        return ["When ", name, f" says {words.about(told.said)}, it is right ", _share(told), " of the time."]
-    if raw is None:
-        return ["When ", name, f" says {words.about(served.said)}, it is right ", _share(served), ", as served."]
+    if raw is None or served is None or not view.calibrated:
+        return ["When ", name, f" says {words.about(first.said)}, it is right ", _share(first), " of the time."]
     return [
-        "When ", name, f" says {words.about(raw.said)}, it is right ", _share(raw), " of the time. ",
+        "When ",
+        name,
+        f" says {words.about(raw.said)}, it is right ",
+        _share(raw),
+        " of the time. ",
         tag("span", "As served: ", _share(served), ".", class_="served"),
-    ]  # fmt: skip
+    ]
 
 
 def _share(told: words.Told) -> Html:
@@ -120,11 +130,16 @@ def told(verdict: words.Verdict, calibrated: bool) -> list[Html]:
     rows = [("the model itself", verdict.raw, "raw")]
     rows += [("as served", verdict.served, "served")] if calibrated else []
     return [
-        tag("div", tag("span", name, class_="who"), scale(one.said, one.right, one.labels, style),
-            tag("span", f"{one.labels:,} answers", class_="count"), class_="scale-row")
+        tag(
+            "div",
+            tag("span", name, class_="who"),
+            scale(one.said, one.right, one.labels, style),
+            tag("span", f"{one.labels:,} answers", class_="count"),
+            class_="scale-row",
+        )
         for name, one, style in rows
         if one is not None
-    ]  # fmt: skip
+    ]
 
 
 def scale(said: float, right: float, labels: float, style: str = "served") -> Html:
@@ -141,8 +156,11 @@ def scale(said: float, right: float, labels: float, style: str = "served") -> Ht
         tag("line", x1=_at(said), x2=_at(right), y1="11", y2="11", class_=f"gap {off}"),
         tag("line", x1=_at(said), x2=_at(said), y1="3", y2="19", class_="tick"),
         tag("circle", cx=_at(right), cy="11", r="5.5", class_=f"dot {style} {off}"),
-        class_="scale", height="22", role="img", aria_label=label,
-    )  # fmt: skip
+        class_="scale",
+        height="22",
+        role="img",
+        aria_label=label,
+    )
 
 
 def _at(share: float) -> str:
@@ -151,11 +169,15 @@ def _at(share: float) -> str:
 
 def _nowcast(nowcasts: Sequence[NowCast]) -> Part:
     return [
-        tag("span", f"{one.what} now, without waiting for labels: {percent(one.value)} "
-            f"({words.interval(one.low, one.high)})" if one.valid
-            else f"{one.what} cannot be told without labels now: {one.why}.", class_="nowcast")
+        tag(
+            "span",
+            f"{one.what} now, without waiting for labels: {percent(one.value)} ({words.interval(one.low, one.high)})"
+            if one.valid
+            else f"{one.what} cannot be told without labels now: {one.why}.",
+            class_="nowcast",
+        )
         for one in nowcasts
-    ]  # fmt: skip
+    ]
 
 
 def ringing(view: View) -> Html | None:
@@ -172,20 +194,28 @@ def _alarm(alarm: Alarm, model: str) -> Html:
     kind = words.KINDS.get(cause.kind, cause.kind) if cause else "the cause is being looked for"
     place = f" in {cause.where}" if cause and cause.where else ""
     whose = "The model's own probabilities" if alarm.watched == RAW else "The served probabilities"
-    since = (
-        ["since ", when(alarm.since_ms), f", {alarm.since_rows:,} answers before the alarm"] if alarm.since_ms else None
-    )
+    since: Part = None
+    if alarm.since_ms:
+        since = [" It began about ", when(alarm.since_ms), f", {alarm.since_rows:,} answers before the alarm."]
     return tag(
         "article",
         tag("h2", f"{whose} have drifted", place),
         tag("p", tag("b", kind[:1].upper() + kind[1:], "."), since),
         tag("ul", [tag("li", one) for one in cause.evidence]) if cause and cause.evidence else None,
         tag("p", tag("b", "What to do: "), cause.action) if cause and cause.action else None,
-        tag("p", f"Monitor {alarm.monitor} rang ", when(alarm.time_ms), f"; policy {alarm.policy}", ": " if alarm.outcome else "",
-            alarm.outcome, ".", class_="quiet"),
+        tag(
+            "p",
+            f"Monitor {alarm.monitor} rang ",
+            when(alarm.time_ms),
+            f"; policy {alarm.policy}",
+            ": " if alarm.outcome else "",
+            alarm.outcome,
+            ".",
+            class_="quiet",
+        ),
         command(f"calserve alarms acknowledge {shlex.quote(model)} {shlex.quote(alarm.id)}"),
         class_="rang",
-    )  # fmt: skip
+    )
 
 
 # ------------------------------------------------------------------------------------------------ figures
@@ -237,23 +267,43 @@ def reliability(view: View) -> Html | None:
     shown = []
     if total.labels:
         shown.append(
-            figure(view, "What it says, and how often it is right", "Honest dots lie on the dotted line, in the grey.",
-                   lambda: figures.reliability(total, calibrated=view.calibrated), "square")
-        )  # fmt: skip
+            figure(
+                view,
+                "What it says, and how often it is right",
+                "Honest dots lie on the dotted line, in the grey.",
+                lambda: figures.reliability(total, calibrated=view.calibrated),
+                "square",
+            )
+        )
     column = [
-        figure(view, "How sure it is", "Its confidence, of all answers, with or without a label.",
-               lambda: figures.confidences(total, calibrated=view.calibrated), "short")
-    ]  # fmt: skip
+        figure(
+            view,
+            "How sure it is",
+            "Its confidence, of all answers, with or without a label.",
+            lambda: figures.confidences(total, calibrated=view.calibrated),
+            "short",
+        )
+    ]
     if total.sets:
         column.append(
-            figure(view, "How large the sets are", "Labels in each; the fewer, the more a set says.",
-                   lambda: figures.set_sizes(total), "short")
-        )  # fmt: skip
+            figure(
+                view,
+                "How large the sets are",
+                "Labels in each; the fewer, the more a set says.",
+                lambda: figures.set_sizes(total),
+                "short",
+            )
+        )
     key = [("dot raw", "the model itself"), ("band", "where chance would put an honest model")]
     if view.calibrated:
         key.insert(1, ("dot served", "as served"))
-    return tag("section", heading("Is it honest?"), legend(key),
-               tag("div", shown, tag("div", column, class_="column"), class_="grid two"), id="reliability")  # fmt: skip
+    return tag(
+        "section",
+        heading("Is it honest?"),
+        legend(key),
+        tag("div", shown, tag("div", column, class_="column"), class_="grid two"),
+        id="reliability",
+    )
 
 
 def over_time(view: View) -> Html | None:
@@ -264,19 +314,35 @@ def over_time(view: View) -> Html | None:
     shown = []
     if len(figures.enough(points)) > 0:
         shown += [
-            figure(view, "Calibration error", "How far confidence is from the truth; in the grey it is chance.",
-                   lambda: figures.error_over_time(points, rang, calibrated=calibrated)),
-            figure(view, "Right, and said to be right", "Black: how often it is right. Lines above it promise too much.",
-                   lambda: figures.right_over_time(points, rang, calibrated=calibrated)),
-            figure(view, "Log loss", "The price of each answer: high where it was sure and wrong.",
-                   lambda: figures.loss_over_time(points, rang, calibrated=calibrated)),
-        ]  # fmt: skip
+            figure(
+                view,
+                "Calibration error",
+                "How far confidence is from the truth; in the grey it is chance.",
+                lambda: figures.error_over_time(points, rang, calibrated=calibrated),
+            ),
+            figure(
+                view,
+                "Right, and said to be right",
+                "Black: how often it is right. Lines above it promise too much.",
+                lambda: figures.right_over_time(points, rang, calibrated=calibrated),
+            ),
+            figure(
+                view,
+                "Log loss",
+                "The price of each answer: high where it was sure and wrong.",
+                lambda: figures.loss_over_time(points, rang, calibrated=calibrated),
+            ),
+        ]
     level = view.model.confidence_level
     if level is not None and summary.total["sets"][0] >= figures.LEAST_LABELS:
         shown.append(
-            figure(view, "Sets that hold the label", f"Asked for: {percent(level)}, the dashed line.",
-                   lambda: figures.coverage_over_time(points, rang, level))
-        )  # fmt: skip
+            figure(
+                view,
+                "Sets that hold the label",
+                f"Asked for: {percent(level)}, the dashed line.",
+                lambda: figures.coverage_over_time(points, rang, level),
+            )
+        )
     shown.append(
         figure(
             view,
@@ -320,10 +386,14 @@ def where(view: View) -> Html | None:
     first = 3 if view.calibrated else 0
     classes = worst(_class_names(view.model, len(summary.groups.classes)), summary.groups.classes[:, first : first + 3])
     parts = [
-        tag("div", tag("h3", "Classes"), _off_table(classes, "answer")
-            or tag("p", "No class is off by more than chance explains.", class_="quiet"), class_="card"),
+        tag(
+            "div",
+            tag("h3", "Classes"),
+            _off_table(classes, "answer") or tag("p", "No class is off by more than chance explains.", class_="quiet"),
+            class_="card",
+        ),
         _unlike(view, summary.groups),
-    ]  # fmt: skip
+    ]
     segments = {
         name: values for name, values in summary.groups.segments.items() if name or len(summary.groups.segments) > 1
     }
@@ -334,9 +404,21 @@ def where(view: View) -> Html | None:
         none = tag("p", "No segment is off by more than chance explains.", class_="quiet")
         parts.insert(1, tag("div", tag("h3", "Segments"), table or none, class_="card"))
     whose = "as served" if view.calibrated else "by the model itself"
-    return tag("section", heading("Where it is off", ["What was promised ", whose, ", counted from ",
-               when(summary.groups_since_ms), " on. A tick is what was said, a dot what came true."]),
-               tag("div", parts, class_="grid two"), id="where")  # fmt: skip
+    return tag(
+        "section",
+        heading(
+            "Where it is off",
+            [
+                "What was promised ",
+                whose,
+                ", counted from ",
+                when(summary.groups_since_ms),
+                " on. A tick is what was said, a dot what came true.",
+            ],
+        ),
+        tag("div", parts, class_="grid two"),
+        id="where",
+    )
 
 
 def worst(names: Sequence[str], sums: np.ndarray) -> list[Off]:
@@ -357,11 +439,16 @@ def _off_table(rows: Sequence[Off], what: str) -> Html | None:
         return None
     head = tag("thead", tag("tr", [tag("th", text, scope="col") for text in (what, "", "said", "right", "labels")]))
     body = [
-        tag("tr", tag("th", one.name, scope="row"), tag("td", scale(one.said, one.right, one.labels), class_="wide"),
-            tag("td", percent(one.said)), tag("td", tag("b", percent(one.right), class_=_side(one.said, one.right))),
-            tag("td", f"{one.labels:,}"))
+        tag(
+            "tr",
+            tag("th", one.name, scope="row"),
+            tag("td", scale(one.said, one.right, one.labels), class_="wide"),
+            tag("td", percent(one.said)),
+            tag("td", tag("b", percent(one.right), class_=_side(one.said, one.right))),
+            tag("td", f"{one.labels:,}"),
+        )
         for one in rows
-    ]  # fmt: skip
+    ]
     return tag("div", tag("table", head, tag("tbody", body), class_="off"), class_="scroll")
 
 
@@ -378,12 +465,20 @@ def _unlike(view: View, groups: Groups) -> Html | None:
     names = _class_names(view.model, len(came))
     head = tag("thead", tag("tr", [tag("th", text, scope="col") for text in ("class", "promised", "came")]))
     body = [
-        tag("tr", tag("th", names[k], scope="row"), tag("td", percent(share[k])),
-            tag("td", tag("b", percent(came[k] / labels), class_=_side(share[k], came[k] / labels))))
+        tag(
+            "tr",
+            tag("th", names[k], scope="row"),
+            tag("td", percent(share[k])),
+            tag("td", tag("b", percent(came[k] / labels), class_=_side(share[k], came[k] / labels))),
+        )
         for k in chosen
-    ]  # fmt: skip
-    return tag("div", tag("h3", "More or less common than promised"),
-               tag("div", tag("table", head, tag("tbody", body)), class_="scroll"), class_="card")  # fmt: skip
+    ]
+    return tag(
+        "div",
+        tag("h3", "More or less common than promised"),
+        tag("div", tag("table", head, tag("tbody", body)), class_="scroll"),
+        class_="card",
+    )
 
 
 def _class_names(model: ModelFacts, n_classes: int) -> Sequence[str]:
@@ -402,8 +497,12 @@ def monitors(view: View) -> Html | None:
         return None
     ordered = sorted(view.monitors, key=lambda one: (not one.alarms, not one.ready, one.spec.watched, one.spec.name))
     note = "Each gathers evidence that something has changed, row by row, and rings when it reaches the dashed line."
-    return tag("section", heading("What watches it", note), tag("div", [_monitor(view, one) for one in ordered],
-               class_="grid three"), id="monitors")  # fmt: skip
+    return tag(
+        "section",
+        heading("What watches it", note),
+        tag("div", [_monitor(view, one) for one in ordered], class_="grid three"),
+        id="monitors",
+    )
 
 
 def _monitor(view: View, monitor: MonitorState) -> Html:
@@ -420,13 +519,23 @@ def _monitor(view: View, monitor: MonitorState) -> Html:
     counts += [f"{monitor.late:,} labels too late"] if monitor.late else []
     return tag(
         "figure",
-        tag("figcaption", tag("h3", spec.name, " ", tag("b", state, class_=f"pill {mood}")),
-            tag("small", "the model itself" if spec.watched == RAW else "as served", " · ", spec.detector.replace("_", " "))),
-        plot if monitor.ready else tag("p", "It is still gathering the quiet rows that it compares with.", class_="quiet"),
+        tag(
+            "figcaption",
+            tag("h3", spec.name, " ", tag("b", state, class_=f"pill {mood}")),
+            tag(
+                "small",
+                "the model itself" if spec.watched == RAW else "as served",
+                " · ",
+                spec.detector.replace("_", " "),
+            ),
+        ),
+        plot
+        if monitor.ready
+        else tag("p", "It is still gathering the quiet rows that it compares with.", class_="quiet"),
         tag("small", monitor.false_alarms, class_="promise"),
         tag("small", " · ".join(counts)),
         class_=f"card monitor {mood}",
-    )  # fmt: skip
+    )
 
 
 def alarms(view: View) -> Html | None:
@@ -436,16 +545,26 @@ def alarms(view: View) -> Html | None:
         "thead", tag("tr", [tag("th", text, scope="col") for text in ("rang", "monitor", "cause", "what became of it")])
     )
     body = [
-        tag("tr", tag("th", when(one.time_ms), scope="row"), tag("td", one.monitor),
-            tag("td", words.KINDS.get(one.cause.kind, one.cause.kind) if one.cause else "not told yet",
-                f" ({one.cause.where})" if one.cause and one.cause.where else None),
-            tag("td", one.outcome or one.policy, f"; seen by {one.acknowledged_by}" if one.acknowledged_by else None))
+        tag(
+            "tr",
+            tag("th", when(one.time_ms), scope="row"),
+            tag("td", one.monitor),
+            tag(
+                "td",
+                words.KINDS.get(one.cause.kind, one.cause.kind) if one.cause else "not told yet",
+                f" ({one.cause.where})" if one.cause and one.cause.where else None,
+            ),
+            tag("td", one.outcome or one.policy, f"; seen by {one.acknowledged_by}" if one.acknowledged_by else None),
+        )
         for one in view.alarms[:SHOWN_ALARMS]
-    ]  # fmt: skip
+    ]
     more = len(view.alarms) - SHOWN_ALARMS
-    return tag("section", heading("Alarms", f"The last {SHOWN_ALARMS} of {len(view.alarms)}." if more > 0 else None),
-               tag("div", tag("div", tag("table", head, tag("tbody", body), class_="left"), class_="scroll"), class_="card"),
-               id="alarms")  # fmt: skip
+    return tag(
+        "section",
+        heading("Alarms", f"The last {SHOWN_ALARMS} of {len(view.alarms)}." if more > 0 else None),
+        tag("div", tag("div", tag("table", head, tag("tbody", body), class_="left"), class_="scroll"), class_="card"),
+        id="alarms",
+    )
 
 
 def revisions(view: View) -> Html:
@@ -461,24 +580,38 @@ def revisions(view: View) -> Html:
         newest = model.revisions[0].revision
         back = [tag("p", "To make one serve, type:"), command(f"calserve activate {name} {shlex.quote(newest)}")]
     else:
-        back = [tag("p", "None was fitted yet. To fit one on labelled rows, type:"),
-                command(f"calserve fit {name} --kind auto --data rows.npz --activate")]  # fmt: skip
+        back = [
+            tag("p", "None was fitted yet. To fit one on labelled rows, type:"),
+            command(f"calserve fit {name} --kind auto --data rows.npz --activate"),
+        ]
     more = len(model.revisions) - SHOWN_REVISIONS
-    return tag("section", heading("Revisions"),
-               tag("div", tag("div", table, class_="scroll") if rows else None,
-                   tag("p", f"and {more} older ones", class_="quiet") if more > 0 else None, back, class_="card"),
-               id="revisions")  # fmt: skip
+    return tag(
+        "section",
+        heading("Revisions"),
+        tag(
+            "div",
+            tag("div", table, class_="scroll") if rows else None,
+            tag("p", f"and {more} older ones", class_="quiet") if more > 0 else None,
+            back,
+            class_="card",
+        ),
+        id="revisions",
+    )
 
 
-def _revision(one: object, active: bool) -> Html:
-    from service.web.facts import RevisionFacts
-
-    assert isinstance(one, RevisionFacts)
+def _revision(one: RevisionFacts, active: bool) -> Html:
     before, after = ("" if math.isnan(value) else f"{value:.4f}" for value in one.log_loss)
     mark = tag("b", "serves", class_="pill good") if active else None
     other = None if one.fits else tag("small", " of another model file")
-    return tag("tr", tag("th", one.revision, " ", mark, other, scope="row"), tag("td", when(one.created_ms)),
-               tag("td", f"{one.rows:,}"), tag("td", before), tag("td", after), class_="active" if active else None)  # fmt: skip
+    return tag(
+        "tr",
+        tag("th", one.revision, " ", mark, other, scope="row"),
+        tag("td", when(one.created_ms)),
+        tag("td", f"{one.rows:,}"),
+        tag("td", before),
+        tag("td", after),
+        class_="active" if active else None,
+    )
 
 
 def command(text: str) -> Html:
@@ -499,16 +632,17 @@ def glossary(_: View) -> Html:
 GLOSSARY = {
     "Confidence": "The probability that the model gives to its answer.",
     "Honest": "Of all answers given with 80 %, 80 % are right. Overconfident: fewer are. Underconfident: more are.",
-    "The model itself, as served": "What the model computes, and what callers get: the same after the active calibrator, a "
-    "small correction learned from labelled rows.",
-    "Calibration error": "How far confidence lies from the share of right answers, on average over groups of answers of like "
-    "confidence, in percentage points (expected calibration error, ECE). Chance alone makes some, the more the fewer labels.",
+    "The model itself, as served": "What the model computes, and what callers get: the same after the active "
+    "calibrator, a small correction learned from labelled rows.",
+    "Calibration error": "How far confidence lies from the share of right answers, on average over groups of answers "
+    "of like confidence, in percentage points (expected calibration error, ECE). Chance alone makes some, the more the "
+    "fewer labels.",
     "Log loss": "The price of an answer: small if the class that came true had a high probability, large if a low one.",
     "Set": "Several labels instead of one, as many as it takes to hold the right one as often as asked for.",
-    "Label": "What turned out to be right. Labels come later, and count for the time at which the answer was given: the newest "
-    "stretches wait for some of theirs.",
-    "Monitor, alarm": "A monitor gathers evidence against “nothing has changed”. It rings when so much would be rarer than its "
-    "promise says if nothing had.",
+    "Label": "What turned out to be right. Labels come later, and count for the time at which the answer was given: "
+    "the newest stretches wait for some of theirs.",
+    "Monitor, alarm": "A monitor gathers evidence against “nothing has changed”. It rings when there is so much that "
+    "it would be rarer than its promise says if nothing had.",
 }
 
 

@@ -13,19 +13,19 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote
 
 from service import __version__
 from service.drift.states import RAW, SERVED, Alarm, MonitorState
-from service.drift.summary import Summary, Sums
-from service.web import figures, parts, words
+from service.drift.summary import Sums
+from service.web import parts, words
 from service.web.assets import NO_STYLES, Assets
 from service.web.facts import ModelFacts, Sources
 from service.web.http import Response
-from service.web.markup import Html, Part, join, tag
+from service.web.markup import Html, Part, tag
 
 WINDOWS = {"1h": "1 hour", "24h": "24 hours", "7d": "7 days"}
 DEFAULT_WINDOW = "24h"
@@ -37,6 +37,10 @@ SPARK_POINTS = 40
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_FILE_POLICY = (
+    "default-src 'none'; script-src {scripts}; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
+    "form-action 'none'"
 )
 _HEADERS = {
     "Content-Security-Policy": _POLICY,
@@ -127,10 +131,15 @@ class Site:
             tag("script", src=self._assets.script.path),
             tag("script", src=plotly.path, defer=True) if plotly else None,
         ]
-        choices = tag("nav", [
-            tag("a", name, href=f"{path}?since={one}", aria_current="page" if one == window else None)
-            for one, name in WINDOWS.items()
-        ], class_="windows", aria_label="how far back")  # fmt: skip
+        choices = tag(
+            "nav",
+            [
+                tag("a", name, href=f"{path}?since={one}", aria_current="page" if one == window else None)
+                for one, name in WINDOWS.items()
+            ],
+            class_="windows",
+            aria_label="how far back",
+        )
         crumbs = [tag("a", _MARK, "calserve", href=f"/?since={window}", class_="brand")]
         crumbs += [tag("span", model, class_="crumb")] if model else []
         bar = tag("header", tag("div", crumbs, class_="crumbs"), choices, _THEME, class_="bar")
@@ -145,7 +154,7 @@ class Site:
     def _file(self, view: parts.View) -> Html:
         scripts = [self._assets.script.text, *([self._assets.plotly.text] if self._assets.plotly else [])]
         allowed = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
-        policy = f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+        policy = _FILE_POLICY.format(scripts=allowed)
         head = [
             tag("meta", http_equiv="Content-Security-Policy", content=policy),
             tag("title", f"{view.model.name} · calserve"),
@@ -170,10 +179,15 @@ def overview(views: Sequence[parts.View]) -> list[Html]:
     ordered = sorted(views, key=lambda view: (order[view.verdict.mood], view.model.name))
     moods = [view.verdict.mood for view in views]
     return [
-        tag("section", tag("p", tag("span", _counted(len(views), "model")), class_="eyebrow"),
-            tag("h1", _state(moods), class_="verdict"), id="state", class_="hero"),
+        tag(
+            "section",
+            tag("p", tag("span", _counted(len(views), "model")), class_="eyebrow"),
+            tag("h1", _state(moods), class_="verdict"),
+            id="state",
+            class_="hero",
+        ),
         tag("section", tag("div", [_card(view) for view in ordered], class_="grid three"), id="models"),
-    ]  # fmt: skip
+    ]
 
 
 def _state(moods: Sequence[str]) -> str:
@@ -181,11 +195,7 @@ def _state(moods: Sequence[str]) -> str:
     if ringing:
         return f"{_counted(ringing, 'model')} drifted."
     if off:
-        return (
-            f"{_counted(off, 'model')} {'promises' if off == 1 else 'promise'} more or less than it keeps."
-            if off == 1
-            else f"{off} models promise more or less than they keep."
-        )
+        return f"{_counted(off, 'model')} {'says' if off == 1 else 'say'} more or less than comes true."
     if "good" in moods:
         return "What is said is what comes true."
     return "Waiting for labels."
@@ -204,12 +214,18 @@ def _card(view: parts.View) -> Html:
     return tag(
         "a",
         tag("header", tag("h2", model.name), parts.pill(verdict)),
-        tag("div", parts.told(verdict, view.calibrated), class_="scales") if verdict.raw or verdict.served
-            else tag("p", verdict.sentence, class_="quiet"),
+        tag("div", parts.told(verdict, view.calibrated), class_="scales")
+        if verdict.raw or verdict.served
+        else tag("p", verdict.sentence, class_="quiet"),
         tag("p", [tag("span", one) for one in numbers], class_="numbers"),
-        tag("p", "no calibrator serves" if model.active == parts.NO_REVISION else [model.active, " serves"], class_="quiet"),
-        href=f"/models/{quote(model.name, safe='')}?since={view.window}", class_=f"card model {verdict.mood}",
-    )  # fmt: skip
+        tag(
+            "p",
+            "no calibrator serves" if model.active == parts.NO_REVISION else [model.active, " serves"],
+            class_="quiet",
+        ),
+        href=f"/models/{quote(model.name, safe='')}?since={view.window}",
+        class_=f"card model {verdict.mood}",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- JSON
@@ -223,41 +239,62 @@ def as_json(view: parts.View) -> dict[str, Any]:
         "version": model.version,
         "active": model.active,
         "window": view.window,
-        "verdict": {"mood": verdict.mood, "label": verdict.label, "sentence": verdict.sentence,
-                    **{name: vars(one) if one else None for name, one in ((RAW, verdict.raw), (SERVED, verdict.served))}},
+        "verdict": {
+            "mood": verdict.mood,
+            "label": verdict.label,
+            "sentence": verdict.sentence,
+            **{name: vars(one) if one else None for name, one in ((RAW, verdict.raw), (SERVED, verdict.served))},
+        },
         "since_ms": summary.since_ms if summary else None,
         "counted_since_ms": summary.counted_ms if summary else None,
         "total": _sums(summary.total) if summary else None,
-        "points": [{"since_ms": p.since_ms, "until_ms": p.until_ms, **_sums(p.sums)} for p in summary.points] if summary else [],
+        "points": [{"since_ms": p.since_ms, "until_ms": p.until_ms, **_sums(p.sums)} for p in summary.points]
+        if summary
+        else [],
         "monitors": [_monitor(one) for one in view.monitors],
         "alarms": [_alarm(one) for one in view.alarms],
         "nowcasts": [vars(one) for one in view.nowcasts],
-        "revisions": [{"revision": one.revision, "created_ms": one.created_ms, "rows": one.rows} for one in model.revisions],
+        "revisions": [
+            {"revision": one.revision, "created_ms": one.created_ms, "rows": one.rows} for one in model.revisions
+        ],
         "roll_back_to": model.before or None,
-    }  # fmt: skip
+    }
 
 
 def _sums(sums: Sums) -> dict[str, Any]:
-    numbers: dict[str, Any] = {"answers": sums.answers, "labels": sums.labels, "coverage": _known(sums.coverage),
-                               "mean_set_size": _known(sums.mean_set_size)}  # fmt: skip
+    numbers: dict[str, Any] = {
+        "answers": sums.answers,
+        "labels": sums.labels,
+        "coverage": _known(sums.coverage),
+        "mean_set_size": _known(sums.mean_set_size),
+    }
     for which in (RAW, SERVED):
         curve = sums.curve(which)
         numbers[which] = {
             "accuracy": _known(sums.accuracy(which)),
             "calibration_error": _known(sums.calibration_error(which)),
             "log_loss": _known(sums.log_loss(which)),
-            "bins": [{"labels": int(n), "said": float(said), "right": float(right)}
-                     for n, said, right in zip(curve.counts, curve.confidence, curve.accuracy, strict=True) if n],
-        }  # fmt: skip
+            "bins": [
+                {"labels": int(n), "said": float(said), "right": float(right)}
+                for n, said, right in zip(curve.counts, curve.confidence, curve.accuracy, strict=True)
+                if n
+            ],
+        }
     return numbers
 
 
 def _monitor(monitor: MonitorState) -> dict[str, Any]:
     return {
-        "name": monitor.spec.name, "detector": monitor.spec.detector, "watched": monitor.spec.watched,
-        "ready": monitor.ready, "statistic": _known(monitor.statistic), "threshold": _known(monitor.threshold),
-        "rows": monitor.n_rows, "alarms": list(monitor.alarms), "false_alarms": monitor.false_alarms,
-    }  # fmt: skip
+        "name": monitor.spec.name,
+        "detector": monitor.spec.detector,
+        "watched": monitor.spec.watched,
+        "ready": monitor.ready,
+        "statistic": _known(monitor.statistic),
+        "threshold": _known(monitor.threshold),
+        "rows": monitor.n_rows,
+        "alarms": list(monitor.alarms),
+        "false_alarms": monitor.false_alarms,
+    }
 
 
 def _alarm(alarm: Alarm) -> dict[str, Any]:
@@ -292,7 +329,11 @@ def _digest(script: str) -> str:
 
 
 _MARK = tag(
-    "svg", tag("circle", cx="10", cy="10", r="8.5"), tag("path", d="M5.5 10.4l3 3 6-6.4"),
-    viewBox="0 0 20 20", class_="mark", aria_hidden="true",
-)  # fmt: skip
+    "svg",
+    tag("circle", cx="10", cy="10", r="8.5"),
+    tag("path", d="M5.5 10.4l3 3 6-6.4"),
+    viewBox="0 0 20 20",
+    class_="mark",
+    aria_hidden="true",
+)
 _THEME = tag("button", "light or dark", type="button", class_="theme", hidden=True)

@@ -24,7 +24,9 @@ FOUND = shutil.which("chromium") or shutil.which("google-chrome") or shutil.whic
 MISSING = "this test looks at the page in a browser, and there is none: install Debian's package `chromium`"
 SECONDS = 60.0
 # The browser reads commands from descriptor 3 and writes to 4, which a child's are not made to be by `subprocess`.
-_START = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execv(sys.argv[3], sys.argv[3:])"
+_START = (
+    "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execv(sys.argv[3], sys.argv[3:])"
+)
 _SWITCHES = (
     "--headless=new",
     "--no-sandbox",  # a container's root has none to give

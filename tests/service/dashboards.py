@@ -29,14 +29,15 @@ def pairs(
     labels: np.ndarray,
     times_ms: np.ndarray,
     revision: str = "temperature-3",
-    model: str = "m",
+    segments: Sequence[str] = (),
 ) -> Pairs:
     rows, classes = logits.shape
-    stream = StreamRow(1, model, "1", "digest", classes, 0.0)
+    stream = StreamRow(1, "m", "1", "digest", classes, 0.0)
     kept = Kept.of(logits.astype(np.float32), probabilities.astype(np.float32))
     nothing = np.zeros(rows, np.int64)
+    names, places = np.unique(np.array(segments or [""] * rows), return_inverse=True)
     return Pairs(stream, revision, times_ms.astype(np.int64), nothing.astype(np.uint32), kept, labels.astype(np.int64),
-                 nothing, np.arange(rows), nothing)  # fmt: skip
+                 nothing, np.arange(rows), nothing, tuple(names.tolist()), places, {})  # fmt: skip
 
 
 def traffic(
@@ -52,7 +53,8 @@ def traffic(
     labels = (rng.random((rows, 1)) > softmax(honest).cumsum(axis=1)).sum(axis=1).clip(max=len(CLASSES) - 1)
     late = rng.random(rows) > labelled * np.where(at > 0.97, 0.3, 1.0)
     labels = np.where(late, NO_LABEL, labels)
-    return pairs(logits, softmax(logits / truth), labels, NOW_MS - HOUR_MS * hours * (1 - at))
+    segments = np.where(rng.random(rows) < 0.3, "eu", "us").tolist()
+    return pairs(logits, softmax(logits / truth), labels, NOW_MS - HOUR_MS * hours * (1 - at), segments=segments)
 
 
 def sets_of(part: Pairs, confidence_level: float = 0.9) -> ConformalCalibrator:
@@ -62,10 +64,10 @@ def sets_of(part: Pairs, confidence_level: float = 0.9) -> ConformalCalibrator:
     return SplitConformal(confidence_level=confidence_level).fit(logits, part.labels[labelled])
 
 
-def tally(part: Pairs, *, sets: Any = None, segments: Sequence[str] | None = None) -> Tally:
-    counted = Tally(part.kept.logits.shape[1], 7 * 24 * HOUR_MS)
+def tally(part: Pairs, *, sets: Any = None) -> Tally:
+    counted = Tally(part.stream.class_count, 7 * 24 * HOUR_MS)
     counted.age(NOW_MS)
-    counted.add(part, segments, sets)
+    counted.add(part, sets)
     return counted
 
 
@@ -80,7 +82,9 @@ REVISIONS = tuple(
 FACTS = ModelFacts("magika", "1", CLASSES, "temperature-3", "online_temperature-2", 0.9, REVISIONS)
 
 
-def monitor(name: str, watched: str, detector: str, *, top: float, alarms: Sequence[str] = (), ready: bool = True) -> MonitorState:
+def monitor(
+    name: str, watched: str, detector: str, *, top: float, alarms: Sequence[str] = (), ready: bool = True
+) -> MonitorState:
     rng = np.random.default_rng(len(name))
     times = np.linspace(NOW_MS - 24 * HOUR_MS, NOW_MS, 200)
     level = np.where(np.arange(200) < 133, 0.9, np.linspace(0.9, top, 200) ** 1.0) + 0.25 * rng.standard_normal(200)
@@ -120,12 +124,14 @@ def sources(models: Sequence[tuple[ModelFacts, Tally | None]], **more: Any) -> S
 
 def drifted() -> Sources:
     """Five models, one of which drifted."""
-    segments = np.where(np.random.default_rng(1).random(40_000) < 0.3, "eu", "us").tolist()
     part = traffic(1, 40_000, drift=1.8)
     return sources(
         [
-            (FACTS, tally(part, sets=sets_of(traffic(5, 4000)), segments=segments)),
-            (replace(FACTS, name="resnet-50", active="none", before="", confidence_level=None), tally(traffic(2, 9000))),
+            (FACTS, tally(part, sets=sets_of(traffic(5, 4000)))),
+            (
+                replace(FACTS, name="resnet-50", active="none", before="", confidence_level=None),
+                tally(traffic(2, 9000)),
+            ),
             (replace(FACTS, name="sentiment", confidence_level=None, active="isotonic-1"), tally(traffic(3, 20_000))),
             (replace(FACTS, name="new", active="none", before="", revisions=(), confidence_level=None), None),
             (replace(FACTS, name="waits for labels", confidence_level=None), tally(traffic(4, 900, labelled=0.0))),
