@@ -104,7 +104,7 @@ class Sums:
         return float(gaps @ curve.counts / self.labels) if self.labels else math.nan
 
     def chance_error(self, which: str) -> float:
-        """What the calibration error of so many labels of a calibrated model is at most, with probability .95 or so.
+        """What the calibration error of so many labels of a calibrated model is at most, with probability .99 or so.
 
         The gap of a bin is then normal of mean zero, so its size is half-normal; bins are independent.
         """
@@ -113,7 +113,7 @@ class Sums:
         variances = curve.counts * said * (1 - said)
         mean = math.sqrt(2 / math.pi) * np.sqrt(variances).sum()
         spread = math.sqrt((1 - 2 / math.pi) * variances.sum())
-        return float((mean + 1.645 * spread) / self.labels) if self.labels else math.nan
+        return float((mean + 2.33 * spread) / self.labels) if self.labels else math.nan
 
     def accuracy(self, which: str) -> float:
         return float(self[f"{which}.right"].sum() / self.labels) if self.labels else math.nan
@@ -263,7 +263,7 @@ class Tally:
 
     def add(self, part: Pairs, sets: ConformalCalibrator | None = None) -> None:
         """Rows that were answered, with the labels that are there. `sets` made their prediction sets, if any were."""
-        self._counted_ms = min(self._counted_ms or part.times_ms.min(), int(part.times_ms.min()))
+        self._counted_ms = min(self._counted_ms or int(part.times_ms.min()), int(part.times_ms.min()))
         self._last_ms = max(self._last_ms, int(part.times_ms.max()))
         self._count(part, sets, answered=True)
 

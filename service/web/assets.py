@@ -27,6 +27,7 @@ CARDS = {
     "card": ("#ffffff", "#161c26"),
     "line": ("#e4e7ec", "#2a3342"),
     "good": ("#0b7285", "#5cc8d8"),
+    "warn": ("#b33a08", "#ff8b4d"),
     "wash": ("#fff1e8", "#33211a"),
 }
 """Colours of the page that the report has not: in light, in dark."""

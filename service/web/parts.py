@@ -56,7 +56,8 @@ class View:
 
     @property
     def verdict(self) -> words.Verdict:
-        return words.verdict(self.model.name, self.total, calibrated=self.calibrated, alarms=self.alarms)
+        model = self.model
+        return words.verdict(model.name, self.total, calibrated=self.calibrated, kept=model.kept, alarms=self.alarms)
 
     @property
     def in_window(self) -> list[Alarm]:
@@ -106,7 +107,7 @@ def headline(view: View) -> Part:
     raw, served = verdict.raw, verdict.served
     first = raw or served
     if first is None:
-        return [name, ": ", "nothing to judge yet" if verdict.label == "no answers" else "waiting for labels"]
+        return [name, ": ", "waiting for labels" if verdict.label == "too few labels" else "nothing to judge yet"]
     if raw is None or served is None or not view.calibrated:
         return ["When ", name, f" says {words.about(first.said)}, it is right ", _share(first), " of the time."]
     return [

@@ -50,15 +50,15 @@ class Verdict:
     ----------
     mood : good, off, alarm or unknown
     label : the same in a word or three
-    raw, served : what about one confidence is worth, of the model itself and as served; None: too few labels
     sentence : what else there is to say
+    raw, served : what about one confidence is worth, of the model itself and as served; None: too few labels
     """
 
     mood: str
     label: str
+    sentence: str
     raw: Told | None
     served: Told | None
-    sentence: str
 
 
 def seconds_of(window: str) -> int | None:
@@ -67,30 +67,33 @@ def seconds_of(window: str) -> int | None:
     return int(found[1]) * _SECONDS[found[2]] if found else None
 
 
-def verdict(name: str, total: Sums | None, *, calibrated: bool, alarms: Sequence[Alarm]) -> Verdict:
+def verdict(name: str, total: Sums | None, *, calibrated: bool, kept: bool, alarms: Sequence[Alarm]) -> Verdict:
     raw, served = _told(total, calibrated) if total else (None, None)
-    ringing = [alarm for alarm in alarms if not alarm.acknowledged_by]
+    ringing = any(not alarm.acknowledged_by for alarm in alarms)
     which = SERVED if calibrated else RAW
-    if total is None or not total.answers:
-        return Verdict(
-            "alarm" if ringing else "unknown", "no answers", raw, served, "Nothing was answered in this time."
-        )
-    if total.labels < ENOUGH_LABELS:
-        needed = f"{total.labels:,} of at least {ENOUGH_LABELS}"
-        sentence = f"Whether {name} keeps its promises can be told when labels have come: {needed} so far."
-        return Verdict("alarm" if ringing else "unknown", "too few labels", raw, served, sentence)
+    if total is None or total.labels < ENOUGH_LABELS:
+        return Verdict("alarm" if ringing else "unknown", *_not_yet(name, total, kept), raw, served)
     error, chance = total.calibration_error(which), total.chance_error(which)
     gap = total[f"{which}.said"].sum() / total.labels - total.accuracy(which)
     honest = error <= chance
     sentence = f"Over {total.labels:,} labelled answers its confidence is off by {points(error)} on average" + (
         ", which chance alone would explain." if honest else f"; chance alone would explain {points(chance)}."
     )
+    direction = "overconfident" if gap > 0 else "underconfident"
+    label = "honest" if honest else direction if abs(gap) > error / 2 else "off"
     if ringing:
-        return Verdict("alarm", "drift alarm", raw, served, sentence)
-    if honest:
-        return Verdict("good", "honest", raw, served, sentence)
-    label = "overconfident" if gap > 0 else "underconfident"
-    return Verdict("off", label if abs(gap) > error / 2 else "off", raw, served, sentence)
+        return Verdict("alarm", "drift alarm", sentence, raw, served)
+    return Verdict("good" if honest else "off", label, sentence, raw, served)
+
+
+def _not_yet(name: str, total: Sums | None, kept: bool) -> tuple[str, str]:
+    """In a word and in a sentence why nothing can be said."""
+    if total is None or not total.answers:
+        if not kept:
+            return "not kept", f"The predictions of {name} are not kept: its journal is off."
+        return "no answers", "Nothing was answered in this time."
+    needed = f"{total.labels:,} of at least {ENOUGH_LABELS}"
+    return "too few labels", f"Whether {name} keeps its promises can be told when labels have come: {needed} so far."
 
 
 def _told(total: Sums, calibrated: bool) -> tuple[Told | None, Told | None]:

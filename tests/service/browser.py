@@ -77,6 +77,9 @@ class Tab:
         value = "dark" if dark else "light"
         self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": value}])
 
+    def close(self) -> None:
+        self.send("Page.close")
+
     def picture(self, *, whole: bool = True) -> bytes:
         """A PNG of all of the page, or of what the screen shows."""
         return base64.b64decode(self.send("Page.captureScreenshot", captureBeyondViewport=whole)["data"])

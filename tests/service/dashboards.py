@@ -132,7 +132,7 @@ def drifted() -> Sources:
                 replace(FACTS, name="resnet-50", active="none", before="", confidence_level=None),
                 tally(traffic(2, 9000)),
             ),
-            (replace(FACTS, name="sentiment", confidence_level=None, active="isotonic-1"), tally(traffic(3, 20_000))),
+            (replace(FACTS, name="sentiment", confidence_level=None, active="isotonic-1"), tally(traffic(13, 20_000, drift=1.4))),
             (replace(FACTS, name="new", active="none", before="", revisions=(), confidence_level=None), None),
             (replace(FACTS, name="waits for labels", confidence_level=None), tally(traffic(4, 900, labelled=0.0))),
         ],
