@@ -267,6 +267,74 @@ def online_replay(arguments: argparse.Namespace) -> None:
     Console().print(f"{replay.learned} labels in {replay.steps} steps came to the same state, bit for bit")
 
 
+def monitor_create(arguments: argparse.Namespace) -> None:
+    with _client(arguments) as client:
+        monitor = client.create_monitor(
+            arguments.model,
+            arguments.monitor,
+            arguments.detector,
+            watched=arguments.watched,
+            policy=arguments.policy,
+            cooldown_rows=arguments.cooldown_rows,
+            baseline_rows=arguments.baseline_rows,
+            **dict(map(_parameter, arguments.param)),
+        )
+    Console().print(f"[bold]{monitor.name}[/] watches from now on; it {monitor.false_alarms}")
+
+
+def monitor_list(arguments: argparse.Namespace) -> None:
+    from service.console import monitors_table
+
+    with _client(arguments) as client:
+        Console().print(monitors_table(client.monitors(arguments.model)))
+
+
+def monitor_show(arguments: argparse.Namespace) -> None:
+    from service.console import monitors_table
+
+    with _client(arguments) as client:
+        monitor = client.monitor(arguments.model, arguments.monitor)
+    Console().print(monitors_table([monitor]), f"false alarms: it {monitor.false_alarms}", monitor.params)
+
+
+def monitor_update(arguments: argparse.Namespace) -> None:
+    with _client(arguments) as client:
+        fields = {name: getattr(arguments, name) for name in ("policy", "cooldown_rows")}
+        params = dict(map(_parameter, arguments.param)) if arguments.param else None
+        monitor = client.update_monitor(arguments.model, arguments.monitor, **fields, params=params)
+    Console().print(f"[bold]{monitor.name}[/]: policy {monitor.policy}, cool-down {monitor.cooldown_rows} rows")
+
+
+def monitor_delete(arguments: argparse.Namespace) -> None:
+    with _client(arguments) as client:
+        client.delete_monitor(arguments.model, arguments.monitor)
+    Console().print(f"{arguments.monitor} is deleted")
+
+
+def alarms_list(arguments: argparse.Namespace) -> None:
+    from service.console import alarms_table
+
+    with _client(arguments) as client:
+        Console().print(alarms_table(client.alarms(arguments.model or "", most=arguments.most)))
+
+
+def alarms_acknowledge(arguments: argparse.Namespace) -> None:
+    with _client(arguments) as client:
+        alarm = client.acknowledge(arguments.model, arguments.alarm, rebaseline=arguments.rebaseline)
+    Console().print(f"{alarm.alarm} was seen by {escape(alarm.acknowledged_by)}; {alarm.monitor} begins anew")
+
+
+def watch(arguments: argparse.Namespace) -> None:
+    from service.watching import shown
+    from service.watching import watch as live
+
+    with _client(arguments) as client:
+        if arguments.once:
+            Console().print(shown(client, arguments.model))
+        else:
+            live(client, arguments.model, Console())
+
+
 def journal_inspect(arguments: argparse.Namespace) -> None:
     from service.console import journal_table
     from service.store.maintenance import contents
@@ -384,6 +452,7 @@ def _parser() -> argparse.ArgumentParser:
         _sharing_commands,
         _journal_commands,
         _online_commands,
+        _monitor_commands,
     ):
         add(commands)
     return parser
@@ -505,6 +574,40 @@ def _online_commands(commands: Any) -> None:
     _add_client(actions, "resume", online_resume, "go on learning, with what has come since", "model")
     text = "learn everything again from the journal and compare, bit for bit; exit code 3 if it differs"
     _add_client(actions, "replay", online_replay, text, "model")
+
+
+def _monitor_commands(commands: Any) -> None:
+    text = "look at what watches a model, and at how it is asked to"
+    parser = commands.add_parser("monitor", help=text, description=text)
+    actions = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    text = "watch what is predicted from now on"
+    command = _add_client(actions, "create", monitor_create, text, "model", "monitor", "detector")
+    command.add_argument("--watched", default="served", help="raw: the model's own probabilities; or served (default)")
+    command.add_argument("--policy", default="tell", help="tell (default), suspend, roll_back or refit")
+    command.add_argument("--cooldown-rows", type=int, default=0, help="rows after an alarm that are not read")
+    text = "labelled rows whose calibration is taken as given, so that only a change of it rings"
+    command.add_argument("--baseline-rows", type=int, default=0, help=text)
+    text = "a parameter of the detector; may be given more than once"
+    command.add_argument("--param", action="append", default=[], metavar="NAME=VALUE", help=text)
+    _add_client(actions, "list", monitor_list, "all of a model, and how far each is from ringing", "model")
+    _add_client(actions, "show", monitor_show, "one of them, and what it promises", "model", "monitor")
+    text = "change policy or cool-down; with other parameters it begins anew"
+    command = _add_client(actions, "update", monitor_update, text, "model", "monitor")
+    command.add_argument("--policy", help="tell, suspend, roll_back or refit")
+    command.add_argument("--cooldown-rows", type=int, help="rows after an alarm that are not read")
+    command.add_argument("--param", action="append", default=[], metavar="NAME=VALUE", help="all parameters, anew")
+    _add_client(actions, "delete", monitor_delete, "forget one; its alarms stay", "model", "monitor")
+    text = "look at what monitors told, and say that it was seen"
+    parser = commands.add_parser("alarms", help=text, description=text)
+    actions = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    command = _add_client(actions, "list", alarms_list, "the last ones, newest first")
+    command.add_argument("model", nargs="?", help="default: of all models")
+    command.add_argument("--most", type=int, default=20, help="how many (default: 20)")
+    text = "say that one was seen: its monitor begins anew, and may ring again"
+    command = _add_client(actions, "acknowledge", alarms_acknowledge, text, "model", "alarm")
+    command.add_argument("--rebaseline", action="store_true", help="what comes from now on is the new reference")
+    command = _add_client(commands, "watch", watch, "show a model's monitors and alarms as they change", "model")
+    command.add_argument("--once", action="store_true", help="show them once")
 
 
 def _add_store(commands: Any, name: str, command: Callable[..., None], text: str) -> argparse.ArgumentParser:

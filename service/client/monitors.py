@@ -13,7 +13,6 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from service import errors
 
-
 FIRST = "alarm-0"
 """Comes before all alarms."""
 

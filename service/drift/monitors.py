@@ -12,8 +12,9 @@ the next alarm comes of what is predicted after it.
 from __future__ import annotations
 
 import json
+import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple, Self
 
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from service.drift.baseline import Baseline
 from service.drift.detectors import registry
 from service.drift.detectors.base import NO_LABEL, Batch, Detector
+from service.drift.detectors.score_shift import OF_LOGITS, PREDICTED_CLASS
 from service.drift.missing_labels import MissingLabels
 from service.drift.states import RAW, MonitorSpec, MonitorState
 from service.errors import InvalidRequest
@@ -34,9 +36,11 @@ from service.store.packs import logits_of, probabilities_of
 from service.store.reading import Cohort, Pairs, Position, Reader
 
 STEP_ROWS = 5000
+MOST_PACKS = 5000
 MOST_POINTS = 400
 """Of a history; beyond that every other is dropped."""
 LEAST_PROBABILITY = 1e-30
+LABELS, SCORES, INPUTS = "labels", "scores", "inputs"
 FRESH, RESET, CHANGED = "fresh", "reset", "changed"
 """What a turn does: all anew, with a new reference; anew with the reference that is there; nothing but the spec."""
 
@@ -101,6 +105,14 @@ def waits_for_labels(detector: Detector) -> bool:
     return detector.labelled or isinstance(detector, MissingLabels)
 
 
+def reads_of(spec: MonitorSpec) -> str:
+    """What a monitor that reads no label looks at: LABELS of one that does."""
+    if waits_for_labels(detector_of(spec)):
+        return LABELS
+    signals = {name.strip() for name in str(spec.parameters.get("signals", "confidence")).split(",")}
+    return SCORES if signals <= {*OF_LOGITS, PREDICTED_CLASS} else INPUTS
+
+
 def promise(detector: Detector) -> str:
     """In words, how seldom it rings while nothing has changed."""
     said = detector.parameters()
@@ -149,8 +161,8 @@ class Watching:
 
     def take(self, cohort: Cohort) -> list[Ring]:
         """Read a step; where it rang."""
-        rings = [ring for part in cohort.pairs if self._is_of(part) for ring in self._read(part)]
-        self.late += sum(int((part.times_ms >= self.begun_ms).sum()) for part in cohort.late if self._is_of(part))
+        rings = [ring for part in cohort.pairs if self.is_of(part) for ring in self._read(part)]
+        self.late += sum(int((part.times_ms >= self.begun_ms).sum()) for part in cohort.late if self.is_of(part))
         return rings
 
     def encode(self) -> bytes:
@@ -178,11 +190,12 @@ class Watching:
         self.detector.restore(arrays)
         return self
 
-    def _is_of(self, part: Pairs) -> bool:
+    def is_of(self, part: Pairs) -> bool:
+        """Whether these rows are of what is watched."""
         return subject_of(self.spec.watched, part.stream.digest, part.revision) == self.subject
 
     def _read(self, part: Pairs) -> Iterator[Ring]:
-        whole, times = self._batch(part)
+        whole, times = self.batch_of(part)
         batch = self.baseline.take(whole)
         taken, start = len(whole) - len(batch), 0
         times = times[taken:]
@@ -205,7 +218,7 @@ class Watching:
         if waits_for_labels(self.detector):
             self.missing += int((labels == NO_LABEL).sum())
 
-    def _batch(self, part: Pairs) -> tuple[Batch, NDArray[np.int64]]:
+    def batch_of(self, part: Pairs) -> tuple[Batch, NDArray[np.int64]]:
         """The rows as detectors read them, and when each was predicted."""
         n_classes = part.stream.class_count
         if self.spec.watched == RAW:
@@ -228,7 +241,7 @@ class Watching:
             since_rows,
             detector.statistic,
             detector.threshold,
-            {self._named(part): share for part, share in detector.evidence().items()},
+            {self.named(part): share for part, share in detector.evidence().items()},
         )
         self._add(time_ms)
         detector.reset()
@@ -237,11 +250,17 @@ class Watching:
         self.cooling = self.spec.cooldown_rows
         return ring
 
-    def _named(self, part: str) -> str:
-        """A part of the evidence, with the name of the segment that it is about."""
-        word, _, number = part.partition(" ")
-        is_segment = word == "segment" and number.isdigit() and int(number) < len(self._segments)
-        return f"segment {self._segments[int(number)] or 'none'}" if is_segment else part
+    def named(self, text: str) -> str:
+        """With the names of segments in place of their numbers."""
+        return re.sub(r"(?<=[Ss]egment )\d+", lambda found: self._segment(int(found[0])), text)
+
+    def _segment(self, number: int) -> str:
+        return (self._segments[number] or "none") if number < len(self._segments) else str(number)
+
+    def numbered(self, evidence: Mapping[str, float]) -> dict[str, float]:
+        """What `named` was given."""
+        numbers = {f"segment {self._segment(number)}": f"segment {number}" for number in range(len(self._segments))}
+        return {numbers.get(part, part): share for part, share in evidence.items()}
 
     def _when(self, rows: int, times: NDArray[np.int64]) -> int:
         """When the row was predicted that lies so many rows back, between marks about when."""
@@ -277,6 +296,7 @@ class Monitor:
         self.spec, self._journal = spec, journal
         self.waits = waits_for_labels(detector_of(spec))
         self.reader = Reader(journal, spec.model, f"monitor/{spec.name}", wait_seconds if self.waits else 0.0)
+        self.reads = reads_of(spec)
         self.rows = 0
 
     def begin(self, connection: Connection, subject: str) -> None:
@@ -321,6 +341,20 @@ class Monitor:
         self.position, self.number = step.cohort.end, step.cohort.number
         self.rows += sum(map(len, step.cohort.pairs))
 
+    def around(self, since_ms: int, most_values: int) -> tuple[Batch, Batch]:
+        """What it watched before a change, and from then on: the last rows, of so many values at most."""
+        parts = self.reader.passed(MOST_PACKS, most_values)
+        n_classes = parts[-1].stream.class_count if parts else 1
+        rows = [part for part in parts if self.watching.is_of(part)]
+        while sum(map(len, rows)) * n_classes > most_values:
+            rows.pop(0)
+        batches = [self.watching.batch_of(part) for part in rows]
+        whole = joined([batch for batch, _ in batches], n_classes)
+        if self.watching.baseline.ready:
+            whole = self.watching.baseline.take(whole)
+        begins = int(sum((times < since_ms).sum() for _, times in batches))
+        return whole.rows(slice(begins)), whole.rows(slice(begins, None))
+
     def replay(self) -> tuple[bool, list[Ring]]:
         """Everything again from the first row: whether it came to the same state, and where it rang."""
         with self._journal.reading() as connection:
@@ -351,6 +385,19 @@ class Monitor:
             history=watching.history,
             false_alarms=promise(detector),
         )
+
+
+def joined(batches: Sequence[Batch], n_classes: int) -> Batch:
+    """One batch of several, with the signals that all have."""
+    names = set.intersection(*(set(batch.signals) for batch in batches)) if batches else set()
+    none = Batch(np.empty((0, n_classes)), np.empty(0, np.int64), np.empty(0, np.int64))
+    whole = [none, *batches]
+    return Batch(
+        np.concatenate([batch.logits for batch in whole]),
+        np.concatenate([batch.labels for batch in whole]),
+        np.concatenate([batch.segments for batch in whole]),
+        {name: np.concatenate([batch.signals[name] for batch in batches]) for name in sorted(names)},
+    )
 
 
 def _now_ms() -> int:

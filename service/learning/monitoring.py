@@ -15,17 +15,22 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from service.drift import alarms as alarm_rows
 from service.drift.alarms import PAGE, PENDING, Alarms
+from service.drift.attribution import cause
 from service.drift.defaults import default_monitors
+from service.drift.detectors.base import Batch
 from service.drift.monitors import (
     CHANGED,
     FRESH,
+    INPUTS,
+    MOST_PACKS,
     RESET,
+    SCORES,
     STEP_ROWS,
     Cohorts,
     Monitor,
@@ -34,7 +39,7 @@ from service.drift.monitors import (
     spec_of,
     subject_of,
 )
-from service.drift.states import RAW, REFIT, ROLL_BACK, SERVED, SUSPEND, TELL, Alarm, MonitorSpec, MonitorState
+from service.drift.states import RAW, REFIT, ROLL_BACK, SERVED, SUSPEND, TELL, Alarm, Cause, MonitorSpec, MonitorState
 from service.errors import AlreadyExists, CalserveError, InvalidRequest, NotFound, Refused, shown
 from service.inference.model import ServedModel
 from service.inference.repository import Repository
@@ -53,7 +58,10 @@ DEFAULT, OWN, OFF = "default", "own", "off"
 LOOK_SECONDS = 1.0
 REST_SECONDS = 60.0
 """How long a monitor that failed is left alone."""
-WINDOW_PACKS = 2000
+WINDOW_VALUES = 5_000_000
+"""Logits of the last rows that a cause is looked for in and a calibrator is fitted on."""
+EXPLAINED_AFTER = (0, 200, 400, 800, 1600)
+"""Rows that a monitor reads after its alarm before the cause is told, and told again by more labels."""
 MOST_MONITORS = 32
 """Of one model."""
 MOST_ROWS = 10_000_000
@@ -84,6 +92,15 @@ class _Watched:
         self.state = self.monitor.state(self.open)
 
 
+@dataclass
+class _Unexplained:
+    """An alarm whose cause was told so often, when its monitor had read so many rows."""
+
+    alarm: Alarm
+    turn: int
+    rows: int = 0
+
+
 class Monitoring:
     """The monitors of a server. Methods are for the event loop, but for `states` and `counts`.
 
@@ -104,6 +121,7 @@ class Monitoring:
         self._specs: dict[Key, MonitorSpec | None] = {}  # None: one of the default set that was deleted
         self._watched: dict[Key, _Watched] = {}
         self._pending: dict[str, Alarm] = {}
+        self._unexplained: dict[str, _Unexplained] = {}
         self._busy = asyncio.Lock()
         self._changed = asyncio.Event()
         self._released = False
@@ -247,6 +265,8 @@ class Monitoring:
         for model in models:
             while await self._step(model):
                 pass
+        for untold in list(self._unexplained.values()):
+            await self._explain(untold)
         for alarm in list(self._pending.values()):
             await self._act(alarm)
 
@@ -285,6 +305,7 @@ class Monitoring:
         if alarm.repeats:
             return
         self.alarm_counts[alarm.model, alarm.monitor] += 1
+        self._unexplained[alarm.id] = _Unexplained(alarm, 0)
         if alarm.outcome.startswith(PENDING):
             self._pending[alarm.id] = alarm
         for listener in self.listeners:
@@ -298,7 +319,7 @@ class Monitoring:
         outcome = await self._policies.carry_out(alarm, partial(self._window, alarm))
         if outcome != alarm.outcome:
             async with self._busy:
-                alarm = await self._write(partial(_write_outcome, alarm, outcome))
+                alarm = await self._write(partial(_write_changes, alarm, {"outcome": outcome}))
             log.warning("%s of model %s, policy %s: %s", alarm.id, alarm.model, alarm.policy, outcome)
             self._tell_watchers()
         if outcome.startswith(PENDING):
@@ -306,18 +327,58 @@ class Monitoring:
         else:
             self._pending.pop(alarm.id, None)
 
+    async def _explain(self, asked: _Unexplained) -> None:
+        """Say what is behind an alarm, by the labels that are there; say it again when there are more."""
+        alarm = asked.alarm
+        watched = self._watched.get((alarm.model, alarm.monitor))
+        if watched is None or asked.turn == len(EXPLAINED_AFTER):
+            del self._unexplained[alarm.id]
+            return
+        if asked.turn == 0:
+            asked.rows = watched.monitor.rows
+        if watched.monitor.rows < asked.rows + EXPLAINED_AFTER[asked.turn]:
+            return
+        asked.turn += 1
+        async with self._busy:
+            found = await asyncio.to_thread(self._cause, watched, alarm)
+            if found is not None:
+                await self._write(partial(_write_changes, alarm, {"cause": found}))
+                self._tell_watchers()
+
+    def _cause(self, watched: _Watched, alarm: Alarm) -> Cause | None:
+        """None if it cannot be told, which is no reason to stop."""
+        model, monitor = self._repository.get(alarm.model), watched.monitor
+        rang = [w.monitor for (name, _), w in self._watched.items() if name == alarm.model and w.open]
+        try:
+            evidence = monitor.watching.numbered(alarm.evidence)
+            before, since = monitor.around(alarm.since_ms, WINDOW_VALUES)
+            found = cause(
+                evidence,
+                _with_inputs(before),
+                _with_inputs(since),
+                scores_rang=any(one.reads == SCORES for one in rang),
+                inputs_rang=any(one.reads == INPUTS for one in rang),
+                class_names=model.class_names,
+            )
+        except Exception:
+            log.exception("the cause of %s of model %s could not be told", alarm.id, alarm.model)
+            return None
+        named = monitor.watching.named
+        return replace(found, where=named(found.where), evidence=[named(sentence) for sentence in found.evidence])
+
     def _window(self, alarm: Alarm) -> Window:
         """The labelled rows since the change that an alarm told, of the model file that is served."""
         watched = self._watched.get((alarm.model, alarm.monitor))
         model = self._repository.get(alarm.model)
         logits = [np.empty((0, model.n_classes), np.float32)]
         labels = [np.empty(0, np.int64)]
-        for part in watched.monitor.reader.passed(WINDOW_PACKS) if watched else ():
+        most_rows = WINDOW_VALUES // model.n_classes
+        for part in watched.monitor.reader.passed(MOST_PACKS, most_rows) if watched else ():
             rows = np.flatnonzero((part.times_ms >= alarm.since_ms) & (part.labels != NO_LABEL))
             if part.stream.digest == model.digest:
                 logits.append(logits_of(part.kept.rows(rows), model.n_classes).astype(np.float32))
                 labels.append(part.labels[rows])
-        return Window(np.concatenate(logits), np.concatenate(labels))
+        return Window(np.concatenate(logits)[-most_rows:], np.concatenate(labels)[-most_rows:])
 
     @asynccontextmanager
     async def _ready(self) -> AsyncIterator[None]:
@@ -347,6 +408,8 @@ class Monitoring:
         for row in rows:
             self._specs[row["model"], row["name"]] = None if row.pop("deleted", False) else spec_of(row)
         self._pending = {alarm.id: alarm for alarm in self.alarms.pending()}
+        untold = [alarm for alarm in self.alarms.before("") if alarm.cause is None and not alarm.acknowledged_ms]
+        self._unexplained = {alarm.id: _Unexplained(alarm, 0) for alarm in untold}
         self._is_read = True
 
     def _served(self) -> dict[str, ServedModel]:
@@ -456,8 +519,13 @@ def _write_spec(connection: Connection, spec: MonitorSpec) -> None:
     write_monitor(connection, spec.model, spec.name, json.dumps(asdict(spec), sort_keys=True))
 
 
-def _write_outcome(alarm: Alarm, outcome: str, connection: Connection) -> Alarm:
-    return alarm_rows.change(connection, alarm.model, alarm.id, outcome=outcome)
+def _write_changes(alarm: Alarm, changes: dict[str, Any], connection: Connection) -> Alarm:
+    return alarm_rows.change(connection, alarm.model, alarm.id, **changes)
+
+
+def _with_inputs(batch: Batch) -> Batch:
+    """The rows with what is known of the inputs alone."""
+    return replace(batch, signals={name: values for name, values in batch.signals.items() if name.startswith("input")})
 
 
 def _log(alarm: Alarm) -> None:

@@ -11,7 +11,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 import calibrators
 from service.drift.alarms import PENDING
 from service.drift.states import REFIT, ROLL_BACK, SUSPEND, TELL, Alarm
-from service.errors import CalserveError, NotFound, NotReady, Overloaded, Stale
+from service.errors import AlreadyExists, CalserveError, NotFound, NotReady, Overloaded, Stale
 from service.inference.model import NO_REVISION, ServedModel
 from service.inference.repository import Repository
 from service.learning.job import JobSpec
@@ -43,12 +43,26 @@ class Window(NamedTuple):
     labels: NDArray[np.int64]
 
 
+class Shadows(Protocol):
+    """What compares a revision with the one that serves, without serving it."""
+
+    async def start(self, model: str, revision: str, *, by: str) -> object:
+        """Begin to. AlreadyExists if it does already."""
+
+
 class Policies:
     """Carries out the policies of alarms. Methods are for the event loop."""
 
-    def __init__(self, repository: Repository, revisions: Revisions, online: Online, operations: Operations) -> None:
+    def __init__(
+        self,
+        repository: Repository,
+        revisions: Revisions,
+        online: Online,
+        operations: Operations,
+        shadows: Shadows | None = None,
+    ) -> None:
         self._repository, self._revisions, self._online = repository, revisions, online
-        self._operations = operations
+        self._operations, self._shadows = operations, shadows
         self._of_policy = {SUSPEND: self._suspend, ROLL_BACK: self._roll_back, REFIT: self._refit}
 
     async def carry_out(self, alarm: Alarm, window: Callable[[], Window]) -> str:
@@ -90,7 +104,22 @@ class Policies:
             return f"{PENDING}: {row.description} is under way as {name}"
         if row.state != "succeeded" or row.result is None:
             return f"not done: {row.description} {row.state}: {row.error_message}"
-        return f"{row.result['revision']} was fitted on rows since the change; it is not active"
+        revision = row.result["revision"]
+        return f"{revision} was fitted on rows since the change; {await self._compare(alarm, revision)}"
+
+    async def _compare(self, alarm: Alarm, revision: str) -> str:
+        """Let a fitted revision run in shadow, once."""
+        if self._shadows is None:
+            return "it is not active"
+        try:
+            await self._shadows.start(alarm.model, revision, by=alarm.id)
+        except AlreadyExists:
+            pass  # before a crash
+        except (NotReady, Overloaded):
+            raise
+        except CalserveError as error:
+            return f"it is not active, and not in shadow: {error.message}"
+        return "it is in shadow beside what serves"
 
     async def _fit(self, alarm: Alarm, name: str, window: Window) -> str:
         count = len(window.labels)

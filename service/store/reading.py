@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -197,14 +198,17 @@ class Reader:
             query = f"DELETE FROM {table} WHERE model = ? AND reader = ?"  # noqa: S608
             connection.execute(query, (self._model, self._name))
 
-    def passed(self, most_packs: int) -> list[Pairs]:
-        """What the last packs before the position have, with the labels that were there."""
+    def passed(self, most_packs: int, most_rows: int = LAST) -> list[Pairs]:
+        """What the last packs before the position have, with the labels that were there; packs of so many rows."""
         with self._journal.reading() as connection:
             position, _, _ = _state(connection, self._model, self._name)
             query = f"{_PACKS} ORDER BY pack DESC LIMIT ?"
             found = connection.execute(query, (self._model, 0, position.pack, most_packs)).fetchall()
+            packs = list(map(PackRow._make, found))
+            rows = accumulate(row.rows for row in packs)
+            packs = [row for row, so_far in zip(packs, rows, strict=True) if so_far - row.rows < most_rows]
             pairs: list[Pairs] = []
-            for row in map(PackRow._make, reversed(found)):
+            for row in reversed(packs):
                 stop = position.row if row.pack == position.pack else row.rows
                 pairs += pairs_of(connection, row, 0, position.record, slice(0, stop))
             return pairs

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import io
 import signal
 import threading
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
+from typing import ClassVar
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 import service.learning.monitoring
 from service import cli, errors
+from service import watching as terminal
 from service.client import Alarm, AsyncClient, Client, Monitor
-from service.drift.states import REFIT, ROLL_BACK, SUSPEND, TELL
+from service.drift import states
 from service.learning import policies
 from service.rpc.tokens import Role, add
 from service.settings import Settings
-from service.store.labels import Labels
 from tests.service import models
-from tests.service.conftest import RunningServer, settings_for
+from tests.service.conftest import RunningServer
 from tests.service.test_durability import until
 from tests.service.test_feedback import metrics, serving
 from tests.service.test_lifecycle import Process
@@ -314,3 +314,289 @@ def test_who_may_do_what(root: Path, tmp_path: Path) -> None:
         with pytest.raises(errors.Forbidden, match="name one of them"):
             bob.alarms()
         assert ann.alarms() == []
+
+
+# ---- the default set
+
+
+@pytest.fixture
+def calibrated(root: Path) -> Iterator[tuple[RunningServer, Client]]:
+    """A server with the default monitors, on which the model is calibrated well."""
+    with serving(root, monitors="off") as (_, client):
+        client.activate("mlp", client.fit("mlp", "temperature", logits=LOGITS, labels=LABELS).revision)
+    with serving(root, monitor_wait_seconds=0) as (server, client):
+        yield server, client
+
+
+DEFAULTS = ["missing_labels", "raw_calibration", "raw_scores", "served_calibration"]
+
+
+def test_every_model_is_watched_without_being_asked_and_silent_while_nothing_changes(
+    calibrated: tuple[RunningServer, Client],
+) -> None:
+    _, client = calibrated
+    assert [monitor.name for monitor in client.monitors("mlp") if monitor.is_default] == DEFAULTS
+    come(client, X, LABELS)
+    until(lambda: client.monitor("mlp", "served_calibration").rows == 6000)
+    until(lambda: all(monitor.ready for monitor in client.monitors("mlp")))
+    report = client.monitor_report("mlp")
+    assert report.alarms == ()
+    assert "together the default monitors of a model ring falsely within the first 100,000 rows" in report.false_alarms
+    assert {monitor.name: monitor.rows for monitor in report.monitors} == {
+        "served_calibration": 6000, "raw_calibration": 4000, "raw_scores": 4000, "missing_labels": 5000
+    }  # fmt: skip
+
+
+def test_labels_that_no_longer_follow_the_probabilities_ring_and_the_cause_is_told(
+    calibrated: tuple[RunningServer, Client],
+) -> None:
+    _, client = calibrated
+    come(client, X[:4000], LABELS[:4000])
+    noisy = np.where(np.arange(2000) % 3 == 0, np.random.default_rng(6).integers(0, 4, 2000), LABELS[4000:])
+    come(client, X[4000:], noisy, step=100)
+    for name in ("served_calibration", "raw_calibration"):
+        told = lambda alarm: alarm.cause and alarm.cause.kind != "unknown"  # noqa: E731
+        alarm = alarm_of(client, name, told)
+        assert alarm.cause.kind in ("temperature", "concept")  # of the inputs nothing is known
+        assert alarm.revision == "temperature-1"
+    assert {alarm.monitor for alarm in client.alarms("mlp")} == {"served_calibration", "raw_calibration"}
+
+
+def test_what_was_changed_of_the_default_set_stays_so(root: Path) -> None:
+    with serving(root) as (_, client):
+        client.delete_monitor("mlp", "raw_scores")
+        client.update_monitor("mlp", "missing_labels", policy="suspend", cooldown_rows=3)
+    with serving(root) as (_, client):
+        assert [monitor.name for monitor in client.monitors("mlp")] == [
+            name for name in DEFAULTS if name != "raw_scores"
+        ]
+        changed = client.monitor("mlp", "missing_labels")
+        assert (changed.policy, changed.cooldown_rows, changed.is_default) == ("suspend", 3, True)
+    with serving(root, monitors="own") as (_, client):
+        assert len(client.monitors("mlp")) == 3  # they are there, and go on
+        client.create_monitor("mlp", "raw_scores", "score_shift")
+
+
+# ---- policies
+
+
+@pytest.fixture
+def online(root: Path) -> Iterator[tuple[RunningServer, Client]]:
+    """A server with two activations: a temperature, then what learns online."""
+    with serving(root, monitors="own", monitor_wait_seconds=0, online_wait_seconds=0) as (server, client):
+        for kind in ("temperature", "online_temperature"):
+            client.activate("mlp", client.fit("mlp", kind, logits=LOGITS[:500], labels=LABELS[:500]).revision)
+        yield server, client
+
+
+def ring(client: Client, policy: str, labels: np.ndarray | None = None) -> None:
+    """Make a monitor of that policy ring."""
+    client.create_monitor("mlp", policy, "score_shift", watched="raw", policy=policy, **QUICK)
+    come(client, X[:600])
+    come(client, drifted(slice(0, 1000)), labels)
+
+
+def test_learning_is_suspended_when_asked_for(online: tuple[RunningServer, Client]) -> None:
+    _, client = online
+    ring(client, "suspend")
+    alarm = ended(client, "suspend")
+    assert alarm.outcome == "online_temperature-2 learns nothing until it is resumed; its state 0 serves"
+    assert client.online_state("mlp").suspended
+    assert not client.resume_learning("mlp").suspended
+    come(client, drifted(slice(1000, 2000)))
+    alarm_of(client, "suspend", lambda alarm: alarm.repeats)
+    assert not client.online_state("mlp").suspended  # it was done, once
+
+
+def test_the_revision_before_serves_when_asked_for_and_it_is_left_once(online: tuple[RunningServer, Client]) -> None:
+    server, client = online
+    ring(client, "roll_back")
+    alarm = ended(client, "roll_back")
+    assert alarm.outcome == "temperature-1 is active, before online_temperature-2"
+    assert (alarm.revision, client.models()[0].active_revision) == ("online_temperature-2", "temperature-1")
+    again = server._run(
+        server.app._monitoring._policies.carry_out(stored(server, alarm), lambda: pytest.fail("no fit"))
+    )
+    assert again == alarm.outcome  # as after a crash between the roll-back and its being written down
+    assert client.models()[0].active_revision == "temperature-1"
+
+
+def stored(server: RunningServer, alarm: Alarm) -> states.Alarm:
+    return server.app._monitoring.alarms.get("mlp", alarm.alarm)
+
+
+def test_what_cannot_be_done_is_told(watched: tuple[RunningServer, Client]) -> None:
+    _, client = watched
+    for policy in ("suspend", "roll_back"):
+        client.create_monitor("mlp", policy, "score_shift", watched="raw", policy=policy, **QUICK)
+    come(client, X[:600])
+    come(client, drifted(slice(0, 500)))
+    assert "not done: none, which is active on model 'mlp', does not learn" in ended(client, "suspend").outcome
+    assert "not done: model 'mlp': nothing was ever activated" in ended(client, "roll_back").outcome
+
+
+def test_a_calibrator_is_fitted_on_the_rows_since_the_change_once_there_are_enough(
+    watched: tuple[RunningServer, Client], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policies, "REFIT_ROWS", 900)
+    server, client = watched
+    labels = (client.logits("mlp", drifted(slice(0, 1000))) / 3 + gumbel(1000)).argmax(axis=1)
+    client.create_monitor("mlp", "refit", "score_shift", watched="raw", policy="refit", **QUICK)
+    come(client, X[:600], LABELS[:600])
+    come(client, drifted(slice(0, 500)), labels[:500])
+    waiting = alarm_of(client, "refit", lambda alarm: "labelled rows since" in alarm.outcome)
+    assert waiting.outcome.startswith("pending: ")
+    come(client, drifted(slice(500, 1000)), labels[500:])
+    alarm = ended(client, "refit")
+    assert alarm.outcome == "temperature-1 was fitted on rows since the change; it is not active"
+    assert client.models()[0].active_revision == "none"
+    assert client.get("mlp", "temperature-1").row_count in (1000, 1100)  # rows of a request were predicted at one time
+    assert 2.4 < client.calibrator("mlp", "temperature-1").temperature_ < 3.8  # 900 rows: about four standard errors
+    again = server._run(server.app._monitoring._policies.carry_out(stored(server, alarm), lambda: pytest.fail("again")))
+    assert again == alarm.outcome
+    assert len(client.list("mlp")) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (None, "it is in shadow beside what serves"),
+        (errors.AlreadyExists("it is in shadow"), "it is in shadow beside what serves"),
+        (errors.Refused("it may not be"), "it is not active, and not in shadow: it may not be"),
+    ],
+)
+def test_what_was_fitted_is_compared_in_shadow_where_that_can_be(
+    watched: tuple[RunningServer, Client], error: errors.CalserveError | None, words: str
+) -> None:
+    class Shadows:
+        begun: ClassVar[list[tuple[str, str, str]]] = []
+
+        async def start(self, model: str, revision: str, *, by: str) -> object:
+            self.begun.append((model, revision, by))
+            if error is not None:
+                raise error
+            return None
+
+    server, client = watched
+    server.app._monitoring._policies._shadows = Shadows()
+    Shadows.begun.clear()
+    ring(client, "refit", LABELS[:1000])
+    assert ended(client, "refit").outcome.endswith(f"was fitted on rows since the change; {words}")
+    assert Shadows.begun == [("mlp", "temperature-1", "alarm-1")]
+
+
+def gumbel(count: int) -> np.ndarray:
+    return np.random.default_rng(5).gumbel(size=(count, 4))
+
+
+def test_a_policy_that_was_not_carried_out_before_a_crash_is_carried_out_after_it(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def no_power(*_: object) -> str:
+        return "pending"
+
+    with monkeypatch.context() as patch, serving(root, monitors="own", monitor_wait_seconds=0) as (_, client):
+        patch.setattr(policies.Policies, "carry_out", no_power)
+        client.activate("mlp", client.fit("mlp", "temperature", logits=LOGITS[:500], labels=LABELS[:500]).revision)
+        ring(client, "roll_back")
+        assert alarm_of(client, "roll_back").outcome == "pending"
+    with serving(root, monitors="own") as (_, client):
+        assert ended(client, "roll_back").outcome == "none is active, before temperature-1"
+        assert client.models()[0].active_revision == "none"
+
+
+def test_who_acknowledges_an_alarm_first_calls_its_policy_off(
+    watched: tuple[RunningServer, Client], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, client = watched
+    ring(client, "refit")
+    waiting = alarm_of(client, "refit", lambda alarm: "0 of 500 labelled rows" in alarm.outcome)
+    client.acknowledge("mlp", waiting.alarm)
+    assert ended(client, "refit").outcome == "not done: the alarm was acknowledged before"
+
+
+# ---- causes
+
+
+def test_the_cause_is_told_and_told_better_when_labels_have_come(watched: tuple[RunningServer, Client]) -> None:
+    _, client = watched
+    labels = (client.logits("mlp", drifted(slice(0, 2000))) / 3 + gumbel(2000)).argmax(axis=1)
+    client.create_monitor("mlp", "scores", "score_shift", watched="raw", **QUICK)
+    come(client, X[:1500], LABELS[:1500])
+    come(client, drifted(slice(0, 2000)), labels, step=100)
+    alarm = alarm_of(client, "scores", lambda alarm: alarm.cause and alarm.cause.kind != "unknown")
+    assert alarm.cause.kind == "temperature"
+    assert "Fit `temperature`" in alarm.cause.action
+    assert any("labels since the change" in sentence for sentence in alarm.cause.evidence)
+
+
+# ---- several workers, the command line
+
+
+def test_monitors_are_the_learners_and_any_worker_may_be_asked(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CALSERVE_MONITORS", "own")
+    workers = Workers(root)
+    try:
+        workers.line("all 2 workers serve")
+        with ExitStack() as stack:
+            clients = connections(stack, workers.address)
+            clients[0].create_monitor("mlp", "scores", "score_shift", watched="raw", **QUICK)
+            for client in clients:
+                assert client.monitor("mlp", "scores").name == "scores"
+            streams = [client.watch_alarms("mlp", after="alarm-0") for client in clients]
+            for client in clients:
+                come(client, X[:600])
+            until(lambda: clients[0].monitor("mlp", "scores").ready)
+            for client in clients:
+                come(client, drifted(slice(0, 500)))
+            assert {next(stream).alarm for stream in streams} == {"alarm-1"}
+    finally:
+        workers.send(signal.SIGTERM)
+        workers.end()
+
+
+def test_the_command_line_does_the_same(
+    watched: tuple[RunningServer, Client], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, client = watched
+
+    def said(*words: str) -> str:
+        cli.main([*words, "--address", server.address])
+        return " ".join(capsys.readouterr().out.split())
+
+    monkeypatch.setenv("COLUMNS", "160")
+    made = said(
+        "monitor", "create", "mlp", "scores", "score_shift", "--watched", "raw", "--param", "reference_rows=500"
+    )
+    assert "scores watches from now on; it rings falsely within 100,000 rows with probability 0.1 at most" in made
+    assert "gathers its reference" in said("monitor", "list", "mlp")
+    assert "policy refit, cool-down 5 rows" in said(
+        "monitor", "update", "mlp", "scores", "--policy", "refit", "--cooldown-rows", "5"
+    )
+    come(client, X[:600])
+    come(client, drifted(slice(0, 1000)))
+    alarm_of(client, "scores", lambda alarm: alarm.repeats and "0 of 500" in alarm.outcome)
+    shown = said("monitor", "show", "mlp", "scores")
+    assert "of 6.00" in shown and "'reference_rows': 500" in shown
+    told = said("watch", "mlp", "--once")
+    assert "of 6.00" in told and "alarm-1" in told and "pending: 0 of 500 labelled rows" in told
+    assert " open " in said("alarms", "list")
+    assert "alarm-1 was seen by somebody; scores begins anew" in said("alarms", "acknowledge", "mlp", "alarm-1")
+    assert "seen by somebody" in said("alarms", "list", "mlp", "--most", "1")
+    assert "scores is deleted" in said("monitor", "delete", "mlp", "scores")
+
+
+def test_the_terminal_is_drawn_again_until_it_is_interrupted(watched: tuple[RunningServer, Client]) -> None:
+    _, client = watched
+    client.create_monitor("mlp", "first", "score_shift")
+    console, pauses = Console(file=io.StringIO(), force_terminal=True, width=120), []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 2:
+            raise KeyboardInterrupt
+        client.create_monitor("mlp", "second", "score_shift")
+
+    terminal.watch(client, "mlp", console, pause)
+    drawn = console.file.getvalue()
+    assert drawn.index("first") < drawn.index("second")

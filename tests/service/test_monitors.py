@@ -14,7 +14,18 @@ import pytest
 from calibrators.numerics import softmax
 from service.drift import alarms as alarm_rows
 from service.drift.alarms import Alarms
-from service.drift.monitors import CHANGED, FRESH, RESET, STEP_ROWS, Monitor, Ring, subject_of
+from service.drift.defaults import FALSE_ALARM, HORIZON_ROWS, default_monitors
+from service.drift.monitors import (
+    CHANGED,
+    FRESH,
+    RESET,
+    STEP_ROWS,
+    Monitor,
+    Ring,
+    budget_names,
+    detector_of,
+    subject_of,
+)
 from service.drift.states import RAW, SERVED, SUSPEND, Alarm, Cause, MonitorSpec
 from service.errors import Damaged, InvalidRequest, NotFound
 from service.store.journal import Journal
@@ -305,6 +316,58 @@ def test_what_cannot_be_is_told(kept: journals.Kept, changes: dict, words: str) 
         Monitor(kept.journal, replace(SHIFT, **changes), 0)
 
 
+# ---- labels
+
+CALIBRATION = MonitorSpec(MODEL, "calibration", "recalibration", RAW, {"tolerance": 0.02})
+
+
+def test_labels_of_mistakes_that_come_later_do_not_ring_behind_the_watermark(kept: journals.Kept) -> None:
+    waiting = begun(kept, CALIBRATION, wait_seconds=1e9)
+    hasty = begun(kept, replace(CALIBRATION, name="hasty"))
+    rings = []
+    for seed in range(5):
+        logits, labels = rows(600, seed)
+        right = logits.argmax(axis=1) == labels
+        ids = come(kept, logits, np.where(right, labels, -1))
+        rings += run(kept, waiting)
+        hasty_rings = run(kept, hasty)
+        told = [NewLabel(ids[row], 0, int(labels[row])) for row in np.flatnonzero(~right)]
+        assert set(kept.label(told)) == {Result.RECORDED}
+        rings += run(kept, waiting)
+    assert (rings, waiting.watching.detector.n_rows) == ([], 3000)
+    assert hasty_rings  # who reads labels as they come is told that everything is right
+
+
+def test_a_model_that_was_never_calibrated_rings_when_that_changes_and_not_before(kept: journals.Kept) -> None:
+    spec = replace(CALIBRATION, baseline_rows=2000)
+    from_baseline, from_truth = begun(kept, spec), begun(kept, replace(CALIBRATION, name="truth"))
+    shifted = [
+        logits + np.float32([0.7, 0, 0]) for logits in (rows(6000, 30, scale=2.0)[0], rows(1500, 31, scale=2.0)[0])
+    ]
+    come(kept, shifted[0], rows(6000, 30)[1])
+    assert run(kept, from_baseline) == []
+    assert run(kept, from_truth)
+    assert from_baseline.state(()).n_rows == 4000
+    come(kept, 1.6 * shifted[1], rows(1500, 31)[1], at=1_700_000_000_000)
+    first, *_ = run(kept, from_baseline)
+    assert first.time_ms < 1_700_000_000_000 + 1000_000
+    assert from_baseline.replay()[0]
+    assert opened(kept, spec).watching.encode() == from_baseline.watching.encode()
+
+
+def test_the_default_monitors_together_seldom_ring_and_say_so() -> None:
+    specs = default_monitors(MODEL)
+    assert [spec.name for spec in specs] == ["served_calibration", "raw_calibration", "raw_scores", "missing_labels"]
+    total = 0.0
+    for spec in specs:
+        detector = detector_of(spec)
+        horizon, probability = (detector.parameters()[name] for name in budget_names(detector.parameters()))
+        assert horizon == HORIZON_ROWS
+        assert detector.threshold == pytest.approx(np.log10(horizon / probability))
+        total += probability
+    assert total == pytest.approx(FALSE_ALARM)
+
+
 # ---- alarms
 
 RING = Ring(2000, 1000, 7, 6.5, 6.0, {"class 3": 0.75})
@@ -375,7 +438,7 @@ def test_damage_to_what_is_kept_of_monitors_is_seen_and_can_be_given_up(tmp_path
     begun(kept, SHIFT)
     added(kept)
     kept.journal.writer.write_now(lambda c: c.execute("INSERT INTO monitors VALUES ('m', 'a', '{}', 7)"))
-    kept.journal.writer.write_now(lambda c: c.execute(f"UPDATE {table} SET row = row || ' '"))
+    kept.journal.writer.write_now(lambda c: c.execute(f"UPDATE {table} SET row = row || ' '"))  # noqa: S608
     kept.journal.writer.write_now(lambda c: table == "monitors" or c.execute("DELETE FROM monitors"))
     kept.close()
     assert [problem for problem in journal_problems(tmp_path) if f"table {table}" in problem]

@@ -147,6 +147,12 @@ class Recalibration(Detector):
             n_segments=self.max_segments,
             tolerance=self.tolerance,
         )
-    def evidence(self): return {}
-    def state(self): return {}
-    def restore(self, state): return self
+
+    def evidence(self):
+        return {}
+
+    def state(self):
+        return {}
+
+    def restore(self, state):
+        return self
