@@ -143,13 +143,13 @@ class App:
             webhook=self._webhook_state,
         )
         self._webhook = _webhook(settings) if self._learns else None
+        facts = PageFacts(self.repository, self._catalogue, settings.journal)
+        self._summaries = Summaries(self._journal, facts.names, facts.sets_of, retention.seconds)
+        self._site = Site(facts.sources(self._summaries, self._monitoring.states, self._monitoring.alarms))
         self._streams = Streams(_stream_limits(settings))
         limits = replace(_connection_limits(settings), shared_port=member is not None)
         self._front = GrpcFront(self._guarded_methods(), limits, certificates)
         metrics_port = settings.metrics_port + (member.index if member and settings.metrics_port else 0)
-        facts = PageFacts(self.repository, self._catalogue, settings.journal)
-        self._summaries = Summaries(self._journal, facts.names, facts.sets_of, retention.seconds)
-        self._site = Site(facts.sources(self._summaries, self._monitoring.states, self._monitoring.alarms))
         has_page = self._learns and not settings.no_page
         self._http = HttpServer(settings.metrics_host, metrics_port, self._pages(), self._site if has_page else None)
         self.port, self.metrics_port = 0, self._http.port
@@ -288,7 +288,7 @@ class App:
         """The learner's own; of another worker, passed on to it. Labels may name what this worker answered just now."""
         calibrators = CalibratorService(self.repository, self._revisions, self._operations).methods()
         feedback, online = self._feedback.methods(), OnlineService(self._online).methods()
-        own = [*calibrators, *online, *MonitorService(self._monitoring).methods()]
+        own = [*calibrators, *online, *MonitorService(self._monitoring, self._site.report).methods()]
         if self._forward is None:
             return [*own, *feedback]
         passed_on = [self._forward.method(method) for method in own]

@@ -533,7 +533,7 @@ def _monitor(view: View, monitor: MonitorState) -> Html:
         plot
         if monitor.ready
         else tag("p", "It is still gathering the quiet rows that it compares with.", class_="quiet"),
-        tag("small", monitor.false_alarms, class_="promise"),
+        tag("small", monitor.false_alarms[:1].upper(), monitor.false_alarms[1:], class_="promise"),
         tag("small", " · ".join(counts)),
         class_=f"card monitor {mood}",
     )

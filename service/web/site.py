@@ -83,10 +83,16 @@ class Site:
                 self._fresh[path, window] = time.monotonic(), response
             return response
 
-    def report(self, model: str, window: str) -> str | None:
-        """A model's page as one file that needs no server and no network; None: there is no such model."""
+    def report(self, model: str, window: str) -> str:
+        """A model's page as one file that needs no server and no network; ValueError without that window or model."""
+        if words.seconds_of(window) is None:
+            raise ValueError(
+                f"a window is a number of minutes, hours or days such as 90m, 24h or 7d, got {window!r:.40}"
+            )
         facts = self._find(model)
-        return None if facts is None else self._file(self._view(facts, window))
+        if facts is None:
+            raise ValueError(f"model {model!r:.80} has no page: it is no classifier")
+        return self._file(self._view(facts, window))
 
     def _answer(self, path: str, window: str) -> Response | None:
         if path == "/":

@@ -91,7 +91,7 @@ def monitor(
     history = [(int(time), max(0.0, float(value))) for time, value in zip(times, level, strict=True)]
     spec = MonitorSpec("magika", name, detector, watched, is_default=True)
     return MonitorState(spec, ready, history[-1][1], 6.0, 30_123, 210, 12, alarms, history,
-                        "one false alarm in ten stretches of 100,000 labels, at most")  # fmt: skip
+                        "rings falsely within 100,000 labelled rows with probability 0.025 at most")  # fmt: skip
 
 
 MONITORS = (
@@ -132,7 +132,10 @@ def drifted() -> Sources:
                 replace(FACTS, name="resnet-50", active="none", before="", confidence_level=None),
                 tally(traffic(2, 9000)),
             ),
-            (replace(FACTS, name="sentiment", confidence_level=None, active="isotonic-1"), tally(traffic(13, 20_000, drift=1.4))),
+            (
+                replace(FACTS, name="sentiment", confidence_level=None, active="isotonic-1"),
+                tally(traffic(13, 20_000, drift=1.4)),
+            ),
             (replace(FACTS, name="new", active="none", before="", revisions=(), confidence_level=None), None),
             (replace(FACTS, name="waits for labels", confidence_level=None), tally(traffic(4, 900, labelled=0.0))),
         ],

@@ -17,16 +17,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from service.cli import main
 from service.client import Client
 from service.drift.states import RAW, SERVED
+from service.errors import InvalidRequest, NotFound
 from service.web import assets, words
 from service.web.facts import ModelFacts, Sources
 from service.web.figures import enough, wilson
 from service.web.http import HttpServer
 from service.web.markup import VOID, tag
 from service.web.site import Site
-from tests.service import browser
-from tests.service.browser import Browser, Tab
+from tests import browser
+from tests.browser import Browser, Tab
 from tests.service.conftest import RunningServer, settings_for
 from tests.service.dashboards import ALARM, FACTS, HOUR_MS, MONITORS, NOW_MS, drifted, pairs, sources, tally, traffic
 
@@ -175,7 +177,7 @@ def test_every_monitor_is_shown_with_its_threshold_and_its_promise() -> None:
         assert monitor.spec.name in page.text
     drawn = [f["layout"]["yaxis"].get("tickvals") for f in page.figures]
     assert sum(ticks == [0, 6.0] for ticks in drawn) == sum(monitor.ready for monitor in MONITORS)
-    assert page.text.count("one false alarm in ten stretches") == len(MONITORS)
+    assert page.text.count("Rings falsely within 100,000 labelled rows") == len(MONITORS)
 
 
 def test_what_is_off_is_named_and_what_chance_explains_is_not() -> None:
@@ -226,7 +228,6 @@ def test_names_are_text_whatever_they_hold() -> None:
     shown = sources([(facts, tally(named))], alarms=lambda _: (alarm,), monitors=lambda _: (monitor,))
     site = site_of(shown)
     report = site.report(EVIL, "24h")
-    assert report is not None
     path = "/models/" + urllib.parse.quote(EVIL, safe="")
     for body in (site(path, "").body, site("/", "").body, report.encode()):  # type: ignore[union-attr]
         head, _, rest = body.decode().partition("<body>")
@@ -378,6 +379,7 @@ def test_plotly_knows_every_property_of_every_chart() -> None:
 # ------------------------------------------------------------------------------------------ as a browser shows it
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize("path", ["/", "/models/magika", "/models/waits%20for%20labels", "/models/new"])
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("dark", [False, True])
@@ -409,6 +411,7 @@ LEAST_CONTRAST = """(() => {
 })()"""
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize("path", ["/", "/models/magika"])
 @pytest.mark.parametrize("dark", [False, True])
 def test_every_text_stands_out_from_what_is_behind_it(tab: Tab, address: str, path: str, dark: bool) -> None:
@@ -419,6 +422,7 @@ def test_every_text_stands_out_from_what_is_behind_it(tab: Tab, address: str, pa
     assert contrast >= 4.5, where
 
 
+@pytest.mark.browser
 def test_the_switch_goes_from_light_to_dark_and_is_remembered(tab: Tab, address: str) -> None:
     tab.look(1280)
     tab.open(f"{address}/models/magika")
@@ -436,6 +440,7 @@ def test_the_switch_goes_from_light_to_dark_and_is_remembered(tab: Tab, address:
     tab.run("localStorage.clear()")
 
 
+@pytest.mark.browser
 def test_the_page_keeps_itself_up_to_date(tab: Tab) -> None:
     """New labels, an alarm, another revision: all come without loading the page again; what is open stays open."""
     counted = tally(traffic(1, 4000))
@@ -467,10 +472,12 @@ def test_the_page_keeps_itself_up_to_date(tab: Tab) -> None:
         server.stop()
 
 
+@pytest.mark.browser
 def test_the_report_is_one_file_that_a_browser_opens_without_a_network(tab: Tab, tmp_path: Any) -> None:
     report = site_of(drifted()).report("magika", "7d")
-    assert report is not None
-    assert site_of(drifted()).report("nobody", "7d") is None
+    for model, window, wanted in (("nobody", "7d", "no page"), ("magika", "7w", "90m, 24h or 7d")):
+        with pytest.raises(ValueError, match=wanted):
+            site_of(drifted()).report(model, window)
     (tmp_path / "report.html").write_text(report, encoding="utf-8")
     page = Reader(report)
     assert page.addresses == []
@@ -505,6 +512,19 @@ def test_a_server_shows_what_it_predicted_and_what_came_true(server: RunningServ
         assert "mlp" in Reader(body.decode()).text
     assert fetch(f"{base}/metrics")[0] == 200
     assert b"calserve_ready" in fetch(f"{base}/metrics")[2]
+
+
+def test_the_command_line_writes_the_page_as_a_file(server: RunningServer, client: Client, tmp_path: Any) -> None:
+    client.predict("mlp", np.zeros((5, N_FEATURES), np.float32))
+    out = tmp_path / "report.html"
+    main(["report", "mlp", "--since", "7d", "--out", str(out), "--address", server.address])
+    page = Reader(out.read_text())
+    assert page.addresses == []
+    assert "mlp, the last 7 days" in page.text
+    with pytest.raises(InvalidRequest, match="90m, 24h or 7d"):
+        client.page("mlp", "a week")
+    with pytest.raises(NotFound):
+        client.page("nobody")
 
 
 def test_the_page_can_be_switched_off(root: Any) -> None:

@@ -1,6 +1,6 @@
 """A headless Chromium, driven through its own pipe: no library, no port.
 
-`python -m tests.service.browser http://127.0.0.1:8002/models/magika docs/drift.png` makes a picture of a page.
+`python -m tests.browser http://127.0.0.1:8002/models/magika docs/drift.png` makes a picture of a page.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Self
 
 FOUND = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
-MISSING = "this test looks at the page in a browser, and there is none: install Debian's package `chromium`"
+HOW_TO_GET_ONE = "There is none here: install Debian's package `chromium`, or Google Chrome."
 SECONDS = 60.0
 # The browser reads commands from descriptor 3 and writes to 4, which a child's are not made to be by `subprocess`.
 _START = (
@@ -89,7 +89,7 @@ class Browser:
     """A Chromium with a profile of its own, for one thread."""
 
     def __init__(self) -> None:
-        assert FOUND, MISSING
+        assert FOUND, f"this test looks at a page in a browser. {HOW_TO_GET_ONE}"
         self._profile = tempfile.TemporaryDirectory(prefix="calserve-browser-", ignore_cleanup_errors=True)
         (theirs, self._out), (self._in, ours) = os.pipe(), os.pipe()
         command = [FOUND, *_SWITCHES, f"--user-data-dir={self._profile.name}", "about:blank"]
