@@ -20,9 +20,15 @@ from service.web.words import interval, percent
 Figure = dict[str, Any]
 
 RAW_COLOUR, SERVED_COLOUR = "--quiet", "--accent"
-LEAST_LABELS, MOST_POINTS = 60, 40
-"""Of a stretch that gets a point of its own, and points of a curve: with fewer labels chance draws it."""
+LEAST_LABELS = 60
+"""Of a stretch that gets a point of its own: with fewer chance draws the curve."""
 NBSP = "\N{NO-BREAK SPACE}"
+_TIMES = [
+    {"dtickrange": [None, 60_000], "value": "%H:%M:%S"},
+    {"dtickrange": [60_000, 86_399_999], "value": "%H:%M"},
+    {"dtickrange": [86_399_999, None], "value": "%-d %b"},
+]
+"""How a tick is written, by the milliseconds between two."""
 
 
 def reliability(total: Sums, *, calibrated: bool) -> Figure:
@@ -211,13 +217,12 @@ def evidence(monitor: MonitorState) -> Figure:
 
 def enough(points: Sequence[Point]) -> list[Point]:
     """Points joined until each has labels enough to say something."""
-    least = max(LEAST_LABELS, sum(point.sums.labels for point in points) // MOST_POINTS)
     joined: list[Point] = []
     open_, since = Sums(), 0
     for point in points:
         since = since or point.since_ms
         open_.add(point.sums)
-        if open_.labels >= least:
+        if open_.labels >= LEAST_LABELS:
             joined.append(Point(since, point.until_ms, open_))
             open_, since = Sums(), 0
     return joined
@@ -269,7 +274,7 @@ def _band(points: Sequence[Point], ends: Sequence[tuple[float, float]]) -> list[
 
 
 def _over_time(data: list[Figure], alarms: Sequence[Alarm], **axis: Any) -> Figure:
-    x = _axis(type="date", showgrid=False, nticks=5, hoverformat="%b %-d, %H:%M:%S")
+    x = _axis(type="date", showgrid=False, nticks=5, hoverformat="%-d %b, %H:%M:%S", tickformatstops=_TIMES)
     y = _axis(rangemode="tozero", nticks=5, **axis)
     layout = _layout(x, y, hovermode="x unified", shapes=[shape for alarm in alarms for shape in _marks(alarm)])
     return {"data": data, "layout": layout | {"meta": {"times": True}}}
@@ -317,7 +322,7 @@ def _layout(xaxis: Figure, yaxis: Figure, **more: Any) -> Figure:
     return {
         "xaxis": xaxis,
         "yaxis": yaxis,
-        "margin": {"l": 46, "r": 14, "t": 10, "b": 38},
+        "margin": {"l": 46, "r": 14, "t": 10, "b": 28},
         "font": {"family": font, "size": 12, "color": "--quiet"},
         "paper_bgcolor": "--clear",
         "plot_bgcolor": "--clear",

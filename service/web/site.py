@@ -23,9 +23,11 @@ from service.drift.states import RAW, SERVED, Alarm, MonitorState
 from service.drift.summary import Sums
 from service.web import parts, words
 from service.web.assets import NO_STYLES, Assets
+from service.web.elements import pill, when
 from service.web.facts import ModelFacts, Sources
 from service.web.http import Response
 from service.web.markup import Html, Part, tag
+from service.web.view import NO_REVISION, View
 
 WINDOWS = {"1h": "1 hour", "24h": "24 hours", "7d": "7 days"}
 DEFAULT_WINDOW = "24h"
@@ -114,10 +116,10 @@ class Site:
     def _find(self, name: str) -> ModelFacts | None:
         return next((model for model in self._sources.models() if model.name == name), None)
 
-    def _view(self, model: ModelFacts, window: str) -> parts.View:
+    def _view(self, model: ModelFacts, window: str) -> View:
         now, name = self._now_ms(), model.name
         since = now - 1000 * (words.seconds_of(window) or 0)
-        return parts.View(
+        return View(
             model,
             self._sources.summary(name, since, now + 1),
             self._sources.monitors(name),
@@ -150,14 +152,14 @@ class Site:
         crumbs += [tag("span", model, class_="crumb")] if model else []
         bar = tag("header", tag("div", crumbs, class_="crumbs"), choices, _THEME, class_="bar")
         foot = [
-            tag("span", "as of ", parts.when(self._now_ms()), class_="asof"),
+            tag("span", "as of ", when(self._now_ms()), class_="asof"),
             tag("span", f"calserve {__version__}"),
         ]
         if model:
             foot.insert(1, tag("a", "save as a file", href=f"{path}/report.html?since={window}", download=True))
         return _document(head, [bar, tag("main", body), tag("footer", foot, id="foot")])
 
-    def _file(self, view: parts.View) -> Html:
+    def _file(self, view: View) -> Html:
         scripts = [self._assets.script.text, *([self._assets.plotly.text] if self._assets.plotly else [])]
         allowed = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
         policy = _FILE_POLICY.format(scripts=allowed)
@@ -173,11 +175,11 @@ class Site:
             tag("span", f"{view.model.name}, the last {span}", class_="crumb"),
         ]
         bar = tag("header", tag("div", crumbs, class_="crumbs"), _THEME, class_="bar")
-        foot = tag("footer", tag("span", "as of ", parts.when(self._now_ms())), tag("span", f"calserve {__version__}"))
+        foot = tag("footer", tag("span", "as of ", when(self._now_ms())), tag("span", f"calserve {__version__}"))
         return _document(head, [bar, tag("main", parts.sections(view)), foot], still=True)
 
 
-def overview(views: Sequence[parts.View]) -> list[Html]:
+def overview(views: Sequence[View]) -> list[Html]:
     """A card a model, those that need somebody first."""
     if not views:
         return [tag("section", tag("h1", "No model is served."), id="models")]
@@ -211,7 +213,7 @@ def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def _card(view: parts.View) -> Html:
+def _card(view: View) -> Html:
     verdict, total, model = view.verdict, view.total, view.model
     which = SERVED if view.calibrated else RAW
     numbers: list[Part] = [f"{words.short(total.answers)} answers, {words.short(total.labels)} labels"] if total else []
@@ -219,14 +221,14 @@ def _card(view: parts.View) -> Html:
         numbers.append(f"off by {words.points(total.calibration_error(which))}")
     return tag(
         "a",
-        tag("header", tag("h2", model.name), parts.pill(verdict)),
+        tag("header", tag("h2", model.name), pill(verdict)),
         tag("div", parts.told(verdict, view.calibrated), class_="scales")
         if verdict.raw or verdict.served
         else tag("p", verdict.sentence, class_="quiet"),
         tag("p", [tag("span", one) for one in numbers], class_="numbers"),
         tag(
             "p",
-            "no calibrator serves" if model.active == parts.NO_REVISION else [model.active, " serves"],
+            "no calibrator serves" if model.active == NO_REVISION else [model.active, " serves"],
             class_="quiet",
         ),
         href=f"/models/{quote(model.name, safe='')}?since={view.window}",
@@ -237,7 +239,7 @@ def _card(view: parts.View) -> Html:
 # ---------------------------------------------------------------------------------------------------- JSON
 
 
-def as_json(view: parts.View) -> dict[str, Any]:
+def as_json(view: View) -> dict[str, Any]:
     """The same in numbers. What cannot be said yet is null."""
     model, summary, verdict = view.model, view.summary, view.verdict
     return {

@@ -130,7 +130,7 @@ def drifted() -> Sources:
             (FACTS, tally(part, sets=sets_of(traffic(5, 4000)))),
             (
                 replace(FACTS, name="resnet-50", active="none", before="", confidence_level=None),
-                tally(traffic(2, 9000)),
+                tally(traffic(2, 9000, truth=1)),
             ),
             (
                 replace(FACTS, name="sentiment", confidence_level=None, active="isotonic-1"),

@@ -188,7 +188,7 @@ def test_what_is_off_is_named_and_what_chance_explains_is_not() -> None:
     wrong = pairs(logits, p / p.sum(axis=1, keepdims=True), off.labels, off.times_ms)
     plain = replace(FACTS, active="none", confidence_level=None)
     good, bad = (page_of(sources([(plain, tally(part))])) for part in (honest, wrong))
-    assert "No class is off by more than chance explains." in good.text
+    assert "None is off by more than chance explains." in good.text
     assert "More or less common than promised" not in good.text
     section = bad.text.partition("Where it is off")[2]
     assert section.index("rust") < section.index("python")
