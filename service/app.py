@@ -144,7 +144,13 @@ class App:
         )
         self._webhook = _webhook(settings) if self._learns else None
         facts = PageFacts(self.repository, self._catalogue, settings.journal)
-        self._summaries = Summaries(self._journal, facts.names, facts.sets_of, retention.seconds)
+        self._summaries = Summaries(
+            self._journal,
+            facts.names,
+            facts.sets_of,
+            keep_seconds=retention.seconds,
+            wait_seconds=settings.monitor_wait_seconds,
+        )
         self._site = Site(facts.sources(self._summaries, self._monitoring.states, self._monitoring.alarms))
         self._streams = Streams(_stream_limits(settings))
         limits = replace(_connection_limits(settings), shared_port=member is not None)

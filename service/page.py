@@ -8,12 +8,13 @@ from typing import Any
 
 from calibrators.conformal.calibrator import ConformalCalibrator
 from service.drift.alarms import Alarms
-from service.drift.states import Alarm, MonitorState
+from service.drift.nowcasts import Nowcast
+from service.drift.states import SERVED, Alarm, MonitorState
 from service.drift.summaries import Summaries
 from service.inference.model import NO_REVISION, ServedModel
 from service.inference.repository import Repository
 from service.store.catalogue import Catalogue, RevisionRow
-from service.web.facts import ModelFacts, RevisionFacts, Sources
+from service.web.facts import ModelFacts, NowCast, RevisionFacts, Sources
 
 MOST_ALARMS = 50
 
@@ -33,7 +34,13 @@ class PageFacts:
         def rang(model: str) -> list[Alarm]:
             return alarms.before(model, "", MOST_ALARMS)
 
-        return Sources(self.models, summaries.summary, states, rang)
+        def nowcasts(model: str) -> list[NowCast]:
+            found = rang(model)
+            ringing = any(alarm.watched == SERVED and not alarm.acknowledged_by for alarm in found)
+            told = summaries.nowcasts(model, len(found), ringing=ringing)
+            return [_nowcast(told["accuracy"], told["without labels"])] if told else []
+
+        return Sources(self.models, summaries.summary, states, rang, nowcasts)
 
     def names(self) -> list[str]:
         return [model.name for model in self._newest() if model.is_classifier]
@@ -64,6 +71,11 @@ class PageFacts:
             [_revision(row, model.digest) for row in self._catalogue.revisions(model.name)],
             kept=(model.journal or self._journal) != "off",
         )
+
+
+def _nowcast(one: Nowcast, without_labels: Nowcast) -> NowCast:
+    """The accuracy, by labels if confidence alone does not tell it; else why it does not."""
+    return NowCast("Accuracy", one.estimate, one.low, one.high, one.valid, without_labels.why_not, one.n_labels)
 
 
 def _revision(row: RevisionRow, digest: str) -> RevisionFacts:

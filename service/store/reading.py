@@ -299,14 +299,14 @@ class Reader:
 
 
 class Follower(Reader):
-    """A reader that waits for no label and keeps no position: a row comes when it was answered, its label when it came.
+    """A reader that keeps no position, and begins `most_rows` rows before the end of the journal at most.
 
-    It begins `most_rows` rows before the end of the journal at most, and is for sums that the order of labels does not
-    change: nothing is held back behind a watermark.
+    For sums that the order of labels does not change it need not wait: then a row comes when it was answered, and its
+    label when it came.
     """
 
-    def __init__(self, journal: Journal, model: str, most_rows: int) -> None:
-        super().__init__(journal, model, "", 0.0)
+    def __init__(self, journal: Journal, model: str, most_rows: int, wait_seconds: float = 0.0) -> None:
+        super().__init__(journal, model, "", wait_seconds)
         self._most_rows = most_rows
         self._at: Position | None = None
         self._seen = 0, 0
@@ -318,7 +318,7 @@ class Follower(Reader):
                 "SELECT coalesce((SELECT max(record) FROM records), 0), coalesce((SELECT max(pack) FROM packs), 0)"
             ).fetchone()
             begin = self._at or Position(self._first_pack(connection), 0, record)
-            if self._seen == (record, pack):
+            if self._wait_ms == 0 and self._seen == (record, pack):
                 return Cohort(0, begin, begin, (), (), 0)
             end = self._watermark(connection, begin, record, most_rows)
             cohort = self._cohort(connection, 0, begin, end, begin.record)

@@ -57,7 +57,9 @@ class NowCast:
     Attributes
     ----------
     value, low, high : of it, with its interval
-    valid : whether the labels that did come bear the estimate out; otherwise `why` says what speaks against it
+    valid : whether the interval holds
+    why : why it cannot be told from confidence alone; empty: it is
+    labels : recent labels that it rests on besides
     """
 
     what: str
@@ -66,6 +68,7 @@ class NowCast:
     high: float
     valid: bool
     why: str
+    labels: int = 0
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from calibrators.plots._style import percent
 from service.drift.states import RAW, SERVED, Alarm
@@ -44,7 +44,7 @@ def hero(view: View) -> Html:
         tag("p", pill(verdict), tag("span", f"version {model.version}"), tag("span", active), class_="eyebrow"),
         tag("h1", headline(view), class_="verdict"),
         tag("div", told(verdict, view.calibrated), class_="scales") if verdict.raw or verdict.served else None,
-        tag("p", verdict.sentence, " ", _nowcast(view.nowcasts), class_="quiet"),
+        tag("p", verdict.sentence, " ", map(_nowcast, view.nowcasts), class_="quiet"),
         id="verdict",
         class_=f"hero {verdict.mood}",
     )
@@ -91,17 +91,15 @@ def told(verdict: words.Verdict, calibrated: bool) -> list[Html]:
     ]
 
 
-def _nowcast(nowcasts: Sequence[NowCast]) -> Part:
-    return [
-        tag(
-            "span",
-            f"{one.what} now, without waiting for labels: {percent(one.value)} ({words.interval(one.low, one.high)})"
-            if one.valid
-            else f"{one.what} cannot be told without labels now: {one.why}.",
-            class_="nowcast",
-        )
-        for one in nowcasts
-    ]
+def _nowcast(one: NowCast) -> Html:
+    found = f"{percent(one.value)} ({words.interval(one.low, one.high)})" if one.valid else ""
+    if not found:
+        said = f"{one.what} now cannot be told without labels. {one.why}"
+    elif one.why:
+        said = f"{one.what} now, by {one.labels:,} labels since the last change: {found}. {one.why}"
+    else:
+        said = f"{one.what} now, without waiting for labels: {found}."
+    return tag("span", said, class_="nowcast")
 
 
 def ringing(view: View) -> Html | None:

@@ -261,7 +261,7 @@ def as_json(view: View) -> dict[str, Any]:
         else [],
         "monitors": [_monitor(one) for one in view.monitors],
         "alarms": [_alarm(one) for one in view.alarms],
-        "nowcasts": [vars(one) for one in view.nowcasts],
+        "nowcasts": [_plain(vars(one)) for one in view.nowcasts],
         "revisions": [
             {"revision": one.revision, "created_ms": one.created_ms, "rows": one.rows} for one in model.revisions
         ],
@@ -313,6 +313,10 @@ def _alarm(alarm: Alarm) -> dict[str, Any]:
         else None
     )
     return {**{name: value for name, value in vars(alarm).items() if name != "cause"}, "cause": told}
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: _known(value) if isinstance(value, float) else value for name, value in values.items()}
 
 
 def _known(value: float) -> float | None:

@@ -109,7 +109,15 @@ ALARM = Alarm(
 )  # fmt: skip
 OLD = replace(ALARM, id="a-1", monitor="confidence-served", time_ms=NOW_MS - 90 * HOUR_MS, since_ms=NOW_MS - 91 * HOUR_MS,
               cause=Cause("covariate", "segment <eu>", (), "Nothing."), acknowledged_by="anna", outcome="told")  # fmt: skip
-NOWCAST = NowCast("Accuracy", 0.862, 0.851, 0.873, valid=False, why="the labels that came contradict it")
+NOWCAST = NowCast(
+    "Accuracy",
+    0.862,
+    0.851,
+    0.873,
+    valid=True,
+    why="The labels say that confidence is not accuracy now: an alarm rings.",
+    labels=412,
+)
 
 
 def sources(models: Sequence[tuple[ModelFacts, Tally | None]], **more: Any) -> Sources:
