@@ -21,7 +21,7 @@ from service.web.view import NO_REVISION, View
 SHOWN_GROUPS = 6
 SHOWN_ALARMS = 8
 SHOWN_REVISIONS = 8
-LEAST_LABELS = 20
+LEAST_LABELS = 50
 """Of a class or a segment that is judged."""
 CHANCE = 3.0
 """Standard deviations up to which a gap is put down to chance: of hundreds of classes some are off by two."""

@@ -20,8 +20,8 @@ from service.web.words import interval, percent
 Figure = dict[str, Any]
 
 RAW_COLOUR, SERVED_COLOUR = "--quiet", "--accent"
-LEAST_LABELS = 60
-"""Of a stretch that gets a point of its own: with fewer chance draws the curve."""
+LEAST_LABELS, LEAST_IN_BIN = 60, 10
+"""Labels of a stretch, and of a group of like confidence, that gets a point of its own: with fewer chance draws it."""
 NBSP = "\N{NO-BREAK SPACE}"
 _TIMES = [
     {"dtickrange": [None, 60_000], "value": "%H:%M:%S"},
@@ -34,7 +34,7 @@ _TIMES = [
 def reliability(total: Sums, *, calibrated: bool) -> Figure:
     """What was said against what came true; the grey band is where an honest model's dots would lie."""
     bins = total.curve(SERVED if calibrated else RAW)
-    filled = bins.counts > 0
+    filled = bins.counts >= LEAST_IN_BIN
     low, high = (values[filled] for values in bins.consistency_band())
     width = np.diff(bins.edges)[filled]
     band = {
@@ -58,7 +58,7 @@ def reliability(total: Sums, *, calibrated: bool) -> Figure:
 
 def _dots(total: Sums, which: str) -> Figure:
     curve = total.curve(which)
-    filled = curve.counts > 0
+    filled = curve.counts >= LEAST_IN_BIN
     counts, said, right = curve.counts[filled], curve.confidence[filled], curve.accuracy[filled]
     colour = RAW_COLOUR if which == RAW else SERVED_COLOUR
     return {

@@ -153,14 +153,14 @@ def tiles(view: View) -> Html | None:
     which = SERVED if view.calibrated else RAW
     share = f"{percent(total.labels / total.answers)} of them have a label by now"
     found = [tile("Answers", words.short(total.answers), share)]
-    if total.labels:
+    if total.labels >= words.ENOUGH_LABELS:
         ends = figures.wilson(float(total[f"{which}.right"].sum()), total.labels)
         found.append(tile("Right", percent(total.accuracy(which)), f"{words.interval(*ends)}, accuracy"))
         found.append(
             _pair("Off by", view, total.calibration_error, lambda x: f"{100 * x:.1f}", "points, calibration error")
         )
         found.append(_pair("Log loss", view, total.log_loss, lambda x: f"{x:.3f}", "lower is better"))
-    if total["sets"][0] and view.model.confidence_level is not None:
+    if total["sets"][0] >= words.ENOUGH_LABELS and view.model.confidence_level is not None:
         asked = f"{percent(view.model.confidence_level)} asked for, {total.mean_set_size:.1f} labels a set"
         found.append(tile("Sets hold the label", percent(total.coverage), asked))
     return tag("section", found, id="tiles", class_="tiles")
@@ -179,7 +179,7 @@ def reliability(view: View) -> Html | None:
     if total is None or not total.answers:
         return None
     shown = []
-    if total.labels:
+    if total.labels >= words.ENOUGH_LABELS:
         shown.append(
             figure(
                 "What it says, and how often it is right",

@@ -25,6 +25,7 @@ from service.web import parts, words
 from service.web.assets import NO_STYLES, Assets
 from service.web.elements import pill, when
 from service.web.facts import ModelFacts, Sources
+from service.web.figures import LEAST_IN_BIN
 from service.web.http import Response
 from service.web.markup import Html, Part, tag
 from service.web.view import NO_REVISION, View
@@ -270,25 +271,29 @@ def as_json(view: View) -> dict[str, Any]:
 
 
 def _sums(sums: Sums) -> dict[str, Any]:
-    numbers: dict[str, Any] = {
+    """Counts of all rows; of labelled rows only what many of them say together."""
+    many, many_sets = (count >= words.ENOUGH_LABELS for count in (sums.labels, sums["sets"][0]))
+    return {
         "answers": sums.answers,
         "labels": sums.labels,
-        "coverage": _known(sums.coverage),
+        "coverage": sums.coverage if many_sets else None,
         "mean_set_size": _known(sums.mean_set_size),
+        **{which: _scores(sums, which) if many else None for which in (RAW, SERVED)},
     }
-    for which in (RAW, SERVED):
-        curve = sums.curve(which)
-        numbers[which] = {
-            "accuracy": _known(sums.accuracy(which)),
-            "calibration_error": _known(sums.calibration_error(which)),
-            "log_loss": _known(sums.log_loss(which)),
-            "bins": [
-                {"labels": int(n), "said": float(said), "right": float(right)}
-                for n, said, right in zip(curve.counts, curve.confidence, curve.accuracy, strict=True)
-                if n
-            ],
-        }
-    return numbers
+
+
+def _scores(sums: Sums, which: str) -> dict[str, Any]:
+    curve = sums.curve(which)
+    return {
+        "accuracy": sums.accuracy(which),
+        "calibration_error": sums.calibration_error(which),
+        "log_loss": sums.log_loss(which),
+        "bins": [
+            {"labels": int(labels), "said": float(said), "right": float(right)}
+            for labels, said, right in zip(curve.counts, curve.confidence, curve.accuracy, strict=True)
+            if labels >= LEAST_IN_BIN
+        ],
+    }
 
 
 def _monitor(monitor: MonitorState) -> dict[str, Any]:
