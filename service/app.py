@@ -51,13 +51,14 @@ from service.rpc.shared_memory import Regions, SharedMemory
 from service.rpc.streams import StreamLimits, Streams
 from service.rpc.tls import CertificateFiles
 from service.rpc.tokens import TokenFile
+from service.rpc.tracing import Tracing
 from service.rpc.wire import FEEDBACK_SERVICE, INFERENCE_SERVICE
 from service.settings import Settings, is_local
 from service.store.blobs import Blobs
 from service.store.catalogue import Catalogue
 from service.store.journal import LOST, Journal
 from service.store.journal_tables import Retention
-from service.store.labels import Labels, Result
+from service.store.labels import DELAYS_SECONDS, Labels, Result
 from service.store.lock import lock_store
 from service.store.online_states import OnlineStates
 from service.supervisor import Member
@@ -68,6 +69,7 @@ from service.web.metrics import (
     Metrics,
     ModelState,
     MonitorMetrics,
+    NowcastMetrics,
     OnlineLearning,
     SetCoverage,
     WebhookMetrics,
@@ -95,6 +97,8 @@ class App:
         self._tokens = TokenFile(settings.token_file) if settings.token_file else None
         self._access = Access(self._tokens) if self._tokens else None
         certificates = _certificates(settings)
+        self._webhook = _webhook(settings) if self._learns else None
+        self._tracing = Tracing(settings.traces_endpoint) if settings.traces_endpoint else None
         self._device = _device(settings)
         self._lock = lock_store(settings.store) if self._learns else None
         self._catalogue = Catalogue(settings.store / "catalogue.sqlite")
@@ -140,18 +144,15 @@ class App:
             self._online_learning,
             lambda: [SetCoverage(**vars(state)) for state in self._coverage.states()],
             self._monitor_metrics,
+            lambda: [
+                NowcastMetrics(model, now.estimate, now.low, now.high, now.valid)
+                for model, now in self._monitoring.accuracies()
+            ],
             webhook=self._webhook_state,
         )
-        self._webhook = _webhook(settings) if self._learns else None
         facts = PageFacts(self.repository, self._catalogue, settings.journal)
-        self._summaries = Summaries(
-            self._journal,
-            facts.names,
-            facts.sets_of,
-            keep_seconds=retention.seconds,
-            wait_seconds=settings.monitor_wait_seconds,
-        )
-        self._site = Site(facts.sources(self._summaries, self._monitoring.states, self._monitoring.alarms))
+        self._summaries = Summaries(self._journal, facts.names, facts.sets_of, retention.seconds)
+        self._site = Site(facts.sources(self._summaries, self._monitoring))
         self._streams = Streams(_stream_limits(settings))
         limits = replace(_connection_limits(settings), shared_port=member is not None)
         self._front = GrpcFront(self._guarded_methods(), limits, certificates)
@@ -230,6 +231,8 @@ class App:
         self._regions.release()
         self._http.stop()
         self.repository.close()
+        if self._tracing:
+            await asyncio.to_thread(self._tracing.close)
         await asyncio.to_thread(self._journal.close)
         self._catalogue.close()
         if self._lock:
@@ -274,7 +277,9 @@ class App:
     def _methods(self) -> Iterable[Method]:
         deadline = self.settings.default_deadline_seconds
         journalling = Journalling(self._journal, self.settings.journal)
-        inference = Inference(self.repository, self._revisions, self._health, self._regions, deadline, journalling)
+        inference = Inference(
+            self.repository, self._revisions, self._health, self._regions, deadline, journalling, self._tracing
+        )
         methods = [
             *methods_of(
                 INFERENCE_SERVICE,
@@ -337,7 +342,7 @@ class App:
             other[stream.row.model] += stream.other_rows
             for why in LOST:
                 lost[stream.row.model, why] += stream.lost_rows[why]
-        labels = {str(result): self._feedback.counts[result] for result in Result}
+        labels, joined = {str(result): self._feedback.counts[result] for result in Result}, self._feedback.labels
         writer = self._journal.writer
         return JournalState(
             writer.writable,
@@ -348,6 +353,7 @@ class App:
             lost,
             other,
             labels,
+            Durations(DELAYS_SECONDS, list(joined.delays), joined.delay_seconds),
         )
 
     def _webhook_state(self) -> WebhookMetrics | None:

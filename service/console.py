@@ -14,7 +14,7 @@ from calibrators.auto import Candidate
 from calibrators.inspection import Inspection
 from calibrators.layers import default_layers, find_layers, multiply_adds, named_layers
 from calibrators.metrics import Estimate
-from service.client import Alarm, Evaluation, Model, Monitor, OnlineState, Revision
+from service.client import Alarm, Evaluation, Model, Monitor, Nowcast, OnlineState, Revision
 from service.rpc.tokens import Token
 from service.store.maintenance import Contents
 
@@ -179,6 +179,21 @@ def monitors_table(monitors: Iterable[Monitor]) -> Table:
             *(f"{count:,}" for count in (monitor.rows, monitor.missing, monitor.late)),
             monitor.policy.replace("_", " "),
         )
+    return table
+
+
+def nowcasts_table(nowcasts: Mapping[str, Nowcast]) -> Table:
+    """What is served now, as far as it is known."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for heading in ("now", "95 % interval", "labels", "rows", ""):
+        table.add_column(heading)
+    for name, now in nowcasts.items():
+        known = now.estimate == now.estimate  # NaN: there is none
+        figure = f"{now.estimate:.3f}" if known else ""
+        interval = f"{now.low:.3f}–{now.high:.3f}" if known else ""
+        style = None if now.valid else "dim"
+        counts = (f"{count:,}" for count in (now.labels, now.rows))
+        table.add_row(f"{name.replace('_', ' ')} {figure}", interval, *counts, escape(now.why_not), style=style)
     return table
 
 

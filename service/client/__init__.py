@@ -14,7 +14,7 @@ Failures are the classes of `service.errors`, as on the server.
 from service.client.asynchronous import AsyncClient
 from service.client.blocking import Client
 from service.client.failures import Retries
-from service.client.monitors import Alarm, Cause, Monitor, MonitorReport
+from service.client.monitors import Alarm, Cause, Monitor, MonitorReport, Nowcast
 from service.client.requests import Inputs
 from service.client.results import (
     Evaluation,
@@ -39,6 +39,7 @@ __all__ = [
     "Model",
     "Monitor",
     "MonitorReport",
+    "Nowcast",
     "OnlineState",
     "Prediction",
     "Replay",

@@ -101,16 +101,31 @@ class Alarm:
 
 
 @dataclass(frozen=True)
+class Nowcast:
+    """A figure of what is served now, with its interval; `why_not` says why that does not hold, if it does not."""
+
+    estimate: float
+    low: float
+    high: float
+    valid: bool
+    rows: int
+    labels: int
+    why_not: str
+
+
+@dataclass(frozen=True)
 class MonitorReport:
     """What all monitors of a model say, and its last alarms, newest first.
 
-    `false_alarms` is what is promised of the default monitors together.
+    `false_alarms` is what is promised of the default monitors together. `nowcasts` are `accuracy_without_labels`,
+    `accuracy` and `calibration_error` of what is served.
     """
 
     model: str
     monitors: tuple[Monitor, ...]
     alarms: tuple[Alarm, ...]
     false_alarms: str
+    nowcasts: dict[str, Nowcast]
 
 
 def number_of(alarm: str) -> int:
@@ -189,7 +204,11 @@ def alarm_of(message: pb.Alarm) -> Alarm:
 
 def report_of(message: pb.MonitorReport) -> MonitorReport:
     monitors, alarms = tuple(map(monitor_of, message.monitors)), tuple(map(alarm_of, message.alarms))
-    return MonitorReport(message.model, monitors, alarms, message.false_alarms)
+    nowcasts = {
+        now.name: Nowcast(now.estimate, now.low, now.high, now.valid, now.row_count, now.label_count, now.why_not)
+        for now in message.nowcasts
+    }
+    return MonitorReport(message.model, monitors, alarms, message.false_alarms, nowcasts)
 
 
 def _number(words: Any, field: str, word: str) -> int:

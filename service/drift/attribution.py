@@ -7,7 +7,7 @@ it: so none gains by merely having more parameters.
     temperature    softmax(s z)                      s learned from the labels before (`calibrators.online.softmax`)
     prior          p_k pi_k / pi0_k, normalised      pi from no label, but from p on the rows since the change: the mode
                                                      by EM (Saerens, Latinne, Decaestecker, Neural Computation 14,
-                                                     2002), with 200 rows of the reference's pi0 added in thought
+                                                     2002), with 20 K rows of the reference's pi0 added
     class bias     softmax(s z + b)                  s and b learned from the labels before
 
 The largest gain names the correction if it exceeds log 100. Prior is preferred to class bias while its gain is more
@@ -45,7 +45,9 @@ LABELS_NEEDED = 200
 MARGIN = log(100)
 MOST_ROWS = 5000
 """The last before the change, the first since, and the first labels since: more say no more about the change itself."""
-PRIOR_PSEUDO_ROWS, EM_STEPS = 200, 200
+PRIOR_PSEUDO_ROWS = 20
+"""A class."""
+LEAST_PRIOR, EM_STEPS, EM_TOLERANCE = 1e-9, 200, 1e-3
 MOST_OF_THE_EVIDENCE = 0.5
 SURE = 1e-3
 """Probability that two samples of the same law are taken to differ."""
@@ -84,6 +86,7 @@ def cause(
     >>> found.kind, found.action
     ('temperature', 'Fit `temperature` on the 1000 labels since the change.')
     """
+    reference, since = (rows.rows(np.flatnonzero(np.isfinite(rows.logits.max(axis=1)))) for rows in (reference, since))
     segment, share = _largest(evidence, "segment ")
     where, sentences = "", list[str]()
     if share > MOST_OF_THE_EVIDENCE:
@@ -157,7 +160,7 @@ class _Case:
                 f"The classes come in other proportions: most of all {self._named(k)}, "
                 f"{before[k]:.1%} of rows before and about {since[k]:.1%} since."
             ],
-            f"Fit `class_prior` on {self._labels()}.",
+            f"Fit {self._on_labels('class_prior')}.",
         )
 
     def _concept(self) -> Cause:
@@ -169,7 +172,7 @@ class _Case:
             self.where,
             said,
             "Look at how labels are made and what the classes mean now. Until the model is trained on new labels, "
-            f"fit `temperature` on {self._labels()}.",
+            f"fit {self._on_labels('temperature')}.",
         )
 
     def _class_bias(self) -> Cause:
@@ -185,29 +188,30 @@ class _Case:
             "class_bias",
             ", ".join(filter(None, (self.where, f"class {k}"))),
             said,
-            f"Fit `class_prior` on {self._labels()}, and look at what feeds this class and at who labels it.",
+            f"Fit {self._on_labels('class_prior')}, and look at what feeds this class and at who labels it.",
         )
 
     def _stretched(self) -> Cause:
-        fit = f"it `temperature` on {self._labels()}."
+        on_labels = self._on_labels("temperature")
         if self.inputs_changed:
             said = "The inputs changed, and the model's confidence did not follow its accuracy."
-            return Cause("covariate", self.where, [said], f"Look at where the inputs come from. Until then, f{fit}")
+            action = f"Look at where the inputs come from. Until then, fit {on_labels}."
+            return Cause("covariate", self.where, [said], action)
         if self.inputs_changed is None:
-            return Cause("temperature", self.where, [], f"F{fit}")
+            return Cause("temperature", self.where, [], f"Fit {on_labels}.")
         return Cause(
             "score_pipeline",
             self.where,
             ["The scores changed and the inputs did not."],
             "Look at what lies between the inputs and the scores: another model file, rounding to fewer digits, "
-            f"other preparation of features. Until then, f{fit}",
+            f"other preparation of features. Until then, fit {on_labels}.",
         )
 
     def _named(self, k: int) -> str:
-        return f"class {k} ({self.class_names[k]})" if self.class_names else f"class {k}"
+        return f"class {k} ({self.class_names[k]})" if k < len(self.class_names) else f"class {k}"
 
-    def _labels(self) -> str:
-        return f"the {self.gains.n_labels} labels since the change"
+    def _on_labels(self, kind: str) -> str:
+        return f"`{kind}` on the {self.gains.n_labels} labels since the change"
 
 
 # ---- what the labels say
@@ -252,7 +256,7 @@ def gains_of(reference: Array, since: Batch) -> Gains:
     labelled = np.flatnonzero(since.labels != NO_LABEL)[:MOST_ROWS]
     logits, y = since.logits[labelled], since.labels[labelled]
     gains, theta = online.gains(logits, y)
-    before = softmax(reference).mean(axis=0)
+    before = np.maximum(softmax(reference).mean(axis=0), LEAST_PRIOR)
     priors = _priors(softmax(since.logits[:MOST_ROWS]), before)
     ratio, log_p = np.log(priors / before), log_softmax(logits)
     prior = ratio[y] - np.log(np.exp(log_p + ratio).sum(axis=1))
@@ -266,13 +270,13 @@ def gains_of(reference: Array, since: Batch) -> Gains:
 
 def _priors(p: Array, before: Array) -> Array:
     """The most probable frequencies of classes (n_classes,) of rows of which the model says p (n_rows, n_classes)."""
-    priors = before
+    priors, pseudo = before, PRIOR_PSEUDO_ROWS * len(before)
     for _ in range(EM_STEPS):
-        posterior = p * (priors / before)
-        posterior /= posterior.sum(axis=1, keepdims=True)
-        new = (posterior.sum(axis=0) + PRIOR_PSEUDO_ROWS * before) / (len(p) + PRIOR_PSEUDO_ROWS)
-        moved, priors = np.abs(new - priors).max(), new
-        if moved < 1e-5:
+        ratio = priors / before
+        rows_by_class = ratio * (p.T @ (1 / (p @ ratio)))
+        new = (rows_by_class + pseudo * before) / (len(p) + pseudo)
+        moved, priors = np.abs(new / priors - 1).max(), new
+        if moved < EM_TOLERANCE:
             break
     return priors
 
@@ -305,10 +309,9 @@ class _Difference:
         return self.p < SURE
 
     def said(self) -> str:
-        chance = "less than 1e-12" if self.p < 1e-12 else f"{self.p:.0e}"
-        return (
-            f"{self.what} was {self.before:.3g} before the change and is {self.since:.3g} since; by chance: {chance}."
-        )
+        chance = "below 1e-12" if self.p < 1e-12 else f"{self.p:.0e}"
+        moved = f"was {self.before:.3g} before the change and is {self.since:.3g} since"
+        return f"{self.what} {moved}; the probability that chance does this is {chance}."
 
 
 def _scores(reference: Batch, since: Batch) -> list[_Difference]:

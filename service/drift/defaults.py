@@ -5,6 +5,7 @@
                           hides drift from a monitor behind it
     raw_scores            the model's confidence and predicted class against their first rows, without labels
     missing_labels        labels that stay away: the first two then see nothing
+    raw_inputs            what is kept of the inputs against its first rows, where anything is
 
 Each is given an equal part of one budget (Bonferroni), so that with probability FALSE_ALARM at most any of them rings
 falsely within the first HORIZON_ROWS rows that each reads, whatever their dependence; and REFERENCE_ERROR besides for
@@ -13,6 +14,8 @@ raw_calibration it holds while what the fit of its baseline misses, and what the
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from service.drift.detectors import registry
 from service.drift.missing_labels import MissingLabels
@@ -26,8 +29,9 @@ BASELINE_ROWS = 2000
 COOLDOWN_ROWS = 1000
 PROMISE = (
     f"together the default monitors of a model ring falsely within the first {HORIZON_ROWS:,} rows that each reads "
-    f"with probability {FALSE_ALARM:g} at most, and {2 * REFERENCE_ERROR:g} for references unlike their source"
+    f"with probability {FALSE_ALARM:g} at most, and {3 * REFERENCE_ERROR:g} for references unlike their source"
 )
+INPUTS = "raw_inputs"
 _DETECTORS: dict[str, tuple[str, str, dict[str, float | str], int]] = {
     "served_calibration": ("recalibration", SERVED, {"tolerance": TOLERANCE}, 0),
     "raw_calibration": ("recalibration", RAW, {"tolerance": TOLERANCE}, BASELINE_ROWS),
@@ -38,11 +42,12 @@ _DETECTORS: dict[str, tuple[str, str, dict[str, float | str], int]] = {
         0,
     ),
     MissingLabels.kind: (MissingLabels.kind, RAW, {"reference_error": REFERENCE_ERROR}, 0),
+    INPUTS: ("score_shift", RAW, {"reference_error": REFERENCE_ERROR}, 0),
 }
 
 
-def default_monitors(model: str) -> list[MonitorSpec]:
-    """Of one model, those whose detectors there are."""
+def default_monitors(model: str, inputs: Sequence[str] = ()) -> list[MonitorSpec]:
+    """Of one model, of whose inputs these signals are kept."""
     share = FALSE_ALARM / len(_DETECTORS)
     return [
         MonitorSpec(
@@ -50,13 +55,13 @@ def default_monitors(model: str) -> list[MonitorSpec]:
             name,
             detector,
             watched,
-            {**parameters, **_budget(detector, share)},
+            {**parameters, **_budget(detector, share), **({"signals": ",".join(inputs)} if name == INPUTS else {})},
             cooldown_rows=COOLDOWN_ROWS,
             is_default=True,
             baseline_rows=baseline,
         )
         for name, (detector, watched, parameters, baseline) in _DETECTORS.items()
-        if detector in {MissingLabels.kind, *registry.kinds()}
+        if inputs or name != INPUTS
     ]
 
 

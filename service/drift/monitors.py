@@ -27,6 +27,7 @@ from service.drift.detectors import registry
 from service.drift.detectors.base import NO_LABEL, Batch, Detector
 from service.drift.detectors.score_shift import OF_LOGITS, PREDICTED_CLASS
 from service.drift.missing_labels import MissingLabels
+from service.drift.nowcasting import HIDDEN, KINDS
 from service.drift.states import RAW, MonitorSpec, MonitorState
 from service.errors import InvalidRequest
 from service.store.database import Connection
@@ -36,6 +37,8 @@ from service.store.packs import logits_of, probabilities_of
 from service.store.reading import Cohort, Pairs, Position, Reader
 
 STEP_ROWS = 5000
+VALUES_TOGETHER = 4000
+"""Logits that a detector reads in one piece, for which all threads may have to wait: a millisecond or two."""
 MOST_PACKS = 5000
 MOST_POINTS = 400
 """Of a history; beyond that every other is dropped."""
@@ -95,6 +98,8 @@ def detector_of(spec: MonitorSpec) -> Detector:
     try:
         if spec.detector == MissingLabels.kind:
             return MissingLabels(**spec.parameters)  # type: ignore[arg-type]
+        if spec.name.startswith(HIDDEN):
+            return KINDS[spec.detector]()
         return registry.create(spec.detector, **spec.parameters)
     except (ValueError, TypeError) as error:
         raise InvalidRequest(f"detector: {error}") from error
@@ -196,6 +201,7 @@ class Watching:
 
     def _read(self, part: Pairs) -> Iterator[Ring]:
         whole, times = self.batch_of(part)
+        together = max(1, VALUES_TOGETHER // whole.logits.shape[1])
         batch = self.baseline.take(whole)
         taken, start = len(whole) - len(batch), 0
         times = times[taken:]
@@ -205,14 +211,16 @@ class Watching:
                 passed = min(self.cooling, len(batch) - start)
                 self.cooling, start = self.cooling - passed, start + passed
                 continue
-            rest = batch.rows(slice(start, None))
-            at = self.detector.update(rest)
+            rows = batch.rows(slice(start, start + together))
+            at = self.detector.update(rows)
             if at is None:
-                self._count(rest.labels)
-                self._mark(int(times[-1]))
-                break
-            yield self._rang(times[start : start + at + 1], rest.labels[: at + 1])
-            start += at + 1
+                self._count(rows.labels)
+                start += len(rows)
+            else:
+                yield self._rang(times[start : start + at + 1], rows.labels[: at + 1])
+                start += at + 1
+        if len(batch) and not self.cooling:
+            self._mark(int(times[-1]))
 
     def _count(self, labels: NDArray[np.int64]) -> None:
         if waits_for_labels(self.detector):
@@ -295,7 +303,9 @@ class Monitor:
     def __init__(self, journal: Journal, spec: MonitorSpec, wait_seconds: float) -> None:
         self.spec, self._journal = spec, journal
         self.waits = waits_for_labels(detector_of(spec))
-        self.reader = Reader(journal, spec.model, f"monitor/{spec.name}", wait_seconds if self.waits else 0.0)
+        wait_seconds = wait_seconds if self.waits else 0.0
+        name = f"monitor/{spec.name}"
+        self.reader = Reader(journal, spec.model, name, wait_seconds, reads_labels=self.waits)
         self.reads = reads_of(spec)
         self.rows = 0
 

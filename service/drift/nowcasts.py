@@ -25,7 +25,7 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm
+from scipy.stats import chi2, norm
 
 from calibrators.metrics.binned import debiased_squared_gap
 from calibrators.metrics.calibration import ReliabilityCurve, binned_curve, equal_width_edges
@@ -83,7 +83,7 @@ class Nowcasts:
     (None, None)
     >>> told = now.accuracy_without_labels(ringing=False)
     >>> f"{told.estimate:.2f} [{told.low:.2f}, {told.high:.2f}]"
-    '0.81 [0.77, 0.84]'
+    '0.74 [0.70, 0.78]'
     >>> now.accuracy_without_labels(ringing=True).valid
     False
     """
@@ -109,24 +109,27 @@ class Nowcasts:
         self._window, self._n_rows = np.zeros(self.window_rows), 0
         self._n_labels = 0
         self._reference = np.zeros(3)  # count, mean and squared deviations of confidence - correct
-        self._last = np.zeros((2, 0))
         self.begin_cohort()
 
     def begin_cohort(self) -> None:
         """Judge labels to come apart from those before: a change was noticed."""
+        self._last = np.zeros((2, 0))  # the cohort before
+        self._empty_cohort()
+
+    def _empty_cohort(self) -> None:
         self._cohort = np.zeros((2, self.cohort_labels))  # confidence, and 1 where it was right
         self._n_cohort = 0
 
     def read(self, batch: Batch) -> None:
-        """Rows as they are predicted, with labels or without."""
-        confidence = softmax(batch.logits).max(axis=1)[-self.window_rows :]
-        first = self._n_rows + len(batch) - len(confidence)
-        self._window[(first + np.arange(len(confidence))) % self.window_rows] = confidence
-        self._n_rows += len(batch)
+        """Rows as they are predicted, with labels or without; a row without finite probabilities passes by."""
+        confidence = softmax(batch.logits[_is_finite(batch)]).max(axis=1)
+        places = (self._n_rows + np.arange(len(confidence))) % self.window_rows
+        self._window[places[-self.window_rows :]] = confidence[-self.window_rows :]
+        self._n_rows += len(confidence)
 
     def read_labels(self, batch: Batch) -> None:
         """Rows that are waited for no longer, in the order of their prediction; those without a label pass by."""
-        (labelled,) = np.nonzero(batch.labels != NO_LABEL)
+        (labelled,) = np.nonzero((batch.labels != NO_LABEL) & _is_finite(batch))
         p = softmax(batch.logits[labelled])
         rows = np.stack([p.max(axis=1), p.argmax(axis=1) == batch.labels[labelled]])
         self._n_labels += len(labelled)
@@ -134,7 +137,7 @@ class Nowcasts:
         while rows.shape[1]:
             if self._n_cohort == self.cohort_labels:
                 self._last = self._cohort
-                self.begin_cohort()
+                self._empty_cohort()
             n = min(rows.shape[1], self.cohort_labels - self._n_cohort)
             self._cohort[:, self._n_cohort : self._n_cohort + n] = rows[:, :n]
             self._n_cohort, rows = self._n_cohort + n, rows[:, n:]
@@ -229,6 +232,10 @@ class Nowcasts:
         self._reference = np.array([count, mean, squares])
 
 
+def _is_finite(batch: Batch) -> NDArray[np.bool_]:
+    return np.asarray(np.isfinite(batch.logits.max(axis=1)))
+
+
 def betting_interval(x: Array, level: float) -> tuple[float, float]:
     """Bounds of the mean of what x, (n,) in [0, 1] and in order, are drawn from, that hold for all n at once.
 
@@ -259,17 +266,24 @@ def squared_gap_interval(curve: ReliabilityCurve, level: float) -> tuple[float, 
     """Bounds of E = sum_b P_b g_b^2, g_b the true gap of bin b, by the normal law of its debiased estimate e.
 
     e has the variance 4 E s / n + v: s is that of a label, as the bins' gaps weigh it, and v = 2 sum_b (s_b / n)^2 is
-    left where there is no gap. The bounds are the two E at which |e - E| is z of these deviations.
+    left where there is no gap. The bounds are the two E at which |e - E| is z of these deviations; v is that of a sum
+    of squares, whose deviations upwards are taken from the chi-square law of as many terms.
     """
     several = curve.counts > 1
     counts, said, right = curve.counts[several], curve.confidence[several], curve.accuracy[several]
-    n = float(curve.counts.sum())
-    estimate = debiased_squared_gap(curve)
-    spread = (counts * right + 1) / (counts + 2) * (1 - (counts * right + 1) / (counts + 2))
-    at_zero = 2 * float(((spread / n) ** 2).sum())
+    n, estimate = float(curve.counts.sum()), debiased_squared_gap(curve)
+    if not len(counts):
+        return 0.0, 1.0
+    smooth = (counts * right + 1) / (counts + 2)
+    spread = smooth * (1 - smooth)
     weights = counts * (said - right) ** 2 + spread
-    of_label = float(weights @ spread / weights.sum()) if len(weights) else 0.25
-    z2 = float(norm.isf((1 - level) / 2)) ** 2
+    of_label = float(weights @ spread / weights.sum())
+    tail, terms = (1 - level) / 2, float((spread**2).sum() ** 2 / (spread**4).sum())
+    z2 = float(norm.isf(tail)) ** 2
+    upwards = (float(chi2.isf(tail, terms)) - terms) ** 2 / (2 * terms)
     middle = estimate + 2 * z2 * of_label / n
-    half = sqrt(max(0.0, middle**2 - estimate**2 + z2 * at_zero))
-    return max(0.0, middle - half), min(1.0, max(0.0, middle + half))
+    below, above = (
+        sqrt(max(0.0, middle**2 - estimate**2 + 2 * deviations * float((spread**2).sum()) / n**2))
+        for deviations in (upwards, z2)
+    )
+    return max(0.0, middle - below), min(1.0, max(0.0, middle + above))

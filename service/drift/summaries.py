@@ -13,8 +13,6 @@ import time
 from collections.abc import Callable, Iterable
 
 from calibrators.conformal.calibrator import ConformalCalibrator
-from service.drift.current import Current
-from service.drift.nowcasts import Nowcast
 from service.drift.summary import Summary, Tally
 from service.errors import CalserveError
 from service.store.journal import Journal
@@ -34,9 +32,8 @@ SetsOf = Callable[[str, str], ConformalCalibrator | None]
 class Counted:
     """One model's summary. `step` is for one thread at a time, `summary` for any."""
 
-    def __init__(self, journal: Journal, model: str, keep_ms: int, sets_of: SetsOf, wait_seconds: float) -> None:
+    def __init__(self, journal: Journal, model: str, keep_ms: int, sets_of: SetsOf) -> None:
         self._model, self._keep_ms, self._sets_of = model, keep_ms, sets_of
-        self._current = Current(journal, model, wait_seconds)
         self._follower = Follower(journal, model, LOOK_BACK_ROWS)
         self._tally: Tally | None = None
         self._lock = threading.Lock()
@@ -53,17 +50,12 @@ class Counted:
                     self._tally.add_labels(part, self._sets_of(self._model, part.revision))
             if self._tally:
                 self._tally.age(now_ms)
-            more = self._current.read(cohort.pairs, STEP_ROWS)
-        return bool(cohort) or more
+        return bool(cohort)
 
     def summary(self, since_ms: int, until_ms: int) -> Summary | None:
         """None: nothing was answered yet."""
         with self._lock:
             return self._tally.summary(since_ms, until_ms) if self._tally else None
-
-    def nowcasts(self, alarms: int, *, ringing: bool) -> dict[str, Nowcast]:
-        with self._lock:
-            return self._current.said(alarms, ringing=ringing)
 
     def _tally_of(self, part: Pairs) -> Tally:
         """Anew where a model file has other classes than the one before."""
@@ -80,12 +72,10 @@ class Summaries:
         journal: Journal,
         models: Callable[[], Iterable[str]],
         sets_of: SetsOf,
-        *,
         keep_seconds: float,
-        wait_seconds: float,
     ) -> None:
         self._journal, self._models, self._sets_of = journal, models, sets_of
-        self._keep_ms, self._wait_seconds = int(1000 * keep_seconds), wait_seconds
+        self._keep_ms = int(1000 * keep_seconds)
         self._counted: dict[str, Counted] = {}
         self._task: asyncio.Task[None] | None = None
 
@@ -101,17 +91,11 @@ class Summaries:
         counted = self._counted.get(model)
         return counted.summary(since_ms, until_ms) if counted else None
 
-    def nowcasts(self, model: str, alarms: int, *, ringing: bool) -> dict[str, Nowcast]:
-        """Figures of what is served now; `ringing`: whether an alarm with labels of it does."""
-        counted = self._counted.get(model)
-        return counted.nowcasts(alarms, ringing=ringing) if counted else {}
-
     async def look(self) -> None:
         """Count what has come since the last look."""
         names = set(self._models())
         self._counted = {
-            name: self._counted.get(name)
-            or Counted(self._journal, name, self._keep_ms, self._sets_of, self._wait_seconds)
+            name: self._counted.get(name) or Counted(self._journal, name, self._keep_ms, self._sets_of)
             for name in sorted(names)
         }
         for counted in list(self._counted.values()):

@@ -466,7 +466,8 @@ class ServedModel:
 def _rejoined(outputs: Sequence[str], parts: Sequence[Answer], snapshot: Snapshot) -> Answer:
     arrays = [np.concatenate([part.part(name) for part in parts]) for name in outputs]
     rows = sum(part.stop - part.start for part in parts)
-    return Answer(Run(outputs, arrays, snapshot, rows), 0, rows)
+    times = parts[0].run.times_ns[0], parts[-1].run.times_ns[1]
+    return Answer(Run(outputs, arrays, snapshot, rows, times), 0, rows)
 
 
 def _agree(one: NDArray[Any], other: NDArray[Any]) -> bool:

@@ -8,6 +8,7 @@ sync     an answer is given when it is kept, and refused with STORE_READ_ONLY wh
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from enum import StrEnum
 from functools import partial
 from typing import TypeAlias
@@ -21,7 +22,7 @@ from service.inference.batcher import Answer
 from service.inference.input_signals import InputSignals, Sample
 from service.inference.model import ServedModel, Snapshot
 from service.inference.prediction_sets import SET_SIZE
-from service.store.beside import NO_SEGMENT, Floats
+from service.store.beside import NO_SEGMENT, Floats, Signals
 from service.store.database import READ_ONLY
 from service.store.journal import Journal, OpenStream
 from service.store.packs import Answered
@@ -99,20 +100,26 @@ class Journalling:
         mode = Mode(model.journal or self._default)
         if mode is Mode.OFF or not model.is_classifier:
             return None
-        read, of_inputs = partial(_answered, model.input_signals), model.input_signals
-        stream = self._journal.open_stream(
-            model.name, model.version, model.digest, model.n_classes, read, of_inputs.bytes_a_row if of_inputs else 0
-        )
+        of_inputs = model.input_signals
+        read, more_bytes = partial(_answers, of_inputs), of_inputs.bytes_a_row if of_inputs else 0
+        stream = self._journal.open_stream(model.name, model.version, model.digest, model.n_classes, read, more_bytes)
         return ModelJournal(self._journal, stream, waits=mode is Mode.SYNC)
 
 
-def _answered(of_inputs: InputSignals | None, kept: tuple[int, Answer, bytes, str, Sample]) -> Answered:
-    """What is kept of an answer."""
-    time_ns, answer, caller_id, segment, inputs = kept
+Waiting: TypeAlias = tuple[int, Answer, bytes, str, Sample]
+
+
+def _answers(of_inputs: InputSignals | None, waiting: Sequence[Waiting]) -> list[Answered]:
+    """What is kept of answers."""
+    if of_inputs is None:
+        return [_answered(one, {}) for one in waiting]
+    signals = of_inputs.of_each([inputs for *_, inputs in waiting])
+    return list(map(_answered, waiting, signals))
+
+
+def _answered(waiting: Waiting, of_inputs: Signals) -> Answered:
+    time_ns, answer, caller_id, segment, _ = waiting
     snapshot = answer.run.snapshot
-    signals = _signals(answer, snapshot)
-    if of_inputs is not None:
-        signals |= of_inputs.of(inputs)
     return Answered(
         time_ns // 1_000_000,
         snapshot.revision,
@@ -121,7 +128,7 @@ def _answered(of_inputs: InputSignals | None, kept: tuple[int, Answer, bytes, st
         answer.part(PROBABILITIES),
         caller_id,
         segment,
-        signals,
+        {**_signals(answer, snapshot), **of_inputs},
     )
 
 

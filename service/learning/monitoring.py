@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from service.drift import alarms as alarm_rows
+from service.drift import nowcasting
 from service.drift.alarms import PAGE, PENDING, Alarms
 from service.drift.attribution import cause
 from service.drift.defaults import default_monitors
@@ -39,6 +40,8 @@ from service.drift.monitors import (
     spec_of,
     subject_of,
 )
+from service.drift.nowcasting import HIDDEN, OfLabels, Told
+from service.drift.nowcasts import Nowcast
 from service.drift.states import RAW, REFIT, ROLL_BACK, SERVED, SUSPEND, TELL, Alarm, Cause, MonitorSpec, MonitorState
 from service.errors import AlreadyExists, CalserveError, InvalidRequest, NotFound, Refused, shown
 from service.inference.model import ServedModel
@@ -122,6 +125,7 @@ class Monitoring:
         self._watched: dict[Key, _Watched] = {}
         self._pending: dict[str, Alarm] = {}
         self._unexplained: dict[str, _Unexplained] = {}
+        self._accuracies: dict[str, Nowcast] = {}
         self._busy = asyncio.Lock()
         self._changed = asyncio.Event()
         self._released = False
@@ -144,14 +148,26 @@ class Monitoring:
 
     def states(self) -> list[tuple[MonitorState, int]]:
         """Of every monitor, as it was after its last step; and the rows that it has passed since the start."""
-        return [(watched.state, watched.monitor.rows) for watched in list(self._watched.values())]
+        watched = [one for (_, name), one in list(self._watched.items()) if not name.startswith(HIDDEN)]
+        return [(one.state, one.monitor.rows) for one in watched]
+
+    def accuracies(self) -> list[tuple[str, Nowcast]]:
+        """Of what each model serves now, without labels, as of the last look."""
+        return list(self._accuracies.items())
+
+    async def nowcasts(self, model: str) -> Told:
+        """Of what a model serves."""
+        async with self._ready():
+            self._repository.get(model)
+            rows, labels = (self._watched[model, kind].monitor.watching.detector for kind in nowcasting.KINDS)
+            return await asyncio.to_thread(nowcasting.told, rows, labels, ringing=self._is_ringing(model))
 
     async def create(self, spec: MonitorSpec) -> MonitorState:
         async with self._ready():
             self._check(spec)
             if self._specs.get((spec.model, spec.name)) is not None:
                 raise AlreadyExists(f"model {shown(spec.model)} has a monitor {shown(spec.name)}")
-            if sum(key[0] == spec.model for key in self._specs) >= MOST_MONITORS:
+            if len(self._of(spec.model)) >= MOST_MONITORS:
                 raise Refused(f"a model has {MOST_MONITORS} monitors at most; delete one first")
             return await self._begin(spec)
 
@@ -162,7 +178,7 @@ class Monitoring:
     async def of_model(self, model: str) -> list[MonitorState]:
         async with self._ready():
             self._repository.get(model)
-            return [watched.state for (owner, _), watched in sorted(self._watched.items()) if owner == model]
+            return [watched.state for _, watched in self._of(model)]
 
     async def update(self, spec: MonitorSpec, fields: Iterable[str]) -> MonitorState:
         """Take these fields of the spec. Unless it is only policy and cool-down, the monitor begins anew."""
@@ -298,7 +314,19 @@ class Monitoring:
         for one, _ in steps:
             one.open = next(((a.id,) for a in alarms if a.monitor == one.monitor.spec.name), one.open)
             one.look()
+        model = watched[0].monitor.spec.model
+        rows, labels = (self._watched[model, kind].monitor.watching.detector for kind in nowcasting.KINDS)
+        ringing = self._is_ringing(model)
+        self._accuracies[model] = nowcasting.without_labels(rows, labels, ringing=ringing)
+        if any(not alarm.repeats and self._is_of_labels(self._watched[model, alarm.monitor]) for alarm in alarms):
+            self._begin_cohort(model)
         return any(sum(map(len, step.cohort.pairs)) >= STEP_ROWS for _, step in steps)
+
+    def _begin_cohort(self, model: str) -> None:
+        """Judge labels to come apart from those before the alarm."""
+        monitor = self._watched[model, OfLabels.kind].monitor
+        self._journal.writer.write_now(lambda connection: monitor.turn(connection, RESET))
+        monitor.load()
 
     def _rang(self, alarm: Alarm) -> None:
         self._tell_watchers()
@@ -390,7 +418,8 @@ class Monitoring:
             models = self._served()
             for key in [key for key in self._watched if key[0] not in models]:
                 del self._watched[key]
-            for spec in [spec for name in models if self._mode == DEFAULT for spec in default_monitors(name)]:
+                self._accuracies.pop(key[0], None)
+            for spec in [spec for model in models.values() for spec in self._unasked(model)]:
                 if (spec.model, spec.name) not in self._specs:
                     await self._begin(spec)
             for key, found in list(self._specs.items()):
@@ -411,6 +440,12 @@ class Monitoring:
         untold = [alarm for alarm in self.alarms.before("") if alarm.cause is None and not alarm.acknowledged_ms]
         self._unexplained = {alarm.id: _Unexplained(alarm, 0) for alarm in untold}
         self._is_read = True
+
+    def _unasked(self, model: ServedModel) -> list[MonitorSpec]:
+        """What is read of a model whether or not anybody asks."""
+        signals = model.input_signals.names if model.input_signals else ()
+        of_default = default_monitors(model.name, signals) if self._mode == DEFAULT else []
+        return [*nowcasting.specs(model.name), *of_default]
 
     def _served(self) -> dict[str, ServedModel]:
         """The newest version of each classifier."""
@@ -454,12 +489,26 @@ class Monitoring:
         watched = self._watched[spec.model, spec.name] = _Watched(monitor, monitor.state(is_open), is_open)
         return watched
 
+    def _of(self, model: str) -> list[tuple[str, _Watched]]:
+        """A model's monitors by their names."""
+        of_model = [(name, one) for (owner, name), one in self._watched.items() if owner == model]
+        return sorted((name, one) for name, one in of_model if not name.startswith(HIDDEN))
+
+    def _is_ringing(self, model: str) -> bool:
+        """Whether an alarm by the labels of what is served is open."""
+        return any(one.open and self._is_of_labels(one) for _, one in self._of(model))
+
+    @staticmethod
+    def _is_of_labels(one: _Watched) -> bool:
+        """Whether a monitor holds labels against what is served."""
+        return one.monitor.spec.watched == SERVED and one.monitor.watching.detector.labelled
+
     def _find(self, model: str, name: str) -> _Watched:
         self._repository.get(model)
-        try:
-            return self._watched[model, name]
-        except KeyError:
-            raise NotFound(f"model {shown(model)} has no monitor {shown(name)}") from None
+        for own, watched in self._of(model):
+            if own == name:
+                return watched
+        raise NotFound(f"model {shown(model)} has no monitor {shown(name)}")
 
     def _subject(self, spec: MonitorSpec) -> str:
         model = self._repository.get(spec.model)

@@ -13,6 +13,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from service.drift.alarms import PAGE, number_of
 from service.drift.defaults import PROMISE
+from service.drift.nowcasts import Nowcast
 from service.drift.states import RAW, REFIT, ROLL_BACK, SERVED, SUSPEND, TELL, Alarm, MonitorSpec, MonitorState
 from service.errors import InvalidRequest, shown
 from service.learning.monitoring import Monitoring
@@ -105,6 +106,7 @@ class MonitorService:
             monitors=map(monitor_message, states),
             alarms=map(alarm_message, alarms),
             false_alarms=PROMISE if any(state.spec.is_default for state in states) else "",
+            nowcasts=[_nowcast(*told) for told in (await self.monitoring.nowcasts(request.model))._asdict().items()],
             page_html=page,
         )
 
@@ -159,6 +161,19 @@ def alarm_message(alarm: Alarm) -> pb.Alarm:
         evidence=alarm.evidence,
         repeat_count=alarm.repeats,
         repeat_time=_time(alarm.repeated_ms),
+    )
+
+
+def _nowcast(name: str, told: Nowcast) -> pb.Nowcast:
+    return pb.Nowcast(
+        name=name,
+        estimate=told.estimate,
+        low=told.low,
+        high=told.high,
+        valid=told.valid,
+        row_count=told.n_rows,
+        label_count=told.n_labels,
+        why_not=told.why_not,
     )
 
 

@@ -13,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from service.store import receipts
 from service.store.database import Connection, open_database, reading_errors
@@ -49,14 +49,17 @@ KEY_SECONDS = 30 * 86400.0
 """After this ids and receipts are signed with a new key. Old keys are known as long as what they signed may be kept."""
 
 
+Read: TypeAlias = Callable[[Sequence[Any]], list[Answered]]
+
+
 class OpenStream:
     """The requests of one served model on their way to the journal. `append` is for one thread.
 
-    `read` makes of what is appended what is kept: in the writer's thread, since every line in the path of a request
-    costs several times what it does in a loop.
+    `read` makes of what is appended, many at once, what is kept: in the writer's thread, since every line in the path
+    of a request costs several times what it does in a loop.
     """
 
-    def __init__(self, journal: Journal, row: StreamRow, read: Callable[[Any], Answered], more_bytes: int) -> None:
+    def __init__(self, journal: Journal, row: StreamRow, read: Read, more_bytes: int) -> None:
         self.row, self.read = row, read
         self.waiting: deque[Any] = deque()
         self.written, self.recorded = 0, False  # requests that are past; whether the stream's row is there
@@ -84,7 +87,7 @@ class OpenStream:
 
     def receipt(self, request: Any) -> bytes:
         """The receipt of what was appended last."""
-        return receipts.issue(self._maker.key, self.row, self._next - 1, self.read(request))
+        return receipts.issue(self._maker.key, self.row, self._next - 1, self.read([request])[0])
 
 
 class _Flight(NamedTuple):
@@ -180,7 +183,7 @@ class Journal:
         version: str,
         digest: str,
         class_count: int,
-        read: Callable[[Any], Answered] = lambda it: it,
+        read: Read = list,
         more_bytes: int = 0,
     ) -> OpenStream:
         """A stream for what this process answers with one model file. `more_bytes` is what a row that waits takes
@@ -239,7 +242,7 @@ class Journal:
     def _write_packs(self, connection: Connection, stream: OpenStream, requests: list[Any]) -> None:
         before = [flight for flight in self._in_flight if flight.stream is stream]
         told, lost = before[-1].told_lost if before else stream.told_lost, stream.lost_rows.total()
-        answers = list(map(stream.read, requests))
+        answers = stream.read(requests)
         self._in_flight.append(_Flight(stream, requests, sum(len(answer.logits) for answer in answers), lost))
         if not stream.recorded:
             insert_stream(connection, stream.row)

@@ -130,10 +130,13 @@ class Cohort:
 class Reader:
     """A named reader of one model's journal. Its methods are for any thread but the event loop's, one at a time.
 
-    `wait_seconds` is how long a label is waited for.
+    `wait_seconds` is how long a label is waited for. One that reads no labels is given none, and is faster.
     """
 
-    def __init__(self, journal: Journal, model: str, name: str, wait_seconds: float) -> None:
+    def __init__(
+        self, journal: Journal, model: str, name: str, wait_seconds: float, *, reads_labels: bool = True
+    ) -> None:
+        self._reads_labels = reads_labels
         self._journal, self._model, self._name, self._wait_ms = journal, model, name, int(1000 * wait_seconds)
         self._nothing_late: tuple[Position, int] = Position(), 0
 
@@ -146,7 +149,7 @@ class Reader:
         """The next step, empty if nothing can be passed. It is read again until it is committed."""
         with self._journal.reading() as connection:
             begin, number, _ = _state(connection, self._model, self._name)
-            (record,) = connection.execute("SELECT coalesce(max(record), 0) FROM records").fetchone()
+            record = self._newest_record(connection)
             end = self._watermark(connection, begin, max(record, begin.record), most_rows)
             searched = self._nothing_late[1] if self._nothing_late[0] == begin else begin.record
             cohort = self._cohort(connection, number + 1, begin, end, searched)
@@ -186,8 +189,7 @@ class Reader:
         self.forget(connection)
         query = "SELECT pack, rows FROM packs JOIN streams ON streams.stream = packs.stream WHERE model = ?"
         end = connection.execute(f"{query} ORDER BY pack DESC LIMIT 1", (self._model,)).fetchone() or (0, 0)
-        (record,) = connection.execute("SELECT coalesce(max(record), 0) FROM records").fetchone()
-        place = (self._model, self._name, 0, *end, record)
+        place = (self._model, self._name, 0, *end, self._newest_record(connection))
         values = (*place, b"", checksum(*place, b""))
         connection.execute("INSERT INTO readers VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
         connection.execute("INSERT INTO releases VALUES (?, ?, ?, ?, ?, ?, ?)", (*place, checksum(*place)))
@@ -202,6 +204,7 @@ class Reader:
         """What the last packs before the position have, with the labels that were there; packs of so many rows."""
         with self._journal.reading() as connection:
             position, _, _ = _state(connection, self._model, self._name)
+            record = position.record if self._reads_labels else LAST
             query = f"{_PACKS} ORDER BY pack DESC LIMIT ?"
             found = connection.execute(query, (self._model, 0, position.pack, most_packs)).fetchall()
             packs = list(map(PackRow._make, found))
@@ -210,7 +213,7 @@ class Reader:
             pairs: list[Pairs] = []
             for row in reversed(packs):
                 stop = position.row if row.pack == position.pack else row.rows
-                pairs += pairs_of(connection, row, 0, position.record, slice(0, stop))
+                pairs += pairs_of(connection, row, 0, record, slice(0, stop))
             return pairs
 
     def is_whole(self) -> bool:
@@ -238,6 +241,11 @@ class Reader:
                 with self._journal.reading() as connection:
                     yield self._cohort(connection, number, begin, end, begin.record)
             begin = end
+
+    def _newest_record(self, connection: Connection) -> int:
+        """Labels up to this record are there to be read."""
+        query = "SELECT coalesce(max(record), 0) FROM records"
+        return int(connection.execute(query).fetchone()[0]) if self._reads_labels else 0
 
     def _watermark(self, connection: Connection, begin: Position, record: int, most_rows: int) -> Position:
         """The position after the last row that may be passed, of labels up to `record`."""
@@ -270,6 +278,8 @@ class Reader:
 
     def _late(self, connection: Connection, begin: Position, after: int, record: int) -> list[Pairs]:
         """Labels of the records after the one and up to the other, for rows that were passed at `begin`."""
+        if record <= after:
+            return []
         query = (
             "SELECT DISTINCT labels.stream, number FROM labels JOIN streams ON streams.stream = labels.stream "
             "WHERE record > ? AND record <= ? AND model = ? ORDER BY labels.stream, number"
@@ -299,14 +309,14 @@ class Reader:
 
 
 class Follower(Reader):
-    """A reader that keeps no position, and begins `most_rows` rows before the end of the journal at most.
+    """A reader that waits for no label and keeps no position: a row comes when it was answered, its label when it came.
 
-    For sums that the order of labels does not change it need not wait: then a row comes when it was answered, and its
-    label when it came.
+    It begins `most_rows` rows before the end of the journal at most, and is for sums that the order of labels does not
+    change: nothing is held back behind a watermark.
     """
 
-    def __init__(self, journal: Journal, model: str, most_rows: int, wait_seconds: float = 0.0) -> None:
-        super().__init__(journal, model, "", wait_seconds)
+    def __init__(self, journal: Journal, model: str, most_rows: int) -> None:
+        super().__init__(journal, model, "", 0.0)
         self._most_rows = most_rows
         self._at: Position | None = None
         self._seen = 0, 0
@@ -318,7 +328,7 @@ class Follower(Reader):
                 "SELECT coalesce((SELECT max(record) FROM records), 0), coalesce((SELECT max(pack) FROM packs), 0)"
             ).fetchone()
             begin = self._at or Position(self._first_pack(connection), 0, record)
-            if self._wait_ms == 0 and self._seen == (record, pack):
+            if self._seen == (record, pack):
                 return Cohort(0, begin, begin, (), (), 0)
             end = self._watermark(connection, begin, record, most_rows)
             cohort = self._cohort(connection, 0, begin, end, begin.record)
@@ -356,6 +366,8 @@ def _labels_of(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Label and producer of each row of a pack, of labels after the one record and up to the other."""
     labels, producers = np.full(len(pack.kept), NO_LABEL, np.int64), np.zeros(len(pack.kept), np.int64)
+    if record <= after:
+        return labels, producers
     query = (
         "SELECT number, row, label, producer FROM labels "
         "WHERE stream = ? AND number BETWEEN ? AND ? AND record > ? AND record <= ?"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from service.drift.nowcasts import Nowcast
 from service.drift.states import Alarm, MonitorState
 from service.drift.summary import Summary
 
@@ -51,27 +52,6 @@ class ModelFacts:
 
 
 @dataclass(frozen=True)
-class NowCast:
-    """A number as it is now, estimated from rows whose labels have not come yet.
-
-    Attributes
-    ----------
-    value, low, high : of it, with its interval
-    valid : whether the interval holds
-    why : why it cannot be told from confidence alone; empty: it is
-    labels : recent labels that it rests on besides
-    """
-
-    what: str
-    value: float
-    low: float
-    high: float
-    valid: bool
-    why: str
-    labels: int = 0
-
-
-@dataclass(frozen=True)
 class Sources:
     """Where the page reads. Each is called by threads of the HTTP port.
 
@@ -79,11 +59,12 @@ class Sources:
     ----------
     models : those that are served
     summary : of a model, from a time to another in ms; None: nothing was answered yet
-    monitors, alarms, nowcasts : of a model; alarms newest first
+    monitors, alarms : of a model; alarms newest first
+    accuracy : of what a model serves, as it is now without labels; None: it is not followed
     """
 
     models: Callable[[], Sequence[ModelFacts]]
     summary: Callable[[str, int, int], Summary | None]
     monitors: Callable[[str], Sequence[MonitorState]] = lambda _: ()
     alarms: Callable[[str], Sequence[Alarm]] = lambda _: ()
-    nowcasts: Callable[[str], Sequence[NowCast]] = lambda _: ()
+    accuracy: Callable[[str], Nowcast | None] = lambda _: None

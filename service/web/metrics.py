@@ -73,6 +73,7 @@ class JournalState:
     kept, lost : rows of predictions by model; by model and why
     other : rows by model, of segments beyond those that are told apart
     labels : what became of labels -> how many
+    delay : how old predictions were when labels came for them
     """
 
     writable: bool
@@ -83,6 +84,7 @@ class JournalState:
     lost: Mapping[tuple[str, str], int]
     other: Mapping[str, int]
     labels: Mapping[str, int]
+    delay: Durations
 
 
 @dataclass(frozen=True)
@@ -279,16 +281,8 @@ class _State(Collector):
         requests = CounterMetricFamily(
             "calserve_requests", "Requests for inference, by result.", labels=[*of_model, "result"]
         )
-        batches = HistogramMetricFamily("calserve_batch_rows", "Rows of a run.", labels=of_model)
-        durations = {
-            name: HistogramMetricFamily(f"calserve_{name}_seconds", text, labels=of_model)
-            for name, text in (
-                ("request", "From a request's arrival to its answer, of those that were answered."),
-                ("queue", "What a request waited for its run."),
-                ("run", "What a run took."),
-            )
-        }
-        for state in self._models():
+        states = list(self._models())
+        for state in states:
             name = [state.model, state.version]
             active.add_metric([*name, state.revision, state.provider], 1.0)
             queued.add_metric(name, state.queued)
@@ -298,11 +292,29 @@ class _State(Collector):
                 dropped.add_metric([*name, why], count)
             for result, count in state.requests.items():
                 requests.add_metric([*name, result], count)
-            batches.add_metric(name, _runs_by_rows(state.batches), state.rows)
-            for what, family in durations.items():
-                spread: Durations = getattr(state, what)
-                family.add_metric(name, buckets(spread.bounds, spread.counts), spread.seconds)
-        yield from (active, queued, rows, runs, requests, dropped, batches, *durations.values())
+        yield from (active, queued, rows, runs, requests, dropped)
+        yield from _histograms(states)
+
+
+def _histograms(states: Sequence[ModelState]) -> Iterator[Metric]:
+    of_model = ["model", "version"]
+    batches = HistogramMetricFamily("calserve_batch_rows", "Rows of a run.", labels=of_model)
+    durations = {
+        name: HistogramMetricFamily(f"calserve_{name}_seconds", text, labels=of_model)
+        for name, text in (
+            ("request", "From a request's arrival to its answer, of those that were answered."),
+            ("queue", "What a request waited for its run."),
+            ("run", "What a run took."),
+        )
+    }
+    for state in states:
+        name = [state.model, state.version]
+        in_runs = sum(rows * runs for rows, runs in state.batches.items())
+        batches.add_metric(name, _runs_by_rows(state.batches), in_runs)
+        for what, family in durations.items():
+            spread: Durations = getattr(state, what)
+            family.add_metric(name, buckets(spread.bounds, spread.counts), spread.seconds)
+    yield from (batches, *durations.values())
 
 
 class _Journal(Collector):
@@ -338,7 +350,11 @@ class _Journal(Collector):
         labels = CounterMetricFamily("calserve_labels", "Labels that came, by what became of them.", labels=["result"])
         for result, count in state.labels.items():
             labels.add_metric([result], count)
-        yield from (kept, lost, other, labels)
+        delay = HistogramMetricFamily(
+            "calserve_label_delay_seconds", "Age of a prediction when a label came for it, to a quarter of a second."
+        )
+        delay.add_metric([], buckets(state.delay.bounds, state.delay.counts), state.delay.seconds)
+        yield from (kept, lost, other, labels, delay)
 
 
 class _Coverage(Collector):

@@ -6,11 +6,11 @@ import shlex
 from collections.abc import Callable
 
 from calibrators.plots._style import percent
+from service.drift.nowcasts import Nowcast
 from service.drift.states import RAW, SERVED, Alarm
 from service.web import figures, words
 from service.web.details import alarms, glossary, monitors, revisions, where
 from service.web.elements import command, figure, heading, legend, pill, scale, tile, when
-from service.web.facts import NowCast
 from service.web.markup import Html, Part, tag
 from service.web.view import NO_REVISION, View
 
@@ -44,7 +44,7 @@ def hero(view: View) -> Html:
         tag("p", pill(verdict), tag("span", f"version {model.version}"), tag("span", active), class_="eyebrow"),
         tag("h1", headline(view), class_="verdict"),
         tag("div", told(verdict, view.calibrated), class_="scales") if verdict.raw or verdict.served else None,
-        tag("p", verdict.sentence, " ", map(_nowcast, view.nowcasts), class_="quiet"),
+        tag("p", verdict.sentence, " ", _now(view.accuracy) if view.accuracy else None, class_="quiet"),
         id="verdict",
         class_=f"hero {verdict.mood}",
     )
@@ -91,15 +91,13 @@ def told(verdict: words.Verdict, calibrated: bool) -> list[Html]:
     ]
 
 
-def _nowcast(one: NowCast) -> Html:
-    found = f"{percent(one.value)} ({words.interval(one.low, one.high)})" if one.valid else ""
-    if not found:
-        said = f"{one.what} now cannot be told without labels. {one.why}"
-    elif one.why:
-        said = f"{one.what} now, by {one.labels:,} labels since the last change: {found}. {one.why}"
-    else:
-        said = f"{one.what} now, without waiting for labels: {found}."
-    return tag("span", said, class_="nowcast")
+def _now(accuracy: Nowcast) -> Html:
+    if accuracy.valid:
+        found = f"{percent(accuracy.estimate)} ({words.interval(accuracy.low, accuracy.high)})"
+        return tag("span", f"Right now, without waiting for labels: {found}.", class_="nowcast")
+    return tag(
+        "span", f"How often it is right now cannot be told before labels come. {accuracy.why_not}", class_="nowcast"
+    )
 
 
 def ringing(view: View) -> Html | None:

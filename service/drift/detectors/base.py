@@ -11,7 +11,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,8 +119,8 @@ class Detector(ABC):
         """For `state`: copies of the arrays, and under `detector` the kind and its parameters, by which it is known."""
         return {"detector": self._described(), **{name: np.array(array) for name, array in arrays.items()}}
 
-    def _unpacked(self, state: Mapping[str, NDArray[np.generic]], *names: str) -> dict[str, NDArray[np.generic]]:
-        """For `restore`: copies of the named arrays, of a state that `_packed` made for the same kind and parameters."""
+    def _unpacked(self, state: Mapping[str, NDArray[np.generic]], *names: str) -> dict[str, NDArray[Any]]:
+        """For `restore`: copies of the named arrays of a state that `_packed` made, for this kind and parameters."""
         described = bytes(np.asarray(state.get("detector", ()), np.uint8)).decode(errors="replace")
         if described != (own := bytes(self._described()).decode()):
             raise ValueError(f"the state must be of the detector {own}, it is of {described or 'none'}")

@@ -16,9 +16,9 @@ KL(q || u + t (P - u)) at t = 0 is not negative, as the band is convex:
     -sum_k q_k (P_k - u_k) / u_k >= 0     that is     sum_k P_k q_k / u_k <= sum_k q_k = 1
 
 so E[L] <= 1 again, and no other denominator pays more (Grünwald, de Heide, Koolen, "Safe testing", JRSS B 86, 2024,
-theorem 1). u is q m, cut off at the edges of the band, with the m at which it sums to one. Of an event, which is right or
-not, it is the edge next to q. Where q lies in the band L = 1: there the bet is idle. Without it a temperature would win
-without bound from classes that are stated as impossible and come once in a thousand rows.
+theorem 1). u is q m, cut off at the edges of the band, with the m at which it sums to one. Of an event, which is
+right or not, it is the edge next to q. Where q lies in the band L = 1: there the bet is idle. Without it a
+temperature would win without bound from classes that are stated as impossible and come once in a thousand rows.
 
 **Wealth.** A bet is begun anew at every row, and what all its beginnings hold together is
 
@@ -28,8 +28,8 @@ without bound from classes that are stated as impossible and come once in a thou
 idle bet adds none, a bet on class k has the part p_k of its family's, a bet within a segment is begun at the segment's
 rows. Then R = sum M grows by at most 1 in the mean each row, so P(R >= c within N rows) <= N / c for every N.
 
-Nothing leaves the range of a float64: log-probabilities are cut off at `LOWEST`, which only lowers what is paid but for a
-part of 1e-13 a class, and wealth at `HIGHEST`.
+Nothing leaves the range of a float64: log-probabilities are cut off at `LOWEST`, which only lowers what is paid but
+for a part of 1e-13 a class, and wealth at `HIGHEST`.
 """
 
 from __future__ import annotations
@@ -84,8 +84,9 @@ class Bets(NamedTuple):
 
 
 class Wealth(NamedTuple):
-    """What rows have changed, but for the learners. Bets stand in this order: on the whole, segment by segment, class by
-    class.
+    """What rows have changed, but for the learners.
+
+    Bets stand in this order: on the whole, segment by segment, class by class.
 
     Attributes
     ----------
@@ -227,7 +228,7 @@ def _top_ratios(
         top = k if p[k] > p[top] else top
     for k in range(len(p)):
         rest += p[k] if k != top else 0.0
-    odds = log(p[top] / rest)
+    odds = log(p[top] / rest) if rest > 0.0 else np.inf
     for j in range(len(slopes)):
         said = 1.0 / (1.0 + exp(-(slopes[j] * odds + shifts[j])))
         ratios[first + j] = _event_ratio(1.0 - rest, said, y == top, eps)
@@ -246,11 +247,11 @@ def _event_ratio(p: float, q: float, came: bool, eps: float) -> float:
 def _ratio(p: Array, q: Array, e: int, y: int, eps: float) -> float:
     """L of a bet on all classes, q[e]."""
     if eps == 0.0:
-        return q[e, y] / p[y]
+        return float(q[e, y] / p[y])
     for k in range(len(p)):
         if abs(q[e, k] - p[k]) > eps:
             u = nearest_multiple(p, q[e], eps) * q[e, y]
-            return q[e, y] / min(max(u, p[y] - eps), p[y] + eps)
+            return float(q[e, y] / min(max(u, p[y] - eps), p[y] + eps))
     return 1.0
 
 
@@ -337,7 +338,7 @@ def _forecast(theta: Array, e: int, z: Array, q: Array) -> None:
 def _learn(
     theta: Array, curvature: Array, e: int, z: Array, q: Array, y: int, memory: float
 ) -> None:  # fmt: skip
-    """One step of Newton's method with the diagonal of the second derivatives, as `calibrators.online.softmax` takes."""
+    """One step of Newton's method with a diagonal of second derivatives, as `calibrators.online.softmax` takes it."""
     new = 1.0 / memory
     mean = square = 0.0
     for k in range(len(z)):

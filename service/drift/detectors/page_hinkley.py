@@ -4,10 +4,11 @@ The signal is x = correct - confidence, of mean zero while the confidence is tru
 
     up <- max(0, up + x - slack)        down <- max(0, down - x - slack)
 
-(Page, "Continuous inspection schemes", Biometrika 41, 1954, section 3); it rings when either reaches the limit. With the
-mean of the rows so far in the place of zero it is the Page-Hinkley test (Hinkley, "Inference about the change-point from
-cumulative sum tests", Biometrika 58, 1971) as river has it, in which a model that is wrong from the first row is right.
-How often it rings falsely depends on how confidences are spread: the defaults were tried out, they promise nothing.
+(Page, "Continuous inspection schemes", Biometrika 41, 1954, section 3); it rings when either reaches the limit. With
+the mean of the rows so far in the place of zero it is the Page-Hinkley test (Hinkley, "Inference about the
+change-point from cumulative sum tests", Biometrika 58, 1971) as river has it, in which a model that is wrong from the
+first row is right. How often it rings falsely depends on how confidences are spread: the defaults were tried out,
+they promise nothing.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class PageHinkley(Detector):
     >>> detector.update(Batch(logits, labels, np.zeros(100, np.int64)))
     29
     >>> detector.change_point(), detector.evidence()
-    (30, {'overconfidence': 1.0})
+    (29, {'overconfidence': 1.0})
     """
 
     kind = "page_hinkley"

@@ -12,16 +12,16 @@ class. While the signal keeps its law, no L exceeds 1 in the mean, whatever is k
 
     M_j <- L_j (M_j + w_j)     sum_j w_j = 1     R = sum_j M_j     rings when R >= c
 
-is a Shiryaev-Roberts e-detector (Shin, Ramdas, Rinaldo, "E-detectors", NEJSDS 2023): R exceeds the number of rows by
-nothing in the mean, so by Doob's inequality P(it rings within N rows) <= N / c. Several signals share the one clock and
-the one threshold, each with an equal part of the weights.
+is a Shiryaev-Roberts e-detector (Shin, Ramdas, Rinaldo, "E-detectors", NEJSDS 2, 2024): R grows by 1 a row in the mean
+at most, so by Doob's inequality P(it rings within N rows) <= N / c. Several signals share the one clock and the one
+threshold, each with an equal part of the weights.
 
 The slack delta is for the reference being a sample: a stream of the same law as the reference's source is not of the
-law of the reference, and without slack half of the references of 2000 rows ring within 100,000 rows. Given the
-reference, the mean of phi_d is up to a term of order 1/m the mean of -phi_d over m uniform numbers, of variance 1/(3m)
-and 1/(5m); delta bounds it, and q_k is the upper end for f > 1 and the lower for f < 1 of the interval of Clopper and
-Pearson (Biometrika 26, 1934), but for a reference of probability `reference_error`, divided among all bounds. `normal`:
-delta by the central limit theorem. `exact`: for every m and every law, with l = log(6 signals / reference_error),
+law of the reference, and without slack most references of 2000 rows ring within 100,000 rows. Given the reference, the
+mean of phi_d is, up to a term of order 1/m, the mean of -phi_d over m uniform numbers, of variance 1/(3m) and 1/(5m),
+and delta bounds it; q_k is the upper end for f > 1, the lower for f < 1, of the interval of Clopper and Pearson
+(Biometrika 26, 1934). All bounds hold together but with probability `reference_error`. `normal`: delta by the central
+limit theorem. `exact`: for every m and every law, with l = log(6 signals / reference_error),
 
     delta_1 = sqrt(2 l / (3 m))                              a uniform number is sub-Gaussian with its own variance
     delta_2 = sqrt(2 l / (5 m)) + l / (3 m) + 3 / (m + 1) + 6 (sqrt(l / (2 m)) + 1 / (m + 1))^2
@@ -68,7 +68,7 @@ MOST_WEALTH = 1e250
 class ScoreShift(Detector):
     """Rings when the law of one of its signals has moved from that of its reference.
 
-    Rows in which a watched signal is not a finite number pass it by.
+    Rows in which a watched signal is missing or not a finite number pass it by.
 
     Parameters
     ----------
@@ -106,7 +106,8 @@ class ScoreShift(Detector):
         horizon_rows: float = 100_000,
     ) -> None:
         self.signals, self._names = signals, tuple(name.strip() for name in str(signals).split(","))
-        if not all(self._names) or len({*self._names}) < len(self._names):
+        is_names = isinstance(signals, str) and all(name.isidentifier() for name in self._names)
+        if not is_names or len({*self._names}) < len(self._names):
             raise ValueError(f"signals must be different names, separated by commas, got {signals!r}")
         self.reference_rows = whole("reference_rows", reference_rows, most=MOST_REFERENCE_ROWS)
         self.slack = one_of("slack", slack, SLACKS)
@@ -191,7 +192,7 @@ class ScoreShift(Detector):
 
     def _read(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """(numbers, n_rows) and the predicted class (n_rows,)."""
-        values = np.empty((len(self._numbers), len(batch)), dtype=np.float32)
+        values = np.full((len(self._numbers), len(batch)), np.nan, dtype=np.float32)
         classes = np.zeros(len(batch), dtype=np.int64)
         if {*self._names} & {*OF_LOGITS, PREDICTED_CLASS}:
             of_logits, classes = signals_of(np.ascontiguousarray(batch.logits, dtype=np.float64))
@@ -199,9 +200,8 @@ class ScoreShift(Detector):
             if name in OF_LOGITS:
                 values[row] = of_logits[OF_LOGITS.index(name)]
             elif name in batch.signals:
-                values[row] = batch.signals[name]
-            else:
-                raise ValueError(f"signals must be of the rows, which have {sorted(batch.signals)}, got {name!r}")
+                with np.errstate(over="ignore"):  # beyond float32 is not a finite number
+                    values[row] = batch.signals[name]
         if PREDICTED_CLASS in self._names:
             n_classes = batch.logits.shape[1]
             if not len(self._classes):

@@ -1,9 +1,9 @@
 """The calibration error of the last rows, held against a fixed limit: what most dashboards do.
 
 Guo, Pleiss, Sun, Weinberger, "On calibration of modern neural networks" (ICML 2017), section 2: confidence in bins of
-equal width, the sum over bins of |correct - confidence| / window. It is never negative, so that noise alone lifts it, by
-an amount that depends on how confidences are spread: a harmless change of the inputs may carry it over the limit, and it
-promises nothing about false alarms. It is here to be compared with.
+equal width, the sum over bins of |correct - confidence| / window. It is never negative, so that noise alone lifts it,
+by an amount that depends on how confidences are spread: a harmless change of the inputs may carry it over the limit,
+and it promises nothing about false alarms. It is here to be compared with.
 """
 
 from __future__ import annotations
