@@ -233,7 +233,6 @@ class Summary:
     ----------
     since_ms, until_ms : the window, wholly counted
     counted_ms : when the first row was predicted that is counted at all; 0: none was
-    last_ms, last_label_ms : when the last row was predicted that is counted, and the last one that has a label
     total : sums of the window
     points : the same in stretches, oldest first, none where nothing was answered
     groups : classes and segments, from `groups_since_ms` on, as they are counted in longer stretches
@@ -242,8 +241,6 @@ class Summary:
     since_ms: int
     until_ms: int
     counted_ms: int
-    last_ms: int
-    last_label_ms: int
     total: Sums
     points: Sequence[Point]
     groups: Groups
@@ -251,14 +248,14 @@ class Summary:
 
 
 class Tally:
-    """The counters of one model. `add` and `summary` may be called from two threads, if a lock is held."""
+    """The counters of one model. It holds no lock."""
 
     def __init__(self, n_classes: int, keep_ms: int) -> None:
         self.n_classes = n_classes
         self._sums = Timeline(LEVELS_MS, OLDEST_MS, keep_ms, Sums)
         self._block_ms = _block_width(n_classes, keep_ms)
         self._groups = Timeline((), self._block_ms, keep_ms, lambda: Groups(np.zeros((n_classes, len(GROUP_FIELDS)))))
-        self._counted_ms = self._last_ms = self._last_label_ms = 0
+        self._counted_ms = self._last_ms = 0
         self._shares = np.random.default_rng(0)  # a randomised set is not kept; one of the same law is made
 
     def add(self, part: Pairs, sets: ConformalCalibrator | None = None) -> None:
@@ -290,18 +287,13 @@ class Tally:
         for start, _, block in self._groups.between(since_ms, until_ms):
             groups_since = min(groups_since, start)
             groups.add(block)
-        return Summary(
-            since_ms, until_ms, self._counted_ms, self._last_ms, self._last_label_ms, total, points, groups,
-            max(groups_since, self._counted_ms),
-        )  # fmt: skip
+        return Summary(since_ms, until_ms, self._counted_ms, total, points, groups, max(groups_since, self._counted_ms))
 
     def _count(self, part: Pairs, sets: ConformalCalibrator | None, *, answered: bool) -> None:
         rows = Rows.of(part, self.n_classes, sets, self._shares)
         for chosen in _runs(part.times_ms, self._sums):
             rows.add_to(self._sums.at(int(part.times_ms[chosen.start])), chosen, answered=answered)
         labelled = np.flatnonzero(part.labels != NO_LABEL)
-        if len(labelled):
-            self._last_label_ms = max(self._last_label_ms, int(part.times_ms[labelled].max()))
         blocks = part.times_ms[labelled] // self._block_ms
         for block in np.unique(blocks).tolist():
             groups = self._groups.at(block * self._block_ms)

@@ -172,7 +172,8 @@ def _cause(alarm: Alarm) -> str:
 
 
 def _outcome(alarm: Alarm) -> str:
-    seen = f"; seen by {alarm.acknowledged_by}" if alarm.acknowledged_by else ""
+    seen = "; seen" if alarm.acknowledged_ms else ""
+    seen += f" by {alarm.acknowledged_by}" if alarm.acknowledged_by else ""
     return (alarm.outcome or alarm.policy) + seen
 
 

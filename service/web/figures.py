@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from calibrators.plots._style import percent
 from service.drift.states import RAW, SERVED, Alarm, MonitorState
 from service.drift.summary import MOST_SET_SIZE, Point, Sums
-from service.web.words import interval, percent
+from service.web.words import interval
 
 Figure = dict[str, Any]
 

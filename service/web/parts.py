@@ -220,6 +220,8 @@ def over_time(view: View) -> Html | None:
     if summary is None or not summary.points:
         return None
     points, rang = summary.points, view.in_window
+    late = summary.counted_ms > summary.since_ms
+    counted = ["Counted from ", when(summary.counted_ms), " on."] if late else None
     shown = []
     if len(figures.enough(points)) > 0:
         shown += [
@@ -258,4 +260,6 @@ def over_time(view: View) -> Html | None:
     key = [("line raw", "the model itself")]
     key += [("line served", "as served")] if calibrated else []
     key += [("line alarm", "an alarm"), ("line begun", "where the change began, as reckoned")] if rang else []
-    return tag("section", heading("Over time"), legend(key), tag("div", shown, class_="grid two"), id="over-time")
+    return tag(
+        "section", heading("Over time", counted), legend(key), tag("div", shown, class_="grid two"), id="over-time"
+    )

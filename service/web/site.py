@@ -21,6 +21,7 @@ from urllib.parse import parse_qs, quote, unquote
 from service import __version__
 from service.drift.states import RAW, SERVED, Alarm, MonitorState
 from service.drift.summary import Sums
+from service.errors import shown
 from service.web import parts, words
 from service.web.assets import NO_STYLES, Assets
 from service.web.elements import pill, when
@@ -34,8 +35,13 @@ WINDOWS = {"1h": "1 hour", "24h": "24 hours", "7d": "7 days"}
 DEFAULT_WINDOW = "24h"
 FRESH_SECONDS = 1.0
 """How long an answer is given again: however many look, it is made once in that time."""
-MOST_FRESH = 64
-SPARK_POINTS = 40
+MOST_FRESH, LARGEST_FRESH = 64, 1 << 20
+"""Answers that are kept for that, and bytes of each."""
+
+ALARM_FIELDS = (
+    "id", "monitor", "watched", "time_ms", "noticed_ms", "since_ms", "since_rows", "statistic", "threshold", "revision",
+    "policy", "outcome", "acknowledged_by", "acknowledged_ms",
+)  # fmt: skip
 
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -80,7 +86,7 @@ class Site:
             if found and time.monotonic() - found[0] < FRESH_SECONDS:
                 return found[1]
             response = self._answer(path, window)
-            if response:
+            if response and len(response.body) <= LARGEST_FRESH:
                 if len(self._fresh) >= MOST_FRESH:
                     self._fresh.clear()
                 self._fresh[path, window] = time.monotonic(), response
@@ -90,11 +96,11 @@ class Site:
         """A model's page as one file that needs no server and no network; ValueError without that window or model."""
         if words.seconds_of(window) is None:
             raise ValueError(
-                f"a window is a number of minutes, hours or days such as 90m, 24h or 7d, got {window!r:.40}"
+                f"a window is a number of minutes, hours or days such as 90m, 24h or 7d, got {shown(window)}"
             )
         facts = self._find(model)
         if facts is None:
-            raise ValueError(f"model {model!r:.80} has no page: it is no classifier")
+            raise ValueError(f"model {shown(model)} has no page: it is no classifier")
         return self._file(self._view(facts, window))
 
     def _answer(self, path: str, window: str) -> Response | None:
@@ -311,13 +317,10 @@ def _monitor(monitor: MonitorState) -> dict[str, Any]:
 
 
 def _alarm(alarm: Alarm) -> dict[str, Any]:
-    cause = alarm.cause
-    told = (
-        {"kind": cause.kind, "where": cause.where, "evidence": list(cause.evidence), "action": cause.action}
-        if cause
-        else None
-    )
-    return {**{name: value for name, value in vars(alarm).items() if name != "cause"}, "cause": told}
+    cause = alarm.cause and {name: getattr(alarm.cause, name) for name in ("kind", "where", "action")}
+    if alarm.cause and cause:
+        cause["evidence"] = list(alarm.cause.evidence)
+    return {**_plain({name: getattr(alarm, name) for name in ALARM_FIELDS}), "cause": cause}
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

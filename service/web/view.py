@@ -51,7 +51,7 @@ class View:
 
     @property
     def ringing(self) -> list[Alarm]:
-        return [alarm for alarm in self.alarms if not alarm.acknowledged_by]
+        return [alarm for alarm in self.alarms if not alarm.acknowledged_ms]
 
     @property
     def verdict(self) -> words.Verdict:

@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from calibrators.plots._style import percent as percent
+from calibrators.plots._style import percent
 from service.drift.states import RAW, SERVED, Alarm
 from service.drift.summary import Sums
 
 NBSP = "\N{NO-BREAK SPACE}"
 ENOUGH_LABELS = 50
 """Labels that a share in the first sentence should be counted over."""
+LEAST_LABELS = 10
+"""... and without which it is not said at all."""
 NEARBY = 0.05
 KINDS = {
     "temperature": "its scores have become too sure, or not sure enough",
@@ -25,12 +27,9 @@ KINDS = {
     "score_pipeline": "something between the model and its scores has changed",
     "unknown": "the cause cannot be told yet",
 }
-DETECTORS = {
-    "e_detector": "bets against the stated probabilities; grows only when they are wrong",
-    "score_shift": "compares the scores with those of a quiet time, without labels",
-}
 _WINDOW = re.compile(r"([1-9]\d{0,3})([mhd])")
 _SECONDS = {"m": 60, "h": 3600, "d": 86400}
+_UNITS = (("day", 86400), ("hour", 3600), ("minute", 60))
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def seconds_of(window: str) -> int | None:
 
 def verdict(name: str, total: Sums | None, *, calibrated: bool, kept: bool, alarms: Sequence[Alarm]) -> Verdict:
     raw, served = _told(total, calibrated) if total else (None, None)
-    ringing = any(not alarm.acknowledged_by for alarm in alarms)
+    ringing = any(not alarm.acknowledged_ms for alarm in alarms)
     which = SERVED if calibrated else RAW
     if total is None or total.labels < ENOUGH_LABELS:
         return Verdict("alarm" if ringing else "unknown", *_not_yet(name, total, kept), raw, served)
@@ -104,8 +103,11 @@ def _told(total: Sums, calibrated: bool) -> tuple[Told | None, Told | None]:
         return min(ENOUGH_LABELS, *(_near(total, which, candidate).labels for which in shown)), -abs(candidate - 0.9)
 
     chosen = max((tenth / 10 for tenth in range(1, 11)), key=enough)
-    told = [_near(total, which, chosen) for which in (RAW, SERVED)]
-    return tuple(one if one.labels >= ENOUGH_LABELS // 5 else None for one in told)  # type: ignore[return-value]
+    return _enough(_near(total, RAW, chosen)), _enough(_near(total, SERVED, chosen))
+
+
+def _enough(told: Told) -> Told | None:
+    return told if told.labels >= LEAST_LABELS else None
 
 
 def _near(total: Sums, which: str, confidence: float) -> Told:
@@ -149,10 +151,8 @@ def iso(time_ms: int) -> str:
     return datetime.fromtimestamp(time_ms / 1000, UTC).isoformat(timespec="seconds")
 
 
-def lasting(seconds: float) -> str:
-    """90 -> "2 minutes"."""
-    for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1)):
-        if seconds >= 2 * size or size == 1 or (seconds >= size and seconds % size == 0):
-            count = round(seconds / size)
-            return f"{count} {unit}{'' if count == 1 else 's'}"
-    raise AssertionError
+def lasting(seconds: int) -> str:
+    """3600 -> "1 hour", 5400 -> "90 minutes"."""
+    unit, size = next((one for one in _UNITS if seconds % one[1] == 0), _UNITS[-1])
+    count = seconds // size
+    return f"{count} {unit}{'' if count == 1 else 's'}"

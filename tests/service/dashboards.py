@@ -109,7 +109,7 @@ ALARM = Alarm(
     "tell", "told", "", 0,
 )  # fmt: skip
 OLD = replace(ALARM, id="a-1", monitor="confidence-served", time_ms=NOW_MS - 90 * HOUR_MS, since_ms=NOW_MS - 91 * HOUR_MS,
-              cause=Cause("covariate", "segment <eu>", (), "Nothing."), acknowledged_by="anna", outcome="told")  # fmt: skip
+              cause=Cause("covariate", "segment <eu>", (), "Nothing."), acknowledged_by="anna", acknowledged_ms=NOW_MS, outcome="told")  # fmt: skip
 NOW = Nowcast(
     0.862, 0.851, 0.873, False, 2000, 412, "The labels say that the confidence is not the accuracy now: an alarm rings."
 )

@@ -172,7 +172,7 @@ def test_an_alarm_that_nobody_has_seen_comes_first_with_its_cause_and_what_to_do
     assert page.ids.index("ringing") == page.ids.index("verdict") + 1
     for words_ in (*ALARM.cause.evidence, ALARM.cause.action, ALARM.monitor, "412 answers before the alarm"):  # type: ignore[union-attr]
         assert words_ in page.text
-    seen = page_of(replace(drifted(), alarms=lambda _: (replace(ALARM, acknowledged_by="anna"),)))
+    seen = page_of(replace(drifted(), alarms=lambda _: (replace(ALARM, acknowledged_by="anna", acknowledged_ms=1),)))
     assert "ringing" not in seen.ids
     assert "seen by anna" in seen.text
 
