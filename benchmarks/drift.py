@@ -18,6 +18,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ Rows = tuple[Array, Array, Array]
 N_CLASSES, SPREAD, N_SEGMENTS = 10, 3.6, 5
 N_ROWS, CHANGE, RAMP, N_STATIONARY = 20_000, 10_000, 5_000, 100_000
 FIRST_SEED = 1_000_000
+
+NOTHING = "nothing"
 
 GOALS = {"temperature 1.5": 153, "temperature 2": 64, "label shift": 197, "one class": 410, "one segment": 519}
 """Rows, at a probability of .1 at most to ring falsely within 100,000 rows."""
@@ -141,6 +144,10 @@ class Halves(Recalibration):
     }
 
 
+CHOSEN: list[str] = []
+"""Of the detectors; none: all."""
+
+
 def detectors() -> dict[str, Callable[[], Detector]]:
     top_label = {"families": "top_label", "adaptive": 0, "max_segments": 0}
     found: dict[str, Callable[[], Detector]] = {
@@ -150,7 +157,8 @@ def detectors() -> dict[str, Callable[[], Detector]]:
         "top label alone": partial(create, "recalibration", **top_label),
         "top label alone, tolerance .01": partial(create, "recalibration", **top_label, tolerance=0.01),
     }
-    return found | {kind: partial(create, kind) for kind in kinds() if kind != "recalibration"}
+    found |= {kind: partial(create, kind) for kind in kinds() if kind != "recalibration"}
+    return {name: make for name, make in found.items() if name in CHOSEN or not CHOSEN}
 
 
 def alarms(detector: Detector, batch: Batch) -> Iterator[int]:
@@ -169,66 +177,50 @@ def signals(batch: Batch) -> Array:
     return np.stack([(1 + gap) / 2, gap * gap, 1 - correct, confidence])
 
 
-class Peers:
-    """Detectors of other libraries, each in the Python that has it."""
-
-    def __init__(self, pythons: list[str]) -> None:
-        self._pythons = pythons
-        self._reference = signals(Batch(*draw(np.random.default_rng(0), 2000)))
-
-    def run(self, batches: list[Batch]) -> Iterator[dict[str, Any]]:
-        with tempfile.NamedTemporaryFile(suffix=".npz") as file:
-            np.savez(file.name, streams=np.stack([signals(batch) for batch in batches]), reference=self._reference)
-            for python in self._pythons:
-                command = [python, str(Path(__file__).parent / "drift_peers.py"), file.name, ";".join(PEERS)]
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
-                found = map(json.loads, done.stdout.splitlines())
-                yield from (answer for answer in found if "absent" not in answer)
+def ask_peers(pythons: list[str], sets: dict[str, list[Batch]]) -> Iterator[dict[str, Any]]:
+    """What detectors of other libraries make of the same streams, each in a Python that has it."""
+    reference = signals(Batch(*draw(np.random.default_rng(0), 2000)))
+    streams = {name: np.stack([signals(batch) for batch in batches]) for name, batches in sets.items()}
+    with tempfile.NamedTemporaryFile(suffix=".npz") as file:
+        np.savez(file.name, reference=reference, **streams)
+        for python in pythons:
+            command = [python, str(Path(__file__).parent / "drift_peers.py"), file.name, ";".join(PEERS)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            yield from map(json.loads, done.stdout.splitlines())
 
 
 # ---- tables
 
 
-Alarms = dict[str, list[list[int]]]
-"""Of each detector, where it rang in each stream."""
+@dataclass
+class Watched:
+    """Of each detector, where it rang in each stream of a set, and rows a second."""
 
+    rang: dict[str, list[list[int]]] = field(default_factory=dict)
+    speed: dict[str, float] = field(default_factory=dict)
 
-def watched(batches: Iterable[Batch], peers: Peers, for_peers: int) -> tuple[Alarms, dict[str, float]]:
-    """Where each detector rang, and rows a second."""
-    rang: Alarms = {}
-    kept, seconds, n_rows = [], dict.fromkeys(detectors(), 0.0), 0
-    for batch in batches:
-        n_rows += len(batch)
-        kept += [batch] if len(kept) < for_peers else []
-        for name, make in detectors().items():
-            begun = time.thread_time()
-            rang.setdefault(name, []).append(list(alarms(make(), batch)))
-            seconds[name] += time.thread_time() - begun
-    speeds = {name: n_rows / spent for name, spent in seconds.items()}
-    for answer in peers.run(kept) if kept else ():
-        rang[answer["name"]], speeds[answer["name"]] = answer["rang"], answer["rows_per_second"]
-    return rang, speeds
+    def watch(self, batches: Iterable[Batch]) -> None:
+        seconds, n_rows = dict.fromkeys(detectors(), 0.0), 0
+        for batch in batches:
+            n_rows += len(batch)
+            for name, make in detectors().items():
+                begun = time.thread_time()
+                self.rang.setdefault(name, []).append(list(alarms(make(), batch)))
+                seconds[name] += time.thread_time() - begun
+        self.speed = {name: n_rows / spent for name, spent in seconds.items()}
 
+    def false_alarms(self, name: str) -> str:
+        each = [len(rows) for rows in self.rang[name]]
+        rings = np.mean([n > 0 for n in each])
+        return f"{np.mean(each):8.2f}{rings:8.2f}{len(each):6d}{self.speed[name]:12,.0f}"
 
-def false_alarms(n: int, peers: Peers, for_peers: int) -> dict[str, str]:
-    rang, speeds = watched((stationary(seed) for seed in range(n)), peers, for_peers)
-    return {
-        name: f"{np.mean([len(rows) for rows in each]):8.2f}{np.mean([len(rows) > 0 for rows in each]):8.2f}"
-        f"{len(each):6d}{speeds[name]:12,.0f}"
-        for name, each in rang.items()
-    }
-
-
-def delays(change: str, n: int, peers: Peers, for_peers: int) -> dict[str, str]:
-    """Rows from the change to the first alarm after it: the median, and the part of the streams that had one."""
-    rang, _ = watched((changing(change, seed) for seed in range(n)), peers, for_peers)
-    table = {}
-    for name, each in rang.items():
+    def delay(self, name: str) -> str:
+        """Rows from the change to the first alarm after it: the median, and the part of the streams that had one."""
+        each = self.rang.get(name, [])
         first = np.array([min((row - CHANGE + 1 for row in rows if row >= CHANGE), default=np.inf) for rows in each])
-        share, came = np.isfinite(first).mean(), first[np.isfinite(first)]
+        came = first[np.isfinite(first)]
         said = f"{np.median(came):.0f}" if len(came) else "none"
-        table[name] = said if share in (0, 1) else f"{said} ({share:.0%})"
-    return table
+        return said if len(came) in (0, len(first)) else f"{said} ({len(came) / len(first):.0%})"
 
 
 def elec2(file: Path) -> None:
@@ -268,22 +260,36 @@ def main() -> None:
     parser.add_argument("--peer-seeds", type=int, default=20, help="of these, so many for the peers")
     parser.add_argument("--peers", default="", help="Pythons that have them, with commas between")
     parser.add_argument("--elec2", type=Path)
+    parser.add_argument("--only", nargs="+", default=[], help="detectors of the project's own")
     asked = parser.parse_args()
-    peers, for_peers = Peers([name for name in asked.peers.split(",") if name]), asked.peer_seeds if asked.peers else 0
-
-    found = false_alarms(asked.stationary, peers, for_peers // 4)
-    print(f"Nothing changes, {N_STATIONARY:,} rows{'':11}alarms  P(any)  runs  rows/second")
-    for name, line in found.items():
-        print(f"  {name:34}{line}")
-    by_change = {change: delays(change, asked.seeds, peers, for_peers) for change in CHANGES}
-    print(f"\nRows until the alarm, median of {asked.seeds} streams (of {for_peers} for the peers)")
-    print(" " * 34 + "".join(f"{change:>18}" for change in CHANGES))
-    for name in found:
-        print(f"{name:34}" + "".join(f"{by_change[change].get(name, ''):>18}" for change in CHANGES))
-    print(f"{'to beat':34}" + "".join(f"{GOALS.get(change, ''):>18}" for change in CHANGES))
+    CHOSEN.extend(asked.only)
+    sets: dict[str, Callable[[int], Batch]] = {NOTHING: stationary}
+    sets |= {change: partial(changing, change) for change in CHANGES}
+    tables = {name: Watched() for name in sets}
+    for name, table in tables.items():
+        table.watch(map(sets[name], range(asked.stationary if name == NOTHING else asked.seeds)))
+    if asked.peers:
+        n = {NOTHING: asked.peer_seeds // 4}
+        kept = {name: [make(seed) for seed in range(n.get(name, asked.peer_seeds))] for name, make in sets.items()}
+        for answer in ask_peers(asked.peers.split(","), kept):
+            table, name = tables[answer["set"]], answer["name"]
+            table.rang[name], table.speed[name] = answer["rang"], answer["rows_per_second"]
+    show(tables)
     if asked.elec2:
         elec2(asked.elec2)
     speed()
+
+
+def show(tables: dict[str, Watched]) -> None:
+    quiet = tables.pop(NOTHING)
+    print(f"Nothing changes, {N_STATIONARY:,} rows{'':11}alarms  P(any)  runs  rows/second")
+    for name in quiet.rang:
+        print(f"  {name:34}{quiet.false_alarms(name)}")
+    print("\nRows from the change to the alarm, median; in brackets how many of the streams had one")
+    print(" " * 34 + "".join(f"{change:>18}" for change in tables))
+    for name in quiet.rang:
+        print(f"{name:34}" + "".join(f"{table.delay(name):>18}" for table in tables.values()))
+    print(f"{'to beat':34}" + "".join(f"{GOALS.get(change, ''):>18}" for change in tables))
 
 
 if __name__ == "__main__":

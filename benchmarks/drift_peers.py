@@ -1,10 +1,10 @@
 """The drift detectors of other libraries, in a Python that has them; `benchmarks.drift` starts this file there.
 
-    python benchmarks/drift_peers.py SIGNALS.npz NAMES
+    python benchmarks/drift_peers.py STREAMS.npz NAMES
 
-SIGNALS.npz holds `streams` (n_streams, len(SIGNALS), n_rows) and `reference` (len(SIGNALS), 2000), rows from before.
-Printed is one line of JSON for each detector of NAMES: where it rang in each stream, begun anew after each alarm, and
-the rows that it read in a second.
+STREAMS.npz holds sets of streams, each (n_streams, len(SIGNALS), n_rows), and `reference` (len(SIGNALS), 2000), rows
+from before. Printed is one line of JSON for each detector of NAMES and each set: where it rang in each stream, begun
+anew after each alarm, and the rows that it read in a second.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -29,29 +29,29 @@ Step = Callable[[float], bool]
 
 
 def main() -> None:
-    given = np.load(sys.argv[1])
+    given = dict(np.load(sys.argv[1]))
+    reference = given.pop("reference")
     for name in sys.argv[2].split(";"):
         make, signal = PEERS[name]
         which = SIGNALS.index(signal)
         try:
-            rang, seconds = run(partial(make, given["reference"][which]), given["streams"][:, which])
+            for which_set, streams in given.items():
+                rang, speed = run(partial(make, reference[which]), streams[:, which])
+                print(json.dumps({"name": name, "set": which_set, "rang": rang, "rows_per_second": speed}), flush=True)
         except ImportError as absent:
-            print(json.dumps({"name": name, "absent": str(absent)}), flush=True)
-        else:
-            speed = len(rang) * given["streams"].shape[2] / seconds
-            print(json.dumps({"name": name, "rang": rang, "rows_per_second": speed}), flush=True)
+            print(f"{name}: {absent}", file=sys.stderr)
 
 
 def run(make: Callable[[], Step], streams: Any) -> tuple[list[list[int]], float]:
-    rang, spent = [], 0.0
+    rang, spent, rows = [], 0.0, 0
     for stream in streams:
         step = make()
         begun = time.thread_time()
         rang.append([t for t, x in enumerate(stream.tolist()) if step(x)])
-        spent += time.thread_time() - begun
+        spent, rows = spent + time.thread_time() - begun, rows + len(stream)
         if spent > PATIENCE:
             break
-    return rang, spent
+    return rang, rows / spent
 
 
 def river(name: str, _: Any, **parameters: Any) -> Step:
@@ -83,12 +83,8 @@ def frouros(name: str, _: Any) -> Step:
 
 
 def alibi(name: str, reference: Any) -> Step:
-    """For one false alarm in a thousand rows: its thresholds are simulated, which reaches no further in useful time."""
-    from alibi_detect import cd
-
-    if name == "FETDriftOnline":
-        reference = reference.astype(np.int64)
-    made = getattr(cd, name)(reference, ert=1000, window_sizes=[100, 200], n_bootstraps=2000, verbose=False)
+    made = alibi_detector(name, tuple(reference))
+    made.reset_state()
 
     def step(x: float) -> bool:
         if not made.predict(np.array([x]))["data"]["is_drift"]:
@@ -97,6 +93,15 @@ def alibi(name: str, reference: Any) -> Step:
         return True
 
     return step
+
+
+@cache
+def alibi_detector(name: str, reference: tuple[float, ...]) -> Any:
+    """For one false alarm in a thousand rows: its thresholds are simulated, which reaches no further in useful time."""
+    from alibi_detect import cd
+
+    values = np.array(reference, np.int64 if name == "FETDriftOnline" else np.float64)
+    return getattr(cd, name)(values, ert=1000, window_sizes=[100, 200], n_bootstraps=2000, verbose=False)
 
 
 PEERS: dict[str, tuple[Callable[..., Step], str]] = {

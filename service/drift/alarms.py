@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from service.drift.monitors import Ring
-from service.drift.states import TELL, Alarm, Cause, MonitorSpec
+from service.drift.states import RAW, TELL, Alarm, Cause, MonitorSpec
 from service.errors import NotFound, shown
 from service.store import monitors as store
 from service.store.database import Connection
@@ -56,10 +56,10 @@ class Alarms:
             return store.last_change(connection)
 
     def open_of(self, model: str, monitor: str) -> tuple[str, ...]:
-        """The alarm of a monitor that nobody has acknowledged; there is one at most."""
+        """The alarms of a monitor that nobody has acknowledged, of the last ones; oldest first."""
         with self._journal.reading() as connection:
-            row = store.last_alarm(connection, model, monitor)
-        return () if row is None or alarm_of(row).acknowledged_ms else (alarm_of(row).id,)
+            rows = store.alarms_of(connection, model, monitor, PAGE)
+        return tuple(alarm.id for alarm in map(alarm_of, reversed(rows)) if not alarm.acknowledged_ms)
 
     def pending(self) -> list[Alarm]:
         """Those whose policy is still to be carried out, oldest first."""
@@ -69,11 +69,15 @@ class Alarms:
 
 
 def add(connection: Connection, spec: MonitorSpec, ring: Ring, revision: str, noticed_ms: int) -> Alarm:
-    """A new alarm; while the monitor's last one is not acknowledged, that one, which rang again."""
-    last = store.last_alarm(connection, spec.model, spec.name)
-    if last is not None and not (before := alarm_of(last)).acknowledged_ms:
-        again = replace(before, repeats=before.repeats + 1, repeated_ms=ring.time_ms)
-        return alarm_of(store.change_alarm(connection, last, _encode(again)))
+    """A new alarm; while the monitor's last one is not acknowledged, that one, which rang again.
+
+    One of what another revision served is not of this: it stays open beside it.
+    """
+    for last in store.alarms_of(connection, spec.model, spec.name, 1):
+        before = alarm_of(last)
+        if not before.acknowledged_ms and (spec.watched == RAW or before.revision == revision):
+            again = replace(before, repeats=before.repeats + 1, repeated_ms=ring.time_ms)
+            return alarm_of(store.change_alarm(connection, last, _encode(again)))
     alarm = Alarm(
         id="",
         model=spec.model,

@@ -11,9 +11,10 @@ it: so none gains by merely having more parameters.
     class bias     softmax(s z + b)                  s and b learned from the labels before
 
 The largest gain names the correction if it exceeds log 100. Prior is preferred to class bias while its gain is more
-than half, since it used no label; temperature, while it has less by no more than log 100, since it is the smaller
-change. Whether the scores changed, and the inputs, decides the rest. They did if a monitor without labels rang, or if
-two samples of rows, before and since, differ at the level `SURE`: a monitor that did not ring may not have seen enough.
+than half, since it used no label, provided that the scores changed, as they must where classes come in other
+proportions; temperature, while it has less by no more than log 100, since it is the smaller change. Whether the scores
+changed, and the inputs, decides the rest. They did if a monitor without labels rang, or if two samples of rows, before
+and since, differ at the level `SURE`: a monitor that did not ring may not have seen enough.
 
     a correction gains   inputs changed   scores changed   kind
     prior                any              any              prior_shift
@@ -128,7 +129,7 @@ class _Case:
         temperature, prior, class_bias = self.gains[:3]
         if max(temperature, prior, class_bias) < MARGIN:
             return self._harmless() if self.scores_changed or self.inputs_changed else self._nothing()
-        if prior > max(MARGIN, temperature, class_bias / 2):
+        if prior > max(MARGIN, temperature, class_bias / 2 if self.scores_changed else class_bias):
             return self._prior_shift()
         if class_bias > temperature + MARGIN or temperature < MARGIN:
             return self._class_bias()

@@ -16,6 +16,7 @@ raw_calibration it holds while what the fit of its baseline misses, and what the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 from service.drift.detectors import registry
 from service.drift.missing_labels import MissingLabels
@@ -65,6 +66,7 @@ def default_monitors(model: str, inputs: Sequence[str] = ()) -> list[MonitorSpec
     ]
 
 
+@cache
 def _budget(detector: str, share: float) -> dict[str, float | str]:
     known = MissingLabels().parameters() if detector == MissingLabels.kind else registry.parameters_of(detector)
     horizon, probability = budget_names(known)

@@ -334,12 +334,12 @@ class Monitor:
         write_turn(connection, self.spec.model, self.spec.name, number, turn.encode())
         self.reader.reset(connection, watching.encode())
 
-    def step(self, known: Cohorts) -> Step | None:
-        """Read on, if there is anything; to be written with `write`, or to be read again after `load`."""
+    def step(self, known: Cohorts, least_rows: int = 1) -> Step | None:
+        """Read on, if there are so many rows; to be written with `write`, or to be read again after `load`."""
         cohort = known.get((self.position, self.waits))
         if cohort is None:
             cohort = known[self.position, self.waits] = self.reader.read(STEP_ROWS)
-        if not cohort:
+        if sum(map(len, (*cohort.pairs, *cohort.late))) < least_rows:
             return None
         cohort = replace(cohort, number=self.number + 1)
         return Step(cohort, self.watching.take(cohort))

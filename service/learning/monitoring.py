@@ -47,6 +47,7 @@ from service.errors import AlreadyExists, CalserveError, InvalidRequest, NotFoun
 from service.inference.model import ServedModel
 from service.inference.repository import Repository
 from service.learning.policies import Policies, Window
+from service.store import monitors as store
 from service.store.database import Connection
 from service.store.journal import Journal
 from service.store.monitors import forget_monitor, read_monitors, write_monitor
@@ -59,6 +60,8 @@ T = TypeVar("T")
 DEFAULT, OWN, OFF = "default", "own", "off"
 """What a server monitors: the default set and callers' own monitors; these alone; nothing."""
 LOOK_SECONDS = 1.0
+FEW_ROWS, FEW_SECONDS = 200, 5.0
+"""Fewer rows are not read before so long: each step of a monitor is a row of the store, for its replay."""
 REST_SECONDS = 60.0
 """How long a monitor that failed is left alone."""
 WINDOW_VALUES = 5_000_000
@@ -82,14 +85,16 @@ class _Watched:
     Attributes
     ----------
     state : as it was after its last step, for whoever asks meanwhile
-    open : its alarm that nobody has acknowledged
+    open : its alarms that nobody has acknowledged
     rests_until : it failed, and is left alone
+    stepped : when it read last
     """
 
     monitor: Monitor
     state: MonitorState
     open: tuple[str, ...]
     rests_until: float = 0.0
+    stepped: float = 0.0
 
     def look(self) -> None:
         self.state = self.monitor.state(self.open)
@@ -97,11 +102,12 @@ class _Watched:
 
 @dataclass
 class _Unexplained:
-    """An alarm whose cause was told so often, when its monitor had read so many rows."""
+    """An alarm whose cause was told `turn` times; at the first its monitor had read so many rows of this subject."""
 
     alarm: Alarm
-    turn: int
+    turn: int = 0
     rows: int = 0
+    subject: str = ""
 
 
 class Monitoring:
@@ -109,7 +115,8 @@ class Monitoring:
 
     Attributes
     ----------
-    listeners : told of each new alarm, in the event loop; none may wait
+    listeners : told of each alarm with its first cause, in the event loop, and again at the next start while nobody
+        has acknowledged it; none may wait
     alarm_counts : (model, monitor) -> alarms since the start
     """
 
@@ -119,7 +126,7 @@ class Monitoring:
         self._journal, self._repository, self._policies = journal, repository, policies
         self._mode, self._wait_seconds = mode, wait_seconds
         self.alarms = Alarms(journal)
-        self.listeners: list[Callable[[Alarm], None]] = [_log]
+        self.listeners: list[Callable[[Alarm], None]] = []
         self.alarm_counts: Counter[Key] = Counter()
         self._specs: dict[Key, MonitorSpec | None] = {}  # None: one of the default set that was deleted
         self._watched: dict[Key, _Watched] = {}
@@ -190,6 +197,7 @@ class Monitoring:
             anew = any(getattr(before, name) != getattr(after, name) for name in BEGINS_ANEW)
             subject = self._subject(after)
             monitor = Monitor(self._journal, after, self._wait_seconds)
+            monitor.rows = watched.monitor.rows
 
             def write(connection: Connection) -> None:
                 _write_spec(connection, after)
@@ -279,8 +287,11 @@ class Monitoring:
         async with self._ready():
             models = {model for model, _ in self._watched}
         for model in models:
-            while await self._step(model):
-                pass
+            try:
+                while await self._step(model):
+                    pass
+            except CalserveError as error:
+                log.error("the monitors of model %s see nothing now: %s", model, error.message)
         for untold in list(self._unexplained.values()):
             await self._explain(untold)
         for alarm in list(self._pending.values()):
@@ -307,12 +318,13 @@ class Monitoring:
             for one, _ in steps:
                 one.monitor.load()  # what was read and not written is read again
             raise
-        for one, step in steps:
-            one.monitor.written(step)
         for alarm in alarms:
             loop.call_soon_threadsafe(self._rang, alarm)
-        for one, _ in steps:
-            one.open = next(((a.id,) for a in alarms if a.monitor == one.monitor.spec.name), one.open)
+        for one, step in steps:
+            one.monitor.written(step)
+            one.stepped = time.monotonic()
+            rang = (alarm.id for alarm in alarms if alarm.monitor == one.monitor.spec.name)
+            one.open = tuple(dict.fromkeys([*one.open, *rang]))
             one.look()
         model = watched[0].monitor.spec.model
         rows, labels = (self._watched[model, kind].monitor.watching.detector for kind in nowcasting.KINDS)
@@ -332,10 +344,16 @@ class Monitoring:
         self._tell_watchers()
         if alarm.repeats:
             return
+        log.warning(
+            "model %s: monitor %s rang: %.3g reached %.3g, %d rows after the change is estimated to have come; %s",
+            alarm.model, alarm.monitor, alarm.statistic, alarm.threshold, alarm.since_rows, alarm.id,
+        )  # fmt: skip
         self.alarm_counts[alarm.model, alarm.monitor] += 1
-        self._unexplained[alarm.id] = _Unexplained(alarm, 0)
+        self._unexplained[alarm.id] = _Unexplained(alarm)
         if alarm.outcome.startswith(PENDING):
             self._pending[alarm.id] = alarm
+
+    def _pass_on(self, alarm: Alarm) -> None:
         for listener in self.listeners:
             try:
                 listener(alarm)
@@ -359,19 +377,24 @@ class Monitoring:
         """Say what is behind an alarm, by the labels that are there; say it again when there are more."""
         alarm = asked.alarm
         watched = self._watched.get((alarm.model, alarm.monitor))
-        if watched is None or asked.turn == len(EXPLAINED_AFTER):
+        if watched is None:  # its model is not served, or it was deleted
+            return
+        monitor = watched.monitor
+        if asked.turn == 0:
+            asked.rows, asked.subject = monitor.rows, monitor.watching.subject
+        if asked.turn == len(EXPLAINED_AFTER) or asked.subject != monitor.watching.subject:
             del self._unexplained[alarm.id]
             return
-        if asked.turn == 0:
-            asked.rows = watched.monitor.rows
-        if watched.monitor.rows < asked.rows + EXPLAINED_AFTER[asked.turn]:
+        if monitor.rows < asked.rows + EXPLAINED_AFTER[asked.turn]:
             return
-        asked.turn += 1
         async with self._busy:
             found = await asyncio.to_thread(self._cause, watched, alarm)
             if found is not None:
-                await self._write(partial(_write_changes, alarm, {"cause": found}))
+                alarm = await self._write(partial(_write_changes, alarm, {"cause": found}))
                 self._tell_watchers()
+        asked.turn += 1
+        if asked.turn == 1:
+            self._pass_on(alarm)
 
     def _cause(self, watched: _Watched, alarm: Alarm) -> Cause | None:
         """None if it cannot be told, which is no reason to stop."""
@@ -414,7 +437,8 @@ class Monitoring:
         self._check_on()
         async with self._busy:
             if not self._is_read:
-                await asyncio.to_thread(self._read)
+                for alarm in await asyncio.to_thread(self._read):
+                    self._pass_on(alarm)
             models = self._served()
             for key in [key for key in self._watched if key[0] not in models]:
                 del self._watched[key]
@@ -431,15 +455,17 @@ class Monitoring:
         if self._mode == OFF:
             raise Refused("this server has no monitors: it runs with --monitors off")
 
-    def _read(self) -> None:
+    def _read(self) -> list[Alarm]:
+        """Go on where the store says; alarms that nobody has acknowledged, oldest first."""
         with self._journal.reading() as connection:
             rows = [json.loads(row) for row in read_monitors(connection)]
         for row in rows:
             self._specs[row["model"], row["name"]] = None if row.pop("deleted", False) else spec_of(row)
         self._pending = {alarm.id: alarm for alarm in self.alarms.pending()}
-        untold = [alarm for alarm in self.alarms.before("") if alarm.cause is None and not alarm.acknowledged_ms]
-        self._unexplained = {alarm.id: _Unexplained(alarm, 0) for alarm in untold}
         self._is_read = True
+        unseen = [alarm for alarm in self.alarms.before("", most=store.MOST_ALARMS) if not alarm.acknowledged_ms]
+        self._unexplained = {alarm.id: _Unexplained(alarm) for alarm in unseen if alarm.cause is None}
+        return [alarm for alarm in reversed(unseen) if alarm.cause is not None]
 
     def _unasked(self, model: ServedModel) -> list[MonitorSpec]:
         """What is read of a model whether or not anybody asks."""
@@ -544,8 +570,9 @@ class Monitoring:
 def _try_step(one: _Watched, known: Cohorts) -> Step | None:
     """A monitor's step; one that fails keeps no other from its own, and is left alone for a while."""
     monitor = one.monitor
+    is_due = time.monotonic() - one.stepped >= FEW_SECONDS
     try:
-        return monitor.step(known)
+        return monitor.step(known, 1 if is_due else FEW_ROWS)
     except CalserveError:
         raise
     except Exception:
@@ -575,13 +602,6 @@ def _write_changes(alarm: Alarm, changes: dict[str, Any], connection: Connection
 def _with_inputs(batch: Batch) -> Batch:
     """The rows with what is known of the inputs alone."""
     return replace(batch, signals={name: values for name, values in batch.signals.items() if name.startswith("input")})
-
-
-def _log(alarm: Alarm) -> None:
-    log.warning(
-        "model %s: monitor %s rang: %.3g reached %.3g, %d rows after the change is estimated to have come; %s",
-        alarm.model, alarm.monitor, alarm.statistic, alarm.threshold, alarm.since_rows, alarm.id,
-    )  # fmt: skip
 
 
 def _now_ms() -> int:

@@ -83,10 +83,9 @@ def read_alarm(connection: Connection, number: int) -> AlarmRow | None:
     return found[0] if found else None
 
 
-def last_alarm(connection: Connection, model: str, monitor: str) -> AlarmRow | None:
-    """The newest of one monitor."""
-    found = _alarms(connection, "model = ? AND monitor = ? ORDER BY alarm DESC LIMIT 1", (model, monitor))
-    return found[0] if found else None
+def alarms_of(connection: Connection, model: str, monitor: str, most: int) -> list[AlarmRow]:
+    """The last of one monitor, newest first."""
+    return _alarms(connection, "model = ? AND monitor = ? ORDER BY alarm DESC LIMIT ?", (model, monitor, most))
 
 
 def alarms_before(connection: Connection, model: str, number: int, most: int) -> list[AlarmRow]:

@@ -25,7 +25,7 @@ from service.learning import policies
 from service.rpc.tokens import Role, add
 from service.settings import Settings
 from tests.service import models
-from tests.service.conftest import RunningServer
+from tests.service.conftest import RunningServer, settings_for
 from tests.service.test_durability import until
 from tests.service.test_feedback import metrics, serving
 from tests.service.test_lifecycle import Process
@@ -38,6 +38,7 @@ X, LOGITS, LABELS = models.labelled_rows(6000, seed=11)
 @pytest.fixture(autouse=True)
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service.learning.monitoring, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(service.learning.monitoring, "FEW_ROWS", 1)
 
 
 @pytest.fixture
@@ -553,6 +554,28 @@ def test_the_cause_is_told_and_told_better_when_labels_have_come(watched: tuple[
     assert alarm.cause.kind == "temperature"
     assert "Fit `temperature`" in alarm.cause.action
     assert any("labels since the change" in sentence for sentence in alarm.cause.evidence)
+
+
+def test_who_listens_is_told_once_with_the_cause_and_at_the_next_start_again_while_nobody_has_seen_it(
+    root: Path,
+) -> None:
+    told: list[states.Alarm] = []
+    with serving(root, monitors="own") as (server, client):
+        server.app._monitoring.listeners.append(told.append)
+        ring(client, "tell")
+        (alarm,) = until(lambda: list(told))
+        assert alarm.cause is not None
+        assert alarm_of(client, "tell", lambda found: found.repeats).alarm == alarm.id
+    assert len(told) == 1
+    server = RunningServer(settings_for(root, monitors="own"), wait=False)
+    server.app._monitoring.listeners.append(told.append)
+    server._started.result(timeout=120)
+    try:
+        assert [one.id for one in until(lambda: told[1:])] == [alarm.id]
+        with Client(server.address) as client:
+            client.acknowledge("mlp", alarm.id)
+    finally:
+        server.stop()
 
 
 # ---- several workers, the command line

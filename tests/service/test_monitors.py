@@ -411,6 +411,22 @@ def test_while_an_alarm_is_open_it_is_said_of_it_that_it_rang_again(kept: journa
     assert alarms.before("other") == []
 
 
+def test_an_alarm_of_what_another_revision_served_is_another_alarm(kept: journals.Kept) -> None:
+    served, alarms = replace(SHIFT, watched=SERVED), Alarms(kept.journal)
+    first = added(kept, served)
+    assert added(kept, served).id == first.id
+    later = kept.journal.writer.write_now(lambda c: alarm_rows.add(c, served, RING, "vector-2", 3000))
+    assert alarms.open_of(MODEL, served.name) == (first.id, later.id)
+
+
+def test_few_rows_are_left_until_there_are_more(kept: journals.Kept) -> None:
+    monitor = begun(kept, SHIFT)
+    come(kept, rows(50, 23)[0])
+    assert monitor.step({}, 51) is None
+    come(kept, rows(1, 24)[0])
+    assert monitor.step({}, 51) is not None
+
+
 def test_changes_are_followed_in_their_order(kept: journals.Kept) -> None:
     alarms = Alarms(kept.journal)
     first = added(kept)

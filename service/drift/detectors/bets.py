@@ -189,7 +189,7 @@ def _log_probabilities(logits: Array, t: int, z: Array, p: Array) -> bool:
     total = 0.0
     for k in range(len(z)):
         z[k] = max(z[k] - largest, LOWEST)
-        p[k] = exp(z[k])
+        p[k] = exp(z[k]) if z[k] < 0.0 else 1.0
         total += p[k]
     for k in range(len(z)):
         p[k] /= total
@@ -248,6 +248,8 @@ def _ratio(p: Array, q: Array, e: int, y: int, eps: float) -> float:
     """L of a bet on all classes, q[e]."""
     if eps == 0.0:
         return float(q[e, y] / p[y])
+    if len(p) == 2:
+        return _event_ratio(p[1], q[e, 1], y == 1, eps)
     for k in range(len(p)):
         if abs(q[e, k] - p[k]) > eps:
             u = nearest_multiple(p, q[e], eps) * q[e, y]
@@ -328,7 +330,7 @@ def _forecast(theta: Array, e: int, z: Array, q: Array) -> None:
         largest = max(largest, q[1 + e, k])
     total = 0.0
     for k in range(len(z)):
-        q[1 + e, k] = exp(q[1 + e, k] - largest)
+        q[1 + e, k] = exp(q[1 + e, k] - largest) if q[1 + e, k] < largest else 1.0
         total += q[1 + e, k]
     for k in range(len(z)):
         q[1 + e, k] /= total

@@ -177,7 +177,7 @@ class Recalibration(Detector):
         weights = {
             name: [share[name] * part for part in grid.values() if share[name]] for name, grid in self.grids.items()
         }
-        by_class = weights.pop("class_bias") if self._n_classes > 2 else []
+        by_class = weights.pop("class_bias") if self._n_classes != 2 else []
         repeated = np.concatenate([weights[name] for name in weights if name != "adaptive"])
         within = share["segments"] * repeated / max(repeated.sum(), 1e-300)
         whole = np.concatenate([repeated, weights["adaptive"]])
