@@ -185,7 +185,7 @@ def answers_over_time(points: Sequence[Point], alarms: Sequence[Alarm]) -> Figur
         }
 
     data = [
-        bars([p.sums.answers for p in points], "--faint", "answers"),
+        bars([p.sums.answers for p in points], "--share", "answers"),
         bars([p.sums.labels for p in points], SERVED_COLOUR, "with a label"),
     ]
     figure = _over_time(data, alarms)

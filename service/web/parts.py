@@ -15,6 +15,8 @@ from service.web.markup import Html, Part, tag
 from service.web.view import NO_REVISION, View
 
 SHOWN_ALARMS = 3
+NOTED = 20
+"""A window that begins later than was asked for, by more than a part of so many, says so."""
 
 
 def sections(view: View) -> list[Html]:
@@ -45,6 +47,9 @@ def hero(view: View) -> Html:
         tag("h1", headline(view), class_="verdict"),
         tag("div", told(verdict, view.calibrated), class_="scales") if verdict.raw or verdict.served else None,
         tag("p", verdict.sentence, " ", _now(view.accuracy) if view.accuracy else None, class_="quiet"),
+        [tag("p", "To send them, type:"), command(f"calserve label {shlex.quote(model.name)} --csv labels.csv")]
+        if verdict.label == "too few labels"
+        else None,
         id="verdict",
         class_=f"hero {verdict.mood}",
     )
@@ -203,12 +208,12 @@ def reliability(view: View) -> Html | None:
                 "short",
             )
         )
-    key = [("dot raw", "the model itself"), ("band", "where chance would put an honest model")]
-    if view.calibrated:
-        key.insert(1, ("dot served", "as served"))
+    key = [("dot raw", "the model itself")]
+    key += [("dot served", "as served")] if view.calibrated else []
+    key += [("band", "where chance would put an honest model")] if shown else []
     return tag(
         "section",
-        heading("Is it honest?"),
+        heading("Is it honest?" if shown else "What it says"),
         legend(key),
         tag("div", shown, tag("div", column, class_="column"), class_="grid two"),
         id="reliability",
@@ -220,7 +225,7 @@ def over_time(view: View) -> Html | None:
     if summary is None or not summary.points:
         return None
     points, rang = summary.points, view.in_window
-    late = summary.counted_ms > summary.since_ms
+    late = summary.counted_ms - summary.since_ms > (summary.until_ms - summary.since_ms) / NOTED
     counted = ["Counted from ", when(summary.counted_ms), " on."] if late else None
     shown = []
     if len(figures.enough(points)) > 0:
