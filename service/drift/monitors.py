@@ -291,10 +291,11 @@ class Watching:
 
 
 class Step(NamedTuple):
-    """A step that was read and is to be written, with what rang in it."""
+    """A step that was read and is to be written, with what rang in it and the state that it led to."""
 
     cohort: Cohort
     rings: list[Ring]
+    state: bytes
 
 
 class Monitor:
@@ -342,10 +343,10 @@ class Monitor:
         if sum(map(len, (*cohort.pairs, *cohort.late))) < least_rows:
             return None
         cohort = replace(cohort, number=self.number + 1)
-        return Step(cohort, self.watching.take(cohort))
+        return Step(cohort, self.watching.take(cohort), self.watching.encode())
 
     def write(self, connection: Connection, step: Step) -> None:
-        self.reader.write(connection, step.cohort, self.watching.encode())
+        self.reader.write(connection, step.cohort, step.state)
 
     def written(self, step: Step) -> None:
         self.position, self.number = step.cohort.end, step.cohort.number

@@ -62,6 +62,8 @@ DEFAULT, OWN, OFF = "default", "own", "off"
 LOOK_SECONDS = 1.0
 FEW_ROWS, FEW_SECONDS = 200, 5.0
 """Fewer rows are not read before so long: each step of a monitor is a row of the store, for its replay."""
+MOST_BUSY = 0.3
+"""Of the time, while there is more to read: what is served comes first."""
 REST_SECONDS = 60.0
 """How long a monitor that failed is left alone."""
 WINDOW_VALUES = 5_000_000
@@ -288,8 +290,10 @@ class Monitoring:
             models = {model for model, _ in self._watched}
         for model in models:
             try:
+                begun = time.monotonic()
                 while await self._step(model):
-                    pass
+                    await asyncio.sleep((time.monotonic() - begun) * (1 / MOST_BUSY - 1))
+                    begun = time.monotonic()
             except CalserveError as error:
                 log.error("the monitors of model %s see nothing now: %s", model, error.message)
         for untold in list(self._unexplained.values()):

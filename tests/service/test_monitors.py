@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,11 +27,13 @@ from service.drift.monitors import (
 )
 from service.drift.states import RAW, SERVED, SUSPEND, Alarm, Cause, MonitorSpec
 from service.errors import Damaged, InvalidRequest, NotFound
+from service.store.database import open_database
 from service.store.journal import Journal
-from service.store.journal_tables import SCHEMA
+from service.store.journal_tables import SCHEMA, StreamRow, append_pack, insert_stream
 from service.store.labels import NewLabel, Result
 from service.store.maintenance import forget_damaged, journal_problems
-from service.store.packs import Answered
+from service.store.packs import Answered, Pack
+from service.store.reading import Reader
 from tests.service import journals
 from tests.service.journals import MODEL
 
@@ -468,19 +469,15 @@ def test_damage_to_what_is_kept_of_monitors_is_seen_and_can_be_given_up(tmp_path
 
 
 def test_a_journal_of_the_release_before_is_brought_up_to_date_with_all_that_it_has(tmp_path: Path) -> None:
-    kept = journals.Kept(tmp_path)
-    kept.label_one(kept.predict(journals.answered(1))[0], 2)
-    kept.close()
-    connection = sqlite3.connect(tmp_path / "journal.sqlite")
-    for table in ("monitors", "monitor_turns", "alarms"):
-        connection.execute(f"DROP TABLE {table}")
-    connection.execute("PRAGMA user_version=1")
-    connection.commit()
-    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    assert {f"CREATE TABLE {name} (" in SCHEMA for name in tables - {"sqlite_sequence"}} == {True}
+    connection = open_database(tmp_path / "journal.sqlite", "journal", SCHEMA, 1)
+    stream = StreamRow(1, MODEL, "1", DIGEST, 4, 0.0)
+    insert_stream(connection, stream)
+    append_pack(connection, stream, Pack.of(0, [journals.answered(1)]), 0)
+    assert connection.execute("PRAGMA user_version").fetchone() == (1,)
     connection.close()
     again = journals.Kept(tmp_path)
-    assert len(again.recorded()) == 1
+    (part,) = Reader(again.journal, MODEL, "anyone", 0).read().pairs
+    assert (part.kept.logits == journals.answered(1).logits).all()
     begun(again, SHIFT)
     again.close()
     assert journal_problems(tmp_path) == []
