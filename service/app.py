@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 from typing import Self
 
 from service.cores import threads_per_run, usable_cores
+from service.drift.summaries import Summaries
 from service.drift.webhook import RESULTS, Target, Webhook
 from service.inference.batcher import Limits as QueueLimits
 from service.inference.device_loss import DeviceLoss
@@ -33,6 +34,7 @@ from service.learning.shadow import BETTER, WORSE
 from service.learning.shadow_runs import ShadowRuns
 from service.learning.shadows import Shadows
 from service.lifecycle import Signals, end_process, keep_watchdog, notify
+from service.page import PageFacts
 from service.rpc.access import Access, check_complete
 from service.rpc.calibrator_service import CalibratorService
 from service.rpc.feedback_service import FeedbackService
@@ -78,6 +80,7 @@ from service.web.metrics import (
     ShadowStanding,
     WebhookMetrics,
 )
+from service.web.site import Site
 
 log = logging.getLogger(__name__)
 
@@ -170,11 +173,15 @@ class App:
                 for run in self._shadow_runs.runs()
             ],
         )
+        facts = PageFacts(self.repository, self._catalogue, settings.journal)
+        self._summaries = Summaries(self._journal, facts.names, facts.sets_of, retention.seconds)
+        self._site = Site(facts.sources(self._summaries, self._monitoring))
         self._streams = Streams(_stream_limits(settings))
         limits = replace(_connection_limits(settings), shared_port=member is not None)
         self._front = GrpcFront(self._guarded_methods(), limits, certificates)
         metrics_port = settings.metrics_port + (member.index if member and settings.metrics_port else 0)
-        self._http = HttpServer(settings.metrics_host, metrics_port, self._pages())
+        has_page = self._learns and not settings.no_page
+        self._http = HttpServer(settings.metrics_host, metrics_port, self._pages(), self._site if has_page else None)
         self.port, self.metrics_port = 0, self._http.port
 
     async def __aenter__(self) -> Self:
@@ -206,6 +213,7 @@ class App:
             self._online.start()
             self._coverage.start()
             self._shadows.begin()
+            self._summaries.start()
             if self._webhook:
                 self._webhook.start()
                 self._monitoring.listeners.append(self._webhook.send)
@@ -240,6 +248,7 @@ class App:
         await self._shadow_runs.close()
         await self._online.close()
         await self._coverage.close()
+        await self._summaries.close()
         if self._webhook:
             await self._webhook.close()
         if self._forward:
@@ -324,7 +333,7 @@ class App:
             *CalibratorService(self.repository, self._revisions, self._operations, self._shadows).methods(),
             *OnlineService(self._online).methods(),
             *ShadowService(self._shadows).methods(),
-            *MonitorService(self._monitoring).methods(),
+            *MonitorService(self._monitoring, self._site.report).methods(),
         ]
         feedback = self._feedback.methods()
         if self._forward is None:

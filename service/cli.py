@@ -26,6 +26,7 @@ from service.store.files import write_whole
 from service.supervisor import Member, supervise
 
 DEFAULT_ADDRESS = "127.0.0.1:8001"
+DATA_HELP = ".npz with `labels`, and `logits` or the model's inputs by name"
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -215,13 +216,17 @@ def export(arguments: argparse.Namespace) -> None:
 def report(arguments: argparse.Namespace) -> None:
     from service.report import html
 
-    rows = _load_rows(arguments.data)
-    rows.pop("sample_weight", None)
-    try:
+    if arguments.since:
         with _client(arguments) as client:
-            page = html(client, arguments.model, **rows)
-    except ImportError as error:  # of plotly, naming the extra that brings it
-        raise Refused(str(error)) from error
+            page = client.page(arguments.model, arguments.since)
+    else:
+        rows = _load_rows(arguments.data)
+        rows.pop("sample_weight", None)
+        try:
+            with _client(arguments) as client:
+                page = html(client, arguments.model, **rows)
+        except ImportError as error:  # of plotly, naming the extra that brings it
+            raise Refused(str(error)) from error
     write_whole(arguments.out, page.encode())
     Console().print(f"{arguments.out}: open it in a browser; it needs no network")
 
@@ -579,8 +584,11 @@ def _sharing_commands(commands: Any) -> None:
     command = _add_client(commands, "export", export, "write model and calibrator as one plain ONNX file", "model")
     command.add_argument("--revision", help="default: the active one; 'none': the model's own probabilities")
     command.add_argument("--out", type=Path, required=True, help="the file to write")
-    command = _add_client(commands, "report", report, "judge all revisions on labelled rows, as an HTML page", "model")
-    _add_data(command)
+    text = "how a model did lately, or all its revisions judged on labelled rows, as an HTML page"
+    command = _add_client(commands, "report", report, text, "model")
+    which = command.add_mutually_exclusive_group(required=True)
+    which.add_argument("--since", metavar="7d", help="what was predicted and labelled lately: 90m, 24h, 7d")
+    which.add_argument("--data", help=DATA_HELP)
     command.add_argument("--out", type=Path, required=True, help="the file to write")
 
 
@@ -707,7 +715,7 @@ def _add_client(
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", required=True, help=".npz with `labels`, and `logits` or the model's inputs by name")
+    parser.add_argument("--data", required=True, help=DATA_HELP)
     parser.add_argument("--seed", type=int, default=0, help="of the split and the intervals (default: 0)")
 
 

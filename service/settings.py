@@ -35,6 +35,7 @@ class Settings:
     port: int = 8001
     metrics_host: str = "127.0.0.1"
     metrics_port: int = 8002
+    no_page: bool = False
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
@@ -191,7 +192,8 @@ HELP = {
     "tls_client_ca": "authorities (PEM) of which every caller must show a certificate (mutual TLS)",
     "token_file": "bearer tokens, see `calserve token`; without it every caller may do everything",
     "insecure": "listen where other machines reach it, though without TLS or tokens",
-    "metrics_port": "HTTP port of /metrics and /health; 0 lets the system choose",
+    "no_page": "serve no page beside /metrics; it shows anybody the models' names, revisions and how well they do",
+    "metrics_port": "HTTP port of the page, /metrics and /health; 0 lets the system choose",
     "device": "auto, cpu, cuda[:index] or tensorrt[:index]; one that is named and absent is refused",
     "device_lost": "when the GPU is lost: not_ready (models are UNAVAILABLE) or cpu (they move there)",
     "gpu_memory_limit_bytes": "most GPU memory of each session; 0: what there is",

@@ -451,6 +451,12 @@ class Client:
         """What all monitors of a model say, and its last alarms."""
         return report_of(self._read(self._monitors.GetReport, pb_monitor.GetReportRequest(model=model)))
 
+    def page(self, model: str, since: str = "7d") -> str:
+        """A model's page as one HTML file: what was said and what came true in the last "90m", "24h" or "7d"."""
+        request = pb_monitor.GetReportRequest(model=model, page_window=since)
+        answer = self._read(self._monitors.GetReport, request)
+        return str(answer.page_html)
+
     def logits(self, model: str, inputs: Inputs, *, batch_size: int = 64) -> Array:
         """The logits (n_samples, n_classes) that the model's calibrators read, computed by the server batch by batch.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,9 +41,13 @@ _FIELDS = {
 
 @dataclass(frozen=True)
 class MonitorService:
-    """Servicer of calserve.v1.MonitorService."""
+    """Servicer of calserve.v1.MonitorService.
+
+    `page` makes a model's page of a window as a file, in any thread; ValueError for no window.
+    """
 
     monitoring: Monitoring
+    page: Callable[[str, str], str]
 
     def methods(self) -> list[Method]:
         return methods_of(MONITOR_SERVICE, self)
@@ -90,12 +95,19 @@ class MonitorService:
     async def get_report(self, request: pb.GetReportRequest, call: Call) -> pb.MonitorReport:
         states = await self.monitoring.of_model(request.model)
         alarms = await self.monitoring.list_alarms(request.model)
+        page = ""
+        if request.page_window:
+            try:
+                page = await asyncio.to_thread(self.page, request.model, request.page_window)
+            except ValueError as error:
+                raise InvalidRequest(f"page_window: {error}") from error
         return pb.MonitorReport(
             model=request.model,
             monitors=map(monitor_message, states),
             alarms=map(alarm_message, alarms),
             false_alarms=PROMISE if any(state.spec.is_default for state in states) else "",
             nowcasts=[_nowcast(*told) for told in (await self.monitoring.nowcasts(request.model))._asdict().items()],
+            page_html=page,
         )
 
 

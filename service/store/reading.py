@@ -320,6 +320,48 @@ class Reader:
             yield PackRow(*found)
 
 
+class Follower(Reader):
+    """A reader that waits for no label and keeps no position: a row comes when it was answered, its label when it came.
+
+    It begins `most_rows` rows before the end of the journal at most, and is for sums that the order of labels does not
+    change: nothing is held back behind a watermark.
+    """
+
+    def __init__(self, journal: Journal, model: str, most_rows: int) -> None:
+        super().__init__(journal, model, "", 0.0)
+        self._most_rows = most_rows
+        self._at: Position | None = None
+        self._seen = 0, 0
+
+    def read(self, most_rows: int = MOST_ROWS) -> Cohort:
+        """The next rows, with the labels that are there, and labels that came for rows read before."""
+        with self._journal.reading() as connection:
+            record, pack = connection.execute(
+                "SELECT coalesce((SELECT max(record) FROM records), 0), coalesce((SELECT max(pack) FROM packs), 0)"
+            ).fetchone()
+            begin = self._at or Position(self._first_pack(connection), 0, record)
+            if self._seen == (record, pack):
+                return Cohort(0, begin, begin, (), (), 0)
+            end = self._watermark(connection, begin, record, most_rows)
+            cohort = self._cohort(connection, 0, begin, end, begin.record)
+        self._at = end
+        if not cohort:
+            self._seen = record, pack
+        return cohort
+
+    def commit(self, cohort: Cohort, state: bytes = b"") -> None:
+        raise NotImplementedError("a follower keeps no position")
+
+    def _first_pack(self, connection: Connection) -> int:
+        first, left = 0, self._most_rows
+        for row in map(PackRow._make, connection.execute(f"{_PACKS} ORDER BY pack DESC", (self._model, 0, LAST))):
+            left -= row.rows
+            if left < 0:
+                break
+            first = row.pack
+        return first
+
+
 def _state(connection: Connection, model: str, name: str) -> tuple[Position, int, bytes]:
     query = "SELECT model, reader, number, pack, row, record, state, crc FROM readers WHERE model = ? AND reader = ?"
     found = connection.execute(query, (model, name)).fetchone()
