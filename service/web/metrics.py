@@ -400,7 +400,7 @@ class _Monitors(Collector):
         gauges = {
             "statistic": ("calserve_monitor_statistic", "A monitor's statistic: it rings at the threshold."),
             "threshold": ("calserve_monitor_threshold", "What a monitor's statistic must reach for it to ring."),
-            "open_alarms": ("calserve_alarms_open", "Alarms that nobody has acknowledged."),
+            "open_alarms": ("calserve_alarms_open", "Alarms that are not acknowledged yet."),
         }
         counters = {
             "rows": ("calserve_monitor_rows", "Rows that a monitor has read."),
