@@ -10,7 +10,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import ngh2
 from ngh2 import ErrorCode, Setting
@@ -88,8 +88,7 @@ class Http2Connection(asyncio.Protocol):
     # From the transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101 # it was asked for a stream
-        self._transport = transport
+        transport = self._transport = cast(asyncio.Transport, transport)
         self._h2 = ngh2.Connection(ngh2.Role.SERVER, _configuration(self.limits))
         transport.set_write_buffer_limits(WRITE_BYTES)
         self._front.open(self)
@@ -185,6 +184,7 @@ class Http2Connection(asyncio.Protocol):
             call.responding = True
             self._h2.send_response(call.id, RESPONSE)
         self._send_body(call.id, message)
+        self._strikes, self._heard_ping = 0, float("-inf")
         self._ask_flush()
 
     def end(self, call: Exchange, fields: list[Header] = OK_TRAILERS) -> None:
