@@ -190,7 +190,7 @@ HELP = {
     "data_dir": "where revisions and operations are kept (default: <model repository>.calserve beside it)",
     "host": "address to listen on; one that other machines reach wants TLS and a token file",
     "port": "gRPC port; 0 lets the system choose",
-    "front": "what speaks gRPC: h2 (fast, on libnghttp2), grpc (grpc-core) or auto: h2 if its package ngh2 is installed",
+    "front": "what speaks gRPC: h2 (on libnghttp2, fast), grpc (grpc-core), or auto: h2 if the package ngh2 is there",
     "metrics_host": "address of the HTTP port, which has neither TLS nor tokens",
     "tls_cert": "certificate chain (PEM); new files are served to new connections",
     "tls_key": "its private key (PEM)",

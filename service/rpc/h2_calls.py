@@ -15,7 +15,7 @@ from contextlib import aclosing
 from typing import Any, Protocol, Self
 
 from service.errors import CalserveError
-from service.rpc.h2_framing import Messages, Opening, fail, inflate, trailers
+from service.rpc.h2_framing import OK_TRAILERS, Header, Messages, Opening, fail, inflate, trailers
 from service.rpc.limits import ConnectionLimits
 from service.rpc.methods import Call, Method
 from service.rpc.status import Code, Relayed, Status, status_of, transport_status
@@ -45,7 +45,7 @@ class Connection(Protocol):
     def start(self, call: Exchange) -> None: ...
     def answer(self, call: Exchange, message: bytes) -> None: ...
     def send(self, call: Exchange, message: bytes) -> None: ...
-    def end(self, call: Exchange, fields: list[tuple[bytes, bytes]] | None = None) -> None: ...
+    def end(self, call: Exchange, fields: list[Header] = OK_TRAILERS) -> None: ...
     def reset(self, call: Exchange) -> None: ...
     def acknowledge(self, call: Exchange, size: int) -> None: ...
     def hold(self, size: int) -> None: ...
@@ -217,7 +217,8 @@ class Unary(Exchange):
         return self._messages is not None
 
     def received(self, data: bytes) -> None:
-        for self._request, self._compressed in self._feed(data):
+        for request, compressed in self._feed(data):
+            self._request, self._compressed = request, compressed
             self._count += 1
             if self._count > 1:
                 fail(Code.UNIMPLEMENTED, f"{self._method.path} takes one message", "ONE_MESSAGE")

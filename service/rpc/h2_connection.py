@@ -112,7 +112,8 @@ class Http2Connection(asyncio.Protocol):
             return
         self._reading = True
         useful = 0
-        for event in h2.events():
+        events: list[Any] = h2.events()  # `type` is faster than isinstance, and tells mypy nothing
+        for event in events:
             kind = type(event)
             if kind is ngh2.DataReceived:
                 useful += self._data(event.stream_id, event.data, event.end_stream)
@@ -210,7 +211,7 @@ class Http2Connection(asyncio.Protocol):
 
     def hold(self, size: int) -> None:
         """Count bytes of messages that are not yet whole. Raises if there are too many of them."""
-        if size > 0 and self._held + size > self.limits.half_sent_bytes // 2 or not self._front.hold(size):
+        if (size > 0 and self._held + size > self.limits.half_sent_bytes // 2) or not self._front.hold(size):
             fail(Code.RESOURCE_EXHAUSTED, "too many messages are on their way at once", "TOO_MUCH_ON_ITS_WAY")
         self._held += size
 
@@ -281,7 +282,7 @@ class Http2Connection(asyncio.Protocol):
         if method is None or error is not None:
             call = self._unknown(number, opening, heard=end)
             self._calls[number] = call
-            self.end(call, trailers(error or _unknown_method(opening.path)))
+            self.end(call, trailers(error or _UNKNOWN_METHOD))
             return
         kind = Streaming if method.client_streaming or method.server_streaming else Unary
         call = self._calls[number] = kind(self, number, opening, method)
@@ -294,7 +295,7 @@ class Http2Connection(asyncio.Protocol):
             text = f"metadata of {opening.size} bytes is larger than the {self.limits.metadata_bytes} of"
             return transport_status(Code.RESOURCE_EXHAUSTED, f"{text} max_metadata_bytes", "METADATA_TOO_LARGE")
         if method is None:
-            return _unknown_method(opening.path)
+            return _UNKNOWN_METHOD
         if self._h2.queued_body_size() > self.limits.message_bytes + UNTAKEN_BYTES:
             return transport_status(Code.RESOURCE_EXHAUSTED, "answers wait to be taken", "ANSWERS_NOT_TAKEN")
         return None
@@ -337,11 +338,11 @@ class Http2Connection(asyncio.Protocol):
         except Relayed as error:
             call.cut(error.status)
 
-    def _event(self, event: ngh2.Event) -> None:
+    def _event(self, event: Any) -> None:
         """What is neither a request nor its bytes."""
         kind = type(event)
         if kind is ngh2.StreamClosed:
-            self._closed_stream(event.stream_id)  # type: ignore[attr-defined]
+            self._closed_stream(event.stream_id)
             return
         self._noise += 1
         if kind is ngh2.WindowUpdated:
@@ -350,12 +351,12 @@ class Http2Connection(asyncio.Protocol):
             self._heard_a_ping()
         elif kind is ngh2.PingAcknowledged:
             self._pinged_at = None
-            if event.opaque_data == FINAL:  # type: ignore[attr-defined]
+            if event.opaque_data == FINAL:
                 self._h2.send_goaway(ErrorCode.NO_ERROR)
         elif kind is ngh2.SettingsReceived:
             self._settled = True
         elif kind is ngh2.TrailersReceived:
-            call = self._calls.get(event.stream_id)  # type: ignore[attr-defined]
+            call = self._calls.get(event.stream_id)
             if call is not None and not call.said:
                 self._guarded(call, call.ended)
         elif kind is ngh2.ConnectionClosed:
@@ -531,8 +532,7 @@ def _settings(limits: ConnectionLimits) -> dict[Setting, int]:
     }
 
 
-def _unknown_method(path: str) -> Status:
-    return transport_status(Code.UNIMPLEMENTED, "Method not found!", "UNKNOWN_METHOD")
+_UNKNOWN_METHOD = transport_status(Code.UNIMPLEMENTED, "Method not found!", "UNKNOWN_METHOD")
 
 
 def _too_large_answer(message: bytes, most: int) -> Status:

@@ -29,6 +29,8 @@ LOOK_SECONDS = 1.0
 REMEMBERED, REMEMBERED_BYTES = 256, 1024
 """Sets of headers that are read once only, and the longest of those."""
 BACKLOG = 1024
+ABORT_SECONDS = 1.0
+"""What is aborted is lost in the next turn of the loop."""
 
 
 class H2Front:
@@ -61,11 +63,14 @@ class H2Front:
         """
         self.loop = asyncio.get_running_loop()
         tls = None if self._certificates is None else _context(self._certificates)
-        handshake = {} if tls is None else {"ssl": tls, "ssl_handshake_timeout": self.limits.handshake_seconds}
+        seconds = None if tls is None else self.limits.handshake_seconds
         try:
             for listening in await self._listen(host, port):
-                server = await self.loop.create_server(self._new, sock=listening, backlog=BACKLOG, **handshake)  # type: ignore[arg-type]
-                self._servers.append(server)
+                self._servers.append(
+                    await self.loop.create_server(
+                        self._new, sock=listening, backlog=BACKLOG, ssl=tls, ssl_handshake_timeout=seconds
+                    )
+                )
                 port = listening.getsockname()[1]
             if socket is not None:
                 self._servers.append(await self.loop.create_unix_server(self._new, socket, backlog=BACKLOG))
@@ -80,24 +85,27 @@ class H2Front:
         self.stopping = True
         for server in self._servers:
             server.close()
-        if self._connections:
-            self._all_lost = self.loop.create_future()
-            for connection in list(self._connections):
-                connection.retire()
-            with suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.shield(self._all_lost), grace_seconds)
+        for connection in list(self._connections):
+            connection.retire()
+        await self._wait_for_all(grace_seconds)
         for connection in list(self._connections):
             connection.abort()
-        while self._connections:
-            await asyncio.sleep(0)
+        await self._wait_for_all(ABORT_SECONDS)
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=grace_seconds)
+            await asyncio.wait(self._tasks, timeout=ABORT_SECONDS)
         if self._sweep is not None:
             self._sweep.cancel()
         if self._inflater is not None:
             self._inflater.shutdown(wait=False, cancel_futures=True)
         if self._socket is not None:
             self._socket.unlink(missing_ok=True)
+
+    async def _wait_for_all(self, seconds: float) -> None:
+        """Return when every connection is lost, or after so many seconds."""
+        if self._connections:
+            self._all_lost = self.loop.create_future()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._all_lost, seconds)
 
     # For the connections
 

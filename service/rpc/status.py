@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -11,7 +12,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from service import errors
 
-Code = grpc.StatusCode
+Code: TypeAlias = grpc.StatusCode
 DOMAIN = "calserve"
 DETAILS_KEY = "grpc-status-details-bin"
 MAX_MESSAGE_CHARACTERS = 2000

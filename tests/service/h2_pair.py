@@ -45,7 +45,7 @@ class Never:
         self.ends: list[str] = []
         self.begun = 0
 
-    async def __call__(self, request: bytes, call: Call) -> bytes:
+    async def __call__(self, *_: object) -> bytes:
         self.begun += 1
         try:
             await asyncio.get_running_loop().create_future()
@@ -126,7 +126,9 @@ class Pair:
         self.front, self.wire = front, Wire(most)
         self.connection = self.wire.protocol = Http2Connection(front)
         self.connection.connection_made(self.wire)
-        self.caller = ngh2.Connection(ngh2.Role.CLIENT, ngh2.Configuration(max_outbound_ack=10**6, max_send_header_block_length=1 << 20))
+        self.caller = ngh2.Connection(
+            ngh2.Role.CLIENT, ngh2.Configuration(max_outbound_ack=10**6, max_send_header_block_length=1 << 20)
+        )
         self.caller.initiate_connection(settings or {})
         self.heard: defaultdict[int, Heard] = defaultdict(Heard)
         self.goaways: list[tuple[int, int, bytes]] = []
@@ -181,7 +183,7 @@ class Pair:
                 await asyncio.sleep(0)
 
     async def answer(self, number: int) -> Heard:
-        await self.until(lambda: self.heard[number].closed or self.wire.over)
+        await self.until(lambda: self.heard[number].closed or (self.wire.over and not self.wire.written))
         return self.heard[number]
 
     def _note(self, event: ngh2.Event) -> None:
@@ -214,6 +216,13 @@ def front_with(limits: ConnectionLimits | None = None, **handlers: Callable[...,
     front = H2Front(methods, limits or ConnectionLimits())
     front.loop = asyncio.get_running_loop()
     return front
+
+
+async def turns_until(over: Callable[[], bool]) -> None:
+    """Turn the loop until something has happened."""
+    async with asyncio.timeout(20):
+        while not over():  # noqa: ASYNC110 # whoever could set an event is what is tested
+            await asyncio.sleep(0)
 
 
 def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:

@@ -23,7 +23,7 @@ from service.rpc import h2_connection
 from service.rpc.h2_calls import TASKLESS, UNREAD_BYTES
 from service.rpc.limits import ConnectionLimits
 from service.rpc.methods import Call
-from tests.service.h2_pair import CHAT, COUNT, ECHO, NEVER, SUM, Never, Pair, front_with, run
+from tests.service.h2_pair import CHAT, COUNT, ECHO, NEVER, SUM, Never, Pair, front_with, run, turns_until
 
 Code = grpc.StatusCode
 NO_ERROR, CANCEL, CALM = 0, 8, 11
@@ -115,7 +115,11 @@ async def test_large_messages_pass_through_small_windows_both_ways() -> None:
 
 @pytest.mark.parametrize(
     ("fields", "status"),
-    [({":method": b"GET"}, b"405"), ({"content-type": b"text/html"}, b"415"), ({"content-type": b"application/grpcx"}, b"415")],
+    [
+        ({":method": b"GET"}, b"405"),
+        ({"content-type": b"text/html"}, b"415"),
+        ({"content-type": b"application/grpcx"}, b"415"),
+    ],
 )
 @in_loop
 async def test_what_is_not_grpc_gets_an_http_status(fields: dict[str, bytes], status: bytes) -> None:
@@ -137,7 +141,13 @@ def packed(text: bytes) -> bytes:
         (ECHO, [b"a", b"b"], {}, Code.UNIMPLEMENTED, "takes one message"),
         (COUNT, [], {}, Code.UNIMPLEMENTED, "takes one message"),
         (COUNT, [b"1", b"2"], {}, Code.UNIMPLEMENTED, "takes one message"),
-        (ECHO, [bytes(1001)], {}, Code.RESOURCE_EXHAUSTED, "a message of 1001 bytes is larger than the 1000 that max_message_bytes allows"),
+        (
+            ECHO,
+            [bytes(1001)],
+            {},
+            Code.RESOURCE_EXHAUSTED,
+            "a message of 1001 bytes is larger than the 1000 that max_message_bytes allows",
+        ),
         (CHAT, [bytes(1001)], {}, Code.RESOURCE_EXHAUSTED, "larger than the 1000"),
         (COUNT, [b"1"], {"grpc_timeout": b"soon"}, Code.INVALID_ARGUMENT, "grpc-timeout"),
         (COUNT, [b"1"], {"grpc_timeout": b"123456789S"}, Code.INVALID_ARGUMENT, "grpc-timeout"),
@@ -288,9 +298,7 @@ async def test_a_lost_connection_cancels_what_it_asked_for() -> None:
         pair.send(call, b"half")
     await pair.until(lambda: never.begun == 100)
     pair.connection.connection_lost(None)
-    async with asyncio.timeout(10):
-        while pair.front._tasks:
-            await asyncio.sleep(0)
+    await turns_until(lambda: not pair.front._tasks)
     assert never.ends == ["cancelled"] * 100
     assert not pair.front._connections
 
@@ -389,9 +397,7 @@ async def test_a_caller_that_reads_nothing_is_read_no_more_and_cut() -> None:
     for _ in range(300):
         pair.ask(ECHO, bytes(10_000))
     pair.deliver()
-    async with asyncio.timeout(10):
-        while not pair.connection._paused:
-            await asyncio.sleep(0)
+    await turns_until(lambda: pair.connection._paused)
     assert not pair.wire.reading
     assert len(pair.wire.written) < 300 * 10_000  # the rest waits for the caller
     now = asyncio.get_running_loop().time()
@@ -503,7 +509,10 @@ async def test_garbage_closes_the_connection_and_raises_nothing() -> None:
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(st.tuples(st.integers(0, 12), st.binary(max_size=60), st.integers(0, 255), st.integers(0, 5))), st.booleans())
+@given(
+    st.lists(st.tuples(st.integers(0, 12), st.binary(max_size=60), st.integers(0, 255), st.integers(0, 5))),
+    st.booleans(),
+)
 def test_whatever_frames_come_the_connection_raises_nothing_and_lets_go(
     frames: list[tuple[int, bytes, int, int]], greeted: bool
 ) -> None:
@@ -518,8 +527,7 @@ def test_whatever_frames_come_the_connection_raises_nothing_and_lets_go(
         await asyncio.sleep(0)
         pair.connection.check(asyncio.get_running_loop().time() + 1000)
         pair.connection.connection_lost(None)
-        while pair.front._tasks:
-            await asyncio.sleep(0)
+        await turns_until(lambda: not pair.front._tasks)
         assert pair.front._held == 0
 
     run(test)
@@ -540,8 +548,7 @@ def test_whatever_is_flipped_on_the_wire_raises_nothing(messages: list[bytes], d
             pair.connection.data_received(bytes(sent))
         await asyncio.sleep(0)
         pair.connection.connection_lost(None)
-        while pair.front._tasks:
-            await asyncio.sleep(0)
+        await turns_until(lambda: not pair.front._tasks)
         assert pair.front._held == 0
 
     run(test)
@@ -663,7 +670,13 @@ async def test_metadata_reaches_the_handler_and_headers_of_the_transport_do_not(
     call = pair.open(ECHO, extra=extra)
     pair.send(call, b"", end=True)
     assert (await pair.answer(call)).status == 0
-    assert seen == [("authorization", "Bearer x"), ("two", "1"), ("two", "2"), ("raw-bin", b"\0\xff"), ("raw-bin", b"\0\xff")]
+    assert seen == [
+        ("authorization", "Bearer x"),
+        ("two", "1"),
+        ("two", "2"),
+        ("raw-bin", b"\0\xff"),
+        ("raw-bin", b"\0\xff"),
+    ]
 
 
 @in_loop
