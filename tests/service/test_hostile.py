@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import grpc
@@ -48,7 +48,8 @@ class Server:
         assert found
         assert found[2] == front
         self.port = int(found[1])
-        threading.Thread(target=self._process.stderr.read, daemon=True).start()  # so that it never waits for us
+        self._reader = threading.Thread(target=self._process.stderr.read)  # so that it never waits for us
+        self._reader.start()
 
     @property
     def address(self) -> str:
@@ -61,14 +62,22 @@ class Server:
     def sockets(self) -> int:
         """Connections that it has open."""
         folder = Path(f"/proc/{self._process.pid}/fd")
-        return sum(os.readlink(path).startswith("socket") for path in list(folder.iterdir()) if path.exists())
+        found = 0
+        for path in list(folder.iterdir()):
+            with suppress(FileNotFoundError):
+                found += str(path.readlink()).startswith("socket")
+        return found
 
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=20)
 
     def stop(self) -> int:
         self._process.terminate()
-        return self._process.wait(timeout=60)
+        code = self._process.wait(timeout=60)
+        self._reader.join()
+        assert self._process.stderr
+        self._process.stderr.close()
+        return code
 
 
 class Attacker:
@@ -92,10 +101,8 @@ class Attacker:
 
     def write(self, data: bytes) -> None:
         """As much of it as is taken; a server that hangs up is no surprise here."""
-        try:
+        with suppress(BrokenPipeError, ConnectionResetError, TimeoutError):
             self.socket.sendall(data)
-        except (BrokenPipeError, ConnectionResetError, TimeoutError):
-            pass
 
     def listen(self) -> None:
         """Read what is there."""
