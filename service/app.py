@@ -227,8 +227,8 @@ class App:
             socket = self._member.learner_socket if self._learns else None
             self.port = await self._front.start(self.settings.host, self._member.port, socket)
         log.info(
-            "gRPC on %s:%d (front %s), metrics on %s:%d",
-            self.settings.host, self.port, self._front.name, self.settings.metrics_host, self.metrics_port,
+            "gRPC on %s:%d, metrics on %s:%d, front %s",
+            self.settings.host, self.port, self.settings.metrics_host, self.metrics_port, self._front.name,
         )  # fmt: skip
 
     async def stop(self) -> None:

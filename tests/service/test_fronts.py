@@ -27,7 +27,7 @@ def test_the_front_that_runs_is_told_in_the_log(
     with caplog.at_level(logging.INFO):
         server = RunningServer(settings_for(root, front=front))
     try:
-        assert re.search(rf"gRPC on 127\.0\.0\.1:{server.app.port} \(front {runs}\)", caplog.text)
+        assert re.search(rf"gRPC on 127\.0\.0\.1:{server.app.port}, .*, front {runs}", caplog.text)
         with grpc.insecure_channel(server.address) as channel:
             assert channel.unary_unary(INFER)(infer(), timeout=10)
     finally:

@@ -42,7 +42,7 @@ class Server:
         self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
         assert self._process.stderr
         for line in self._process.stderr:
-            found = re.search(r"gRPC on 127\.0\.0\.1:(\d+) \(front (\w+)\)", line)
+            found = re.search(r"gRPC on 127\.0\.0\.1:(\d+), .*, front (\w+)", line)
             if found:
                 break
         assert found
