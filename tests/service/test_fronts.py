@@ -70,7 +70,9 @@ def test_a_server_listens_where_it_is_told(root: Path, front: str, host: str) ->
 @FRONTS
 def test_stock_clients_keep_their_calls_while_connections_are_retired(root: Path, front: str) -> None:
     """grpc-core with keepalive, through GOAWAY after GOAWAY: no call fails."""
-    server = RunningServer(settings_for(root, front=front, connection_age_seconds=0.5, connection_age_grace_seconds=5.0))
+    server = RunningServer(
+        settings_for(root, front=front, connection_age_seconds=0.5, connection_age_grace_seconds=5.0)
+    )
     options = [
         ("grpc.use_local_subchannel_pool", 1),
         ("grpc.keepalive_time_ms", 11_000),
