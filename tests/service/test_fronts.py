@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import asyncio
 import logging
 import re
 import socket
@@ -35,9 +35,11 @@ def test_the_front_that_runs_is_told_in_the_log(
 
 
 def test_without_ngh2_auto_is_grpc_and_h2_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    async def name(asked: str) -> str:  # grpc.aio wants a running loop
+        return front_of(asked, [], ConnectionLimits()).name
+
     monkeypatch.setattr("service.rpc.fronts.find_spec", lambda _: None)
-    assert front_of("auto", [], ConnectionLimits()).name == "grpc"
+    assert asyncio.run(name("auto")) == "grpc"
     with pytest.raises(Refused, match="front h2 needs the package ngh2"):
         front_of("h2", [], ConnectionLimits())
 
