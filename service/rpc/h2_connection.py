@@ -75,7 +75,8 @@ class Http2Connection(asyncio.Protocol):
         self._early: list[Exchange] = []
         self._rooms: dict[Exchange, asyncio.Future[None]] = {}
         self._paused = self._flush_asked = self._reading = self._closing = False
-        self._settled = False  # the caller has spoken HTTP/2
+        self._greeted = False  # the caller has said something; before that it costs next to nothing
+        self._settled = False  # it was HTTP/2
         self._noise = self._strikes = self._held = 0
         self._pinged_at: float | None = None
         self._heard_ping = float("-inf")
@@ -89,21 +90,18 @@ class Http2Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         transport = self._transport = cast(asyncio.Transport, transport)
-        self._h2 = ngh2.Connection(ngh2.Role.SERVER, _configuration(self.limits))
         transport.set_write_buffer_limits(WRITE_BYTES)
         self._front.open(self)
         tls = transport.get_extra_info("ssl_object")
         if tls is not None and tls.selected_alpn_protocol() != "h2":
             self._close()
-            return
-        self._h2.initiate_connection(_settings(self.limits))
-        self._h2.set_local_window_size(CONNECTION_WINDOW)
-        self._flush()
 
     def data_received(self, data: bytes) -> None:
         if self._closing:
             return
         self.now = self.loop.time()
+        if not self._greeted:
+            self._greet()
         h2 = self._h2
         try:
             h2.receive_data(data)
@@ -383,6 +381,12 @@ class Http2Connection(asyncio.Protocol):
 
     # Runs and writes
 
+    def _greet(self) -> None:
+        self._greeted = True
+        self._h2 = ngh2.Connection(ngh2.Role.SERVER, _configuration(self.limits))
+        self._h2.initiate_connection(_settings(self.limits))
+        self._h2.set_local_window_size(CONNECTION_WINDOW)
+
     def _run(self) -> None:
         """Run the calls that this read made ready, those of them that have not been taken back since."""
         ready, self._ready = self._ready, []
@@ -481,6 +485,8 @@ class Http2Connection(asyncio.Protocol):
         """A last GOAWAY that says why, and the end of the connection."""
         if self._closing:
             return
+        if not self._greeted:
+            self._greet()
         self._h2.send_goaway(code, debug_data=why)
         if not self._paused:
             self._transport.write(self._h2.data_to_send(WRITE_BYTES))
