@@ -304,6 +304,11 @@ def server(
     root = tmp_path_factory.mktemp(f"hostile_{request.param}") / "models"
     models.write(root, "mlp", models.classifier())
     server = Server(root, request.param)
+    with grpc.insecure_channel(
+        server.address
+    ) as channel:  # what it takes for its first work is not held against callers
+        calls = [channel.unary_unary(INFER).future(infer(), timeout=30) for _ in range(200)]
+        assert {call.code() for call in calls} == {grpc.StatusCode.OK}
     yield server
     assert server.stop() == 0
 
