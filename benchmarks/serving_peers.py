@@ -253,6 +253,14 @@ class Running:
             except (OSError, grpc.RpcError):
                 time.sleep(0.01)
 
+    def wait_for_workers(self, count: int) -> None:
+        """Until so many processes listen: what connects before goes to those that do, and stays there."""
+        port = f"{int(self.address.rpartition(':')[2]):04X}"
+        while _listeners(port) < count:
+            if time.perf_counter() - self._begun > READY_SECONDS:
+                raise Absent(f"{self.server.name} did not start {count} workers: {self._last_line()}")
+            time.sleep(0.01)
+
     def _last_line(self) -> str:
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").strip().splitlines()
@@ -269,6 +277,12 @@ class Running:
         for pid in children[1:]:
             if Path(f"/proc/{pid}").exists():
                 os.kill(pid, signal.SIGKILL)
+
+
+def _listeners(port: str) -> int:
+    """Sockets that listen on that port, given in hexadecimal."""
+    lines = (line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines())
+    return sum(fields[3] == "0A" and fields[1].endswith(f":{port}") for fields in lines)
 
 
 def free_port() -> int:

@@ -91,6 +91,7 @@ def workers_rate(bench: Bench, cores: list[int]) -> float:
     """Requests a second of a server with a worker on each core."""
     extra = (*bench.extra, "--workers", str(len(cores)), "--max-queue-seconds", "30")
     with bench.start_bare(MODELS["resnet18"], cores=set(cores), extra=extra) as running:
+        running.wait_for_workers(len(cores))
         payloads = str(bench.payloads(running.model))
         command = Command(running.address, payloads, "unary", 1, 2 * bench.seconds, channels=CONNECTIONS)
         result = bench.clean(running, bench.load.run(command))

@@ -12,20 +12,29 @@ from multiprocessing.connection import Connection
 from typing import Self
 
 from service.cores import threads_per_run, usable_cores
+from service.drift.summaries import Summaries
+from service.drift.webhook import RESULTS, Target, Webhook
 from service.inference.batcher import Limits as QueueLimits
 from service.inference.device_loss import DeviceLoss
 from service.inference.repository import Repository, folders
 from service.inference.session import Device
+from service.inference.statistics import BOUNDS_NS, Spread
 from service.learning.coverage import Coverage
 from service.learning.following import Following
 from service.learning.journalling import Journalling
 from service.learning.loading import Loading, Poll
+from service.learning.monitoring import Monitoring
 from service.learning.online import Online
 from service.learning.online_serving import OnlineServing
 from service.learning.operations import Limits, Operations
+from service.learning.policies import Policies
 from service.learning.progress import COUNTED
 from service.learning.revisions import Revisions
+from service.learning.shadow import BETTER, WORSE
+from service.learning.shadow_runs import ShadowRuns
+from service.learning.shadows import Shadows
 from service.lifecycle import Signals, end_process, keep_watchdog, notify
+from service.page import PageFacts
 from service.rpc.access import Access, check_complete
 from service.rpc.calibrator_service import CalibratorService
 from service.rpc.feedback_service import FeedbackService
@@ -34,28 +43,44 @@ from service.rpc.grpc_front import ConnectionLimits, GrpcFront
 from service.rpc.health import PROCESS, READY, Health
 from service.rpc.inference_service import Inference
 from service.rpc.methods import Method, methods_of
+from service.rpc.monitor_service import MonitorService
 from service.rpc.observed import observed
 from service.rpc.online_service import OnlineService
 from service.rpc.process_settings import ProcessSettings
 from service.rpc.reflection import Reflection
 from service.rpc.repository_control import RepositoryControl
 from service.rpc.server_info import EXTENSIONS, ServerInfo
+from service.rpc.shadow_service import ShadowService
 from service.rpc.shared_memory import Regions, SharedMemory
 from service.rpc.streams import StreamLimits, Streams
 from service.rpc.tls import CertificateFiles
 from service.rpc.tokens import TokenFile
+from service.rpc.tracing import Tracing
 from service.rpc.wire import FEEDBACK_SERVICE, INFERENCE_SERVICE
 from service.settings import Settings, is_local
 from service.store.blobs import Blobs
 from service.store.catalogue import Catalogue
 from service.store.journal import LOST, Journal
 from service.store.journal_tables import Retention
-from service.store.labels import Labels, Result
+from service.store.labels import DELAYS_SECONDS, Labels, Result
 from service.store.lock import lock_store
 from service.store.online_states import OnlineStates
 from service.supervisor import Member
 from service.web.http import HttpServer, Page, text
-from service.web.metrics import JournalState, Metrics, ModelState, OnlineLearning, SetCoverage
+from service.web.metrics import (
+    Durations,
+    JournalState,
+    Metrics,
+    ModelState,
+    MonitorMetrics,
+    NowcastMetrics,
+    OnlineLearning,
+    SetCoverage,
+    ShadowRunning,
+    ShadowStanding,
+    WebhookMetrics,
+)
+from service.web.site import Site
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +103,8 @@ class App:
         self._tokens = TokenFile(settings.token_file) if settings.token_file else None
         self._access = Access(self._tokens) if self._tokens else None
         certificates = _certificates(settings)
+        self._webhook = _webhook(settings) if self._learns else None
+        self._tracing = Tracing(settings.traces_endpoint) if settings.traces_endpoint else None
         self._device = _device(settings)
         self._lock = lock_store(settings.store) if self._learns else None
         self._catalogue = Catalogue(settings.store / "catalogue.sqlite")
@@ -104,10 +131,29 @@ class App:
             wait_seconds=settings.online_wait_seconds,
             quota=settings.online_quota_labels,
         )
+        self._journalling = Journalling(self._journal, settings.journal)
+        self._shadow_runs = ShadowRuns(self._journal, self.repository, self._revisions, self._journalling)
+        self._shadows = Shadows(
+            self._journal,
+            self.repository,
+            self._revisions,
+            self._online,
+            self._shadow_runs,
+            self._journalling,
+            wait_seconds=settings.online_wait_seconds,
+            quota=settings.online_quota_labels,
+        )
         self._coverage = Coverage(self._journal, self.repository, settings.online_wait_seconds)
         self._feedback = FeedbackService(self.repository, self._journal, Labels(self._journal), self._online.labelled)
         self._regions = Regions(settings.shared_memory_prefix, settings.shared_memory_bytes)
         self._operations = Operations(self._catalogue, blobs, settings.store / "jobs", _limits(settings))
+        self._monitoring = Monitoring(
+            self._journal,
+            self.repository,
+            Policies(self.repository, self._revisions, self._online, self._operations, self._shadows),
+            mode=settings.monitors,
+            wait_seconds=settings.monitor_wait_seconds,
+        )
         self._metrics = Metrics(
             self._model_states,
             lambda: self._health.serving(READY),
@@ -115,12 +161,27 @@ class App:
             self._journal_state,
             self._online_learning,
             lambda: [SetCoverage(**vars(state)) for state in self._coverage.states()],
+            self._monitor_metrics,
+            lambda: [
+                NowcastMetrics(model, now.estimate, now.low, now.high, now.valid)
+                for model, now in self._monitoring.accuracies()
+            ],
+            webhook=self._webhook_state,
+            shadows=self._shadow_standings,
+            shadow_runs=lambda: [
+                ShadowRunning(run.row.model, run.row.revision, run.counts, run.seconds)
+                for run in self._shadow_runs.runs()
+            ],
         )
+        facts = PageFacts(self.repository, self._catalogue, settings.journal)
+        self._summaries = Summaries(self._journal, facts.names, facts.sets_of, retention.seconds)
+        self._site = Site(facts.sources(self._summaries, self._monitoring))
         self._streams = Streams(_stream_limits(settings))
         limits = replace(_connection_limits(settings), shared_port=member is not None)
         self._front = GrpcFront(self._guarded_methods(), limits, certificates)
         metrics_port = settings.metrics_port + (member.index if member and settings.metrics_port else 0)
-        self._http = HttpServer(settings.metrics_host, metrics_port, self._pages())
+        has_page = self._learns and not settings.no_page
+        self._http = HttpServer(settings.metrics_host, metrics_port, self._pages(), self._site if has_page else None)
         self.port, self.metrics_port = 0, self._http.port
 
     async def __aenter__(self) -> Self:
@@ -151,8 +212,15 @@ class App:
             await self._operations.resume()
             self._online.start()
             self._coverage.start()
+            self._shadows.begin()
+            self._summaries.start()
+            if self._webhook:
+                self._webhook.start()
+                self._monitoring.listeners.append(self._webhook.send)
+            self._monitoring.start()
         else:
             self._following.start()
+        self._shadow_runs.start()
         await self._tell_health(*self.repository.names())
         if self._member is not None:
             socket = self._member.learner_socket if self._learns else None
@@ -168,14 +236,21 @@ class App:
         await asyncio.sleep(self.settings.drain_delay_seconds)
         stopped = asyncio.create_task(self._front.stop(self.settings.drain_seconds))
         await self._operations.release()
+        self._monitoring.release()
         await self._streams.drain()
         self._health.draining = True
         await stopped
         self._watch.cancel()
+        await self._monitoring.close()
         await self._operations.close()
         await self._following.close()
+        await self._shadows.close()
+        await self._shadow_runs.close()
         await self._online.close()
         await self._coverage.close()
+        await self._summaries.close()
+        if self._webhook:
+            await self._webhook.close()
         if self._forward:
             await self._forward.close()
         await self._poll.close()
@@ -183,6 +258,8 @@ class App:
         self._regions.release()
         self._http.stop()
         self.repository.close()
+        if self._tracing:
+            await asyncio.to_thread(self._tracing.close)
         await asyncio.to_thread(self._journal.close)
         self._catalogue.close()
         if self._lock:
@@ -226,8 +303,15 @@ class App:
 
     def _methods(self) -> Iterable[Method]:
         deadline = self.settings.default_deadline_seconds
-        journalling = Journalling(self._journal, self.settings.journal)
-        inference = Inference(self.repository, self._revisions, self._health, self._regions, deadline, journalling)
+        inference = Inference(
+            self.repository,
+            self._revisions,
+            self._health,
+            self._regions,
+            deadline,
+            self._journalling,
+            self._tracing,
+        )
         methods = [
             *methods_of(
                 INFERENCE_SERVICE,
@@ -245,11 +329,16 @@ class App:
 
     def _learners_methods(self) -> list[Method]:
         """The learner's own; of another worker, passed on to it. Labels may name what this worker answered just now."""
-        calibrators = CalibratorService(self.repository, self._revisions, self._operations).methods()
-        feedback, online = self._feedback.methods(), OnlineService(self._online).methods()
+        own = [
+            *CalibratorService(self.repository, self._revisions, self._operations, self._shadows).methods(),
+            *OnlineService(self._online).methods(),
+            *ShadowService(self._shadows).methods(),
+            *MonitorService(self._monitoring, self._site.report).methods(),
+        ]
+        feedback = self._feedback.methods()
         if self._forward is None:
-            return [*calibrators, *feedback, *online]
-        passed_on = [self._forward.method(method) for method in (*calibrators, *online)]
+            return [*own, *feedback]
+        passed_on = [self._forward.method(method) for method in own]
         return [*passed_on, *(self._forward.method(method, self._journal.flush) for method in feedback)]
 
     def _extensions(self) -> list[str]:
@@ -268,25 +357,46 @@ class App:
                 model.active.revision,
                 model.active.session.provider,
                 model.batcher.queued,
-                model.statistics.rows,
-                model.statistics.executions,
-                model.statistics.dropped,
+                said.rows,
+                said.executions,
+                {"answered": said.success.count, "refused": said.fail.count},
+                said.dropped,
+                {rows: runs.count for rows, runs in list(said.batches.items())},
+                _durations(said.success),
+                _durations(said.queue),
+                _durations(said.infer),
             )
-            for model in list(self.repository.models())
+            for model, said in [(model, model.statistics) for model in self.repository.models()]
         ]
 
     def _journal_state(self) -> JournalState:
         kept: Counter[str] = Counter()
+        other: Counter[str] = Counter()
         lost: Counter[tuple[str, str]] = Counter()
         for stream in self._journal.streams():
             kept[stream.row.model] += stream.kept_rows
+            other[stream.row.model] += stream.other_rows
             for why in LOST:
                 lost[stream.row.model, why] += stream.lost_rows[why]
-        labels = {str(result): self._feedback.counts[result] for result in Result}
+        labels, joined = {str(result): self._feedback.counts[result] for result in Result}, self._feedback.labels
         writer = self._journal.writer
         return JournalState(
-            writer.writable, self._journal.bytes(), self._journal.queued_bytes, writer.commits, kept, lost, labels
+            writer.writable,
+            self._journal.bytes(),
+            self._journal.queued_bytes,
+            writer.commits,
+            kept,
+            lost,
+            other,
+            labels,
+            Durations(DELAYS_SECONDS, list(joined.delays), joined.delay_seconds),
         )
+
+    def _webhook_state(self) -> WebhookMetrics | None:
+        if self._webhook is None:
+            return None
+        counts = self._webhook.counts
+        return WebhookMetrics({name: counts[name] for name in RESULTS}, counts["retried"], self._webhook.waiting)
 
     def _online_learning(self) -> list[OnlineLearning]:
         return [
@@ -302,6 +412,34 @@ class App:
                 state.counts["timed"],
             )
             for state in self._online.states()
+        ]
+
+    def _shadow_standings(self) -> list[ShadowStanding]:
+        return [
+            ShadowStanding(
+                state.row.model,
+                state.row.revision,
+                state.comparison.counts,
+                state.comparison.gain.mean,
+                *state.comparison.gain.interval(state.row.level),
+                {BETTER: 1, WORSE: -1}.get(state.comparison.verdict, 0),
+            )
+            for state in self._shadows.states()
+        ]
+
+    def _monitor_metrics(self) -> list[MonitorMetrics]:
+        counts = self._monitoring.alarm_counts
+        return [
+            MonitorMetrics(
+                state.spec.model,
+                state.spec.name,
+                state.statistic,
+                state.threshold,
+                rows,
+                counts[state.spec.model, state.spec.name],
+                len(state.alarms),
+            )
+            for state, rows in self._monitoring.states()
         ]
 
     def _pages(self) -> dict[str, Page]:
@@ -349,6 +487,17 @@ def _certificates(settings: Settings) -> CertificateFiles | None:
     if settings.tls_cert is None or settings.tls_key is None:
         return None
     return CertificateFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+
+
+def _durations(spread: Spread) -> Durations:
+    return Durations([ns / 1e9 for ns in BOUNDS_NS], list(spread.counts), 1e-9 * spread.ns)
+
+
+def _webhook(settings: Settings) -> Webhook | None:
+    if not settings.webhook_url:
+        return None
+    target = Target.parse(settings.webhook_url, settings.webhook_hosts, settings.webhook_ca)
+    return Webhook(target, settings.store / "webhook.json", settings.webhook_secret_file)
 
 
 def _connection_limits(settings: Settings) -> ConnectionLimits:

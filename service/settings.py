@@ -17,6 +17,7 @@ from service.errors import Refused
 ENVIRONMENT_PREFIX = "CALSERVE_"
 MODEL_CONTROLS = ("none", "explicit", "poll")
 JOURNAL_MODES = ("off", "async", "sync")
+MONITOR_MODES = ("default", "own", "off")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Settings:
     port: int = 8001
     metrics_host: str = "127.0.0.1"
     metrics_port: int = 8002
+    no_page: bool = False
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
@@ -72,6 +74,13 @@ class Settings:
     journal_queue_bytes: int = 64 << 20
     online_wait_seconds: float = 60.0
     online_quota_labels: int = 10_000
+    monitors: str = "default"
+    monitor_wait_seconds: float = 3600.0
+    webhook_url: str = ""
+    webhook_hosts: str = ""
+    webhook_secret_file: Path | None = None
+    webhook_ca: Path | None = None
+    traces_endpoint: str = ""
     fit_processes: int = 1
     fit_seconds: float = 3600.0
     fit_memory_bytes: int = 8 << 30
@@ -83,6 +92,8 @@ class Settings:
             raise Refused(f"model_control must be one of {', '.join(MODEL_CONTROLS)}, got {self.model_control!r}")
         if self.journal not in JOURNAL_MODES:
             raise Refused(f"journal must be one of {', '.join(JOURNAL_MODES)}, got {self.journal!r}")
+        if self.monitors not in MONITOR_MODES:
+            raise Refused(f"monitors must be one of {', '.join(MONITOR_MODES)}, got {self.monitors!r}")
         if self.load_model and self.model_control != "explicit":
             raise Refused("load_model is for model_control explicit; otherwise every model of the repository is loaded")
         for name in ("port", "metrics_port"):
@@ -118,8 +129,11 @@ class Settings:
         ):
             if getattr(self, name) <= 0:
                 raise Refused(f"{name} must be positive, got {getattr(self, name)}")
-        if self.online_wait_seconds < 0:
-            raise Refused(f"online_wait_seconds must be zero or more, got {self.online_wait_seconds}")
+        for name in ("online_wait_seconds", "monitor_wait_seconds"):
+            if getattr(self, name) < 0:
+                raise Refused(f"{name} must be zero or more, got {getattr(self, name)}")
+        if not self.webhook_url and (self.webhook_hosts or self.webhook_secret_file or self.webhook_ca):
+            raise Refused("webhook_hosts, webhook_secret_file and webhook_ca are for a webhook_url")
         if self.workers > 1 and (self.model_control == "explicit" or self.shared_memory_prefix):
             raise Refused("model_control explicit and shared memory are for one worker: a call reaches one of several")
         if (self.tls_cert is None) != (self.tls_key is None):
@@ -178,7 +192,8 @@ HELP = {
     "tls_client_ca": "authorities (PEM) of which every caller must show a certificate (mutual TLS)",
     "token_file": "bearer tokens, see `calserve token`; without it every caller may do everything",
     "insecure": "listen where other machines reach it, though without TLS or tokens",
-    "metrics_port": "HTTP port of /metrics and /health; 0 lets the system choose",
+    "no_page": "serve no page beside /metrics; it shows anybody the models' names, revisions and how well they do",
+    "metrics_port": "HTTP port of the page, /metrics and /health; 0 lets the system choose",
     "device": "auto, cpu, cuda[:index] or tensorrt[:index]; one that is named and absent is refused",
     "device_lost": "when the GPU is lost: not_ready (models are UNAVAILABLE) or cpu (they move there)",
     "gpu_memory_limit_bytes": "most GPU memory of each session; 0: what there is",
@@ -212,6 +227,13 @@ HELP = {
     "journal_queue_bytes": "predictions that wait to be written; further ones are counted as lost",
     "online_wait_seconds": "how long online learning waits for a prediction's label before it passes to the next one",
     "online_quota_labels": "labels of one producer that an online revision learns from an hour",
+    "monitors": "default: some for each model, and what callers ask for; own: only what they ask for; off: none",
+    "monitor_wait_seconds": "how long monitors wait for a prediction's label before it counts as missing",
+    "webhook_url": "https address that alarms are posted to; without it none are",
+    "webhook_hosts": "hosts that may be posted to: names, addresses, networks (private ones too), commas between",
+    "webhook_secret_file": "what posts are signed with (HMAC-SHA256, header Calserve-Signature)",
+    "webhook_ca": "authorities (PEM) for the webhook's certificate; by default the system's",
+    "traces_endpoint": "OTLP collector (gRPC) that a span of each inference goes to; needs the extra `tracing`",
     "fit_processes": "fits that may run at once, each in its own process",
     "fit_seconds": "longest time a fit may take",
     "fit_memory_bytes": "most memory (address space) a fit may use",

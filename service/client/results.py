@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, TypeAlias
 
@@ -12,6 +12,7 @@ import numpy as np
 from calserve.v1 import feedback_service_pb2 as feedback
 from calserve.v1 import online_service_pb2 as online
 from calserve.v1 import resources_pb2 as resources
+from calserve.v1 import shadow_service_pb2 as shadow
 from numpy.typing import NDArray
 
 from calibrators.auto import Candidate
@@ -98,7 +99,8 @@ class StoredPrediction:
     """One row as it was served, from the server's journal.
 
     `logits` and `probabilities` are those of `classes`: all in order, or of many the most probable first. `label` is
-    the class that came true, None while it is not known.
+    the class that came true, None while it is not known. `segment` is the one that the request named; `signals` are
+    what else is known of the row: `density`, `ood_score`, `set_size`, `input_1`, ...
     """
 
     model: str
@@ -114,6 +116,8 @@ class StoredPrediction:
     confidence: float
     predicted: int
     label: int | None
+    segment: str = ""
+    signals: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -156,11 +160,47 @@ class OnlineState:
 
 @dataclass(frozen=True)
 class Replay:
-    """Everything learned again from the first label: whether that came to the same bits."""
+    """Everything learned again from the first label, or from the kept state `since` where the first are forgotten:
+    whether that came to the same bits."""
 
     steps: int
     learned: int
     equal: bool
+    since: int = 0
+
+
+@dataclass(frozen=True)
+class Shadow:
+    """A revision compared with the active one on live traffic.
+
+    `gain` is half the Brier score of the champion less that of the challenger, on average over `labels`: positive where
+    the challenger is better, with bounds that hold whenever one looks; the log loss's has none. The `verdict` (better,
+    worse or undecided) is so since the prediction at `verdict_time`. `contesting` producers have sent labels on which
+    the challenger is surely worse. `rows` says what became of predictions and labels, `share` on what share of requests
+    it is run, 0 where kept logits are enough. `outcome` is running, promoted or stopped.
+    """
+
+    model: str
+    revision: str
+    champion: str
+    policy: str
+    level: float
+    least_labels: int
+    share: float
+    outcome: str
+    verdict: str
+    verdict_time: datetime | None
+    labels: int
+    gain: Estimate
+    log_loss_gain: float
+    contesting: int
+    rows: dict[str, int]
+    start_time: datetime
+    compared_since: datetime
+    end_time: datetime | None
+    started_by: str
+    ended_by: str
+    note: str
 
 
 def online_state_of(message: online.OnlineState) -> OnlineState:
@@ -187,7 +227,41 @@ def online_state_of(message: online.OnlineState) -> OnlineState:
 
 
 def replay_of(message: online.ReplayLearningResponse) -> Replay:
-    return Replay(message.step_count, message.learned_count, message.equal)
+    return Replay(message.step_count, message.learned_count, message.equal, message.since)
+
+
+def shadow_of(message: shadow.Shadow) -> Shadow:
+    def time(name: str) -> datetime | None:
+        return getattr(message, name).ToDatetime(tzinfo=UTC) if message.HasField(name) else None
+
+    return Shadow(
+        model=message.model,
+        revision=message.revision,
+        champion=message.champion,
+        policy=_word(shadow.PromotionPolicy.Name(message.policy)),
+        level=message.level,
+        least_labels=message.least_label_count,
+        share=message.share,
+        outcome=_word(shadow.ShadowOutcome.Name(message.outcome)),
+        verdict=_word(shadow.ShadowVerdict.Name(message.verdict)),
+        verdict_time=time("verdict_time"),
+        labels=message.label_count,
+        gain=Estimate(message.gain, message.gain_low, message.gain_high),
+        log_loss_gain=message.log_loss_gain,
+        contesting=message.contesting_count,
+        rows=dict(message.rows),
+        start_time=message.start_time.ToDatetime(tzinfo=UTC),
+        compared_since=message.compared_since.ToDatetime(tzinfo=UTC),
+        end_time=time("end_time"),
+        started_by=message.started_by,
+        ended_by=message.ended_by,
+        note=message.note,
+    )
+
+
+def _word(name: str) -> str:
+    """Of an enum's name what tells its values apart."""
+    return name.rpartition("_")[2].lower()
 
 
 def stored_prediction_of(message: feedback.StoredPrediction) -> StoredPrediction:
@@ -205,6 +279,8 @@ def stored_prediction_of(message: feedback.StoredPrediction) -> StoredPrediction
         confidence=message.confidence,
         predicted=message.predicted,
         label=message.label if message.HasField("label") else None,
+        segment=message.segment,
+        signals=dict(message.signals),
     )
 
 
