@@ -105,17 +105,22 @@ def journal(folder: Path) -> Iterator[Journal]:
         opened.close()
 
 
-def filled(opened: Journal, count: int, n_classes: int, own_ids: bool = False) -> list[str]:
-    """Predictions of one row; the id of each."""
+def filled(
+    opened: Journal, count: int, n_classes: int, own_ids: bool = False, segments: int = 0, signals: int = 0
+) -> list[str]:
+    """Predictions of one row, of so many segments, with so many signals; the id of each."""
     rng = np.random.default_rng(0)
     logits = rng.standard_normal((1000, 1, n_classes)).astype(np.float32)
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=2, keepdims=True)
+    names = [f"segment-{number}" for number in range(segments)] or [""]
+    beside = {f"input_{number}": rng.standard_normal(1).astype(np.float32) for number in range(signals)}
     stream = opened.open_stream("m", "1", "0" * 64, n_classes)
     begun, ids = int(1000 * time.time()), []
     for index in range(count):
         caller_id = b"%020d" % index if own_ids else b""
         at = index % 1000
-        request = Answered(begun + index, "temperature-1", 0, logits[at], probabilities[at], caller_id)
+        segment = names[index % len(names)]
+        request = Answered(begun + index, "temperature-1", 0, logits[at], probabilities[at], caller_id, segment, beside)
         ids.append(stream.append(request, 1).decode())
         if index % 1000 == 999:
             opened.writer.write_now(opened.write_waiting)
@@ -154,16 +159,20 @@ def opening(folder: Path, count: int) -> Iterator[list[str]]:
 
 def sizes(folder: Path, count: int = 100_000) -> Iterator[list[str]]:
     """Bytes a row on the disk."""
-    for name, n_classes, own_ids, with_labels in (
-        ("10 classes", 10, False, False),
-        ("10 classes, callers' own ids of 20 characters", 10, True, False),
-        ("10 classes, with labels", 10, False, True),
-        ("1000 classes", 1000, False, False),
+    for name, n_classes, beside in (
+        ("10 classes", 10, {}),
+        ("10 classes, callers' own ids of 20 characters", 10, {"own_ids": True}),
+        ("10 classes, of 5 segments", 10, {"segments": 5}),
+        ("10 classes, of 64 segments", 10, {"segments": 64}),
+        ("10 classes, with 2 signals", 10, {"signals": 2}),
+        ("10 classes, with 10 signals", 10, {"signals": 10}),
+        ("10 classes, with labels", 10, {}),
+        ("1000 classes", 1000, {}),
     ):
         place = folder / name
         with journal(place) as opened:
-            ids = filled(opened, count, n_classes, own_ids)
-            if with_labels:
+            ids = filled(opened, count, n_classes, **beside)
+            if name.endswith("labels"):
                 record_all(opened, ids)
         yield [f"bytes a prediction: {name}", f"{(place / 'journal.sqlite').stat().st_size / count:.0f}"]
 

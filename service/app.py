@@ -12,10 +12,12 @@ from multiprocessing.connection import Connection
 from typing import Self
 
 from service.cores import threads_per_run, usable_cores
+from service.drift.webhook import RESULTS, Target, Webhook
 from service.inference.batcher import Limits as QueueLimits
 from service.inference.device_loss import DeviceLoss
 from service.inference.repository import Repository, folders
 from service.inference.session import Device
+from service.inference.statistics import BOUNDS_NS, Spread
 from service.learning.coverage import Coverage
 from service.learning.following import Following
 from service.learning.journalling import Journalling
@@ -44,18 +46,27 @@ from service.rpc.shared_memory import Regions, SharedMemory
 from service.rpc.streams import StreamLimits, Streams
 from service.rpc.tls import CertificateFiles
 from service.rpc.tokens import TokenFile
+from service.rpc.tracing import Tracing
 from service.rpc.wire import FEEDBACK_SERVICE, INFERENCE_SERVICE
 from service.settings import Settings, is_local
 from service.store.blobs import Blobs
 from service.store.catalogue import Catalogue
 from service.store.journal import LOST, Journal
 from service.store.journal_tables import Retention
-from service.store.labels import Labels, Result
+from service.store.labels import DELAYS_SECONDS, Labels, Result
 from service.store.lock import lock_store
 from service.store.online_states import OnlineStates
 from service.supervisor import Member
 from service.web.http import HttpServer, Page, text
-from service.web.metrics import JournalState, Metrics, ModelState, OnlineLearning, SetCoverage
+from service.web.metrics import (
+    Durations,
+    JournalState,
+    Metrics,
+    ModelState,
+    OnlineLearning,
+    SetCoverage,
+    WebhookMetrics,
+)
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +89,8 @@ class App:
         self._tokens = TokenFile(settings.token_file) if settings.token_file else None
         self._access = Access(self._tokens) if self._tokens else None
         certificates = _certificates(settings)
+        self._webhook = _webhook(settings) if self._learns else None
+        self._tracing = Tracing(settings.traces_endpoint) if settings.traces_endpoint else None
         self._device = _device(settings)
         self._lock = lock_store(settings.store) if self._learns else None
         self._catalogue = Catalogue(settings.store / "catalogue.sqlite")
@@ -115,6 +128,7 @@ class App:
             self._journal_state,
             self._online_learning,
             lambda: [SetCoverage(**vars(state)) for state in self._coverage.states()],
+            webhook=self._webhook_state,
         )
         self._streams = Streams(_stream_limits(settings))
         limits = replace(_connection_limits(settings), shared_port=member is not None)
@@ -151,6 +165,8 @@ class App:
             await self._operations.resume()
             self._online.start()
             self._coverage.start()
+            if self._webhook:
+                self._webhook.start()
         else:
             self._following.start()
         await self._tell_health(*self.repository.names())
@@ -176,6 +192,8 @@ class App:
         await self._following.close()
         await self._online.close()
         await self._coverage.close()
+        if self._webhook:
+            await self._webhook.close()
         if self._forward:
             await self._forward.close()
         await self._poll.close()
@@ -183,6 +201,8 @@ class App:
         self._regions.release()
         self._http.stop()
         self.repository.close()
+        if self._tracing:
+            await asyncio.to_thread(self._tracing.close)
         await asyncio.to_thread(self._journal.close)
         self._catalogue.close()
         if self._lock:
@@ -227,7 +247,9 @@ class App:
     def _methods(self) -> Iterable[Method]:
         deadline = self.settings.default_deadline_seconds
         journalling = Journalling(self._journal, self.settings.journal)
-        inference = Inference(self.repository, self._revisions, self._health, self._regions, deadline, journalling)
+        inference = Inference(
+            self.repository, self._revisions, self._health, self._regions, deadline, journalling, self._tracing
+        )
         methods = [
             *methods_of(
                 INFERENCE_SERVICE,
@@ -268,25 +290,46 @@ class App:
                 model.active.revision,
                 model.active.session.provider,
                 model.batcher.queued,
-                model.statistics.rows,
-                model.statistics.executions,
-                model.statistics.dropped,
+                said.rows,
+                said.executions,
+                {"answered": said.success.count, "refused": said.fail.count},
+                said.dropped,
+                {rows: runs.count for rows, runs in list(said.batches.items())},
+                _durations(said.success),
+                _durations(said.queue),
+                _durations(said.infer),
             )
-            for model in list(self.repository.models())
+            for model, said in [(model, model.statistics) for model in self.repository.models()]
         ]
 
     def _journal_state(self) -> JournalState:
         kept: Counter[str] = Counter()
+        other: Counter[str] = Counter()
         lost: Counter[tuple[str, str]] = Counter()
         for stream in self._journal.streams():
             kept[stream.row.model] += stream.kept_rows
+            other[stream.row.model] += stream.other_rows
             for why in LOST:
                 lost[stream.row.model, why] += stream.lost_rows[why]
-        labels = {str(result): self._feedback.counts[result] for result in Result}
+        labels, joined = {str(result): self._feedback.counts[result] for result in Result}, self._feedback.labels
         writer = self._journal.writer
         return JournalState(
-            writer.writable, self._journal.bytes(), self._journal.queued_bytes, writer.commits, kept, lost, labels
+            writer.writable,
+            self._journal.bytes(),
+            self._journal.queued_bytes,
+            writer.commits,
+            kept,
+            lost,
+            other,
+            labels,
+            Durations(DELAYS_SECONDS, list(joined.delays), joined.delay_seconds),
         )
+
+    def _webhook_state(self) -> WebhookMetrics | None:
+        if self._webhook is None:
+            return None
+        counts = self._webhook.counts
+        return WebhookMetrics({name: counts[name] for name in RESULTS}, counts["retried"], self._webhook.waiting)
 
     def _online_learning(self) -> list[OnlineLearning]:
         return [
@@ -349,6 +392,17 @@ def _certificates(settings: Settings) -> CertificateFiles | None:
     if settings.tls_cert is None or settings.tls_key is None:
         return None
     return CertificateFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+
+
+def _durations(spread: Spread) -> Durations:
+    return Durations([ns / 1e9 for ns in BOUNDS_NS], list(spread.counts), 1e-9 * spread.ns)
+
+
+def _webhook(settings: Settings) -> Webhook | None:
+    if not settings.webhook_url:
+        return None
+    target = Target.parse(settings.webhook_url, settings.webhook_hosts, settings.webhook_ca)
+    return Webhook(target, settings.store / "webhook.json", settings.webhook_secret_file)
 
 
 def _connection_limits(settings: Settings) -> ConnectionLimits:

@@ -72,7 +72,7 @@ def _write_csv(rows: Iterator[Mapping[str, Any]], path: Path) -> int:
         for row in rows:
             if not count:
                 writer.writerow(row)
-            writer.writerow([json.dumps(value) if isinstance(value, list) else value for value in row.values()])
+            writer.writerow([json.dumps(value) if isinstance(value, list | dict) else value for value in row.values()])
             count += 1
     return count
 
@@ -84,7 +84,7 @@ def _write_parquet(rows: Iterator[Mapping[str, Any]], path: Path) -> int:
     except ImportError:
         raise Refused("Parquet needs pyarrow: pip install pyarrow, or export to a file that ends in .csv") from None
     texts, wholes = (
-        ("prediction_id", "model_version", "calibrator_revision"),
+        ("prediction_id", "model_version", "calibrator_revision", "segment"),
         ("row", "online_state", "predicted", "label"),
     )
     schema = pa.schema(
@@ -92,10 +92,12 @@ def _write_parquet(rows: Iterator[Mapping[str, Any]], path: Path) -> int:
         | {name: pa.int64() for name in (*wholes, "time_ms")}
         | {"confidence": pa.float32(), "classes": pa.list_(pa.int64())}
         | {name: pa.list_(pa.float32()) for name in ("logits", "probabilities")}
+        | {"signals": pa.map_(pa.string(), pa.float32())}
     )
     count = 0
     with parquet.ParquetWriter(path, schema) as writer:
         while together := list(itertools.islice(rows, ROWS_TOGETHER)):
-            writer.write_table(pa.Table.from_pylist(together, schema))
+            paired = [{**row, "signals": list(row["signals"].items())} for row in together]
+            writer.write_table(pa.Table.from_pylist(paired, schema))
             count += len(together)
     return count

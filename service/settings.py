@@ -72,6 +72,11 @@ class Settings:
     journal_queue_bytes: int = 64 << 20
     online_wait_seconds: float = 60.0
     online_quota_labels: int = 10_000
+    webhook_url: str = ""
+    webhook_hosts: str = ""
+    webhook_secret_file: Path | None = None
+    webhook_ca: Path | None = None
+    traces_endpoint: str = ""
     fit_processes: int = 1
     fit_seconds: float = 3600.0
     fit_memory_bytes: int = 8 << 30
@@ -120,6 +125,8 @@ class Settings:
                 raise Refused(f"{name} must be positive, got {getattr(self, name)}")
         if self.online_wait_seconds < 0:
             raise Refused(f"online_wait_seconds must be zero or more, got {self.online_wait_seconds}")
+        if not self.webhook_url and (self.webhook_hosts or self.webhook_secret_file or self.webhook_ca):
+            raise Refused("webhook_hosts, webhook_secret_file and webhook_ca are for a webhook_url")
         if self.workers > 1 and (self.model_control == "explicit" or self.shared_memory_prefix):
             raise Refused("model_control explicit and shared memory are for one worker: a call reaches one of several")
         if (self.tls_cert is None) != (self.tls_key is None):
@@ -212,6 +219,11 @@ HELP = {
     "journal_queue_bytes": "predictions that wait to be written; further ones are counted as lost",
     "online_wait_seconds": "how long online learning waits for a prediction's label before it passes to the next one",
     "online_quota_labels": "labels of one producer that an online revision learns from an hour",
+    "webhook_url": "https address that alarms are posted to; without it none are",
+    "webhook_hosts": "hosts that may be posted to: names, addresses, networks (private ones too), commas between",
+    "webhook_secret_file": "what posts are signed with (HMAC-SHA256, header Calserve-Signature)",
+    "webhook_ca": "authorities (PEM) for the webhook's certificate; by default the system's",
+    "traces_endpoint": "OTLP collector (gRPC) that a span of each inference goes to; needs the extra `tracing`",
     "fit_processes": "fits that may run at once, each in its own process",
     "fit_seconds": "longest time a fit may take",
     "fit_memory_bytes": "most memory (address space) a fit may use",

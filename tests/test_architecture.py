@@ -26,6 +26,7 @@ EVERYWHERE = {"service", "service.errors"}  # the error tree and the version
 ONLY_HERE = {
     "onnxruntime": {"service/inference/session.py"},
     "faiss": {"calibrators/index.py"},
+    "opentelemetry": {"service/rpc/tracing.py"},
     "sqlite3": {
         f"service/store/{name}.py" for name in ("catalogue", "database", "maintenance", "verification", "writer")
     },
@@ -95,8 +96,8 @@ def test_there_are_no_cycles_between_modules() -> None:
         visit(module, ())
 
 
-def test_a_server_needs_neither_torch_nor_matplotlib_nor_faiss() -> None:
-    code = "import sys, service.app, service.client, service.cli, service.learning.worker; print({'torch', 'matplotlib', 'faiss'} & {*sys.modules})"
+def test_a_server_needs_none_of_what_the_extras_bring() -> None:
+    code = "import sys, service.app, service.client, service.cli, service.learning.worker; print({'torch', 'matplotlib', 'faiss', 'opentelemetry'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 

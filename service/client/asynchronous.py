@@ -235,16 +235,20 @@ class AsyncClient:
         outputs: Sequence[str] = (),
         calibrator: str | None = None,
         confidence_level: float | None = None,
+        segment: str = "",
         receipt: bool = False,
     ) -> Prediction:
         """Run the model on one batch.
 
         `outputs` names what to return (default: everything); `calibrator` a revision, or "none" (default: the active).
         `confidence_level` is that of the prediction sets of a conformal revision (default: its own).
+        `segment` says which part of the traffic the rows belong to ("android"), for monitors to tell it from others.
         With `receipt` the answer brings what to send back with labels that must find their prediction whatever happens.
         """
         columns = await self._named(model, inputs)
-        request = requests.infer_request(model, columns, outputs, calibrator, confidence_level, receipt=receipt)
+        request = requests.infer_request(
+            model, columns, outputs, calibrator, confidence_level, segment=segment, receipt=receipt
+        )
         return requests.prediction_of(await self._read(self._inference.ModelInfer, request))
 
     @asynccontextmanager

@@ -51,6 +51,7 @@ def infer_request(
     confidence_level: float | None = None,
     request_id: str = "",
     *,
+    segment: str = "",
     receipt: bool = False,
 ) -> Any:
     request = inference.ModelInferRequest(model_name=model, id=request_id)
@@ -63,6 +64,8 @@ def infer_request(
         request.parameters["calibrator"].string_param = calibrator
     if confidence_level is not None:
         request.parameters["confidence_level"].double_param = confidence_level
+    if segment:
+        request.parameters["segment"].string_param = segment
     if receipt:
         request.parameters["receipt"].bool_param = True
     return request

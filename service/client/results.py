@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, TypeAlias
 
@@ -98,7 +98,8 @@ class StoredPrediction:
     """One row as it was served, from the server's journal.
 
     `logits` and `probabilities` are those of `classes`: all in order, or of many the most probable first. `label` is
-    the class that came true, None while it is not known.
+    the class that came true, None while it is not known. `segment` is the one that the request named; `signals` are
+    what else is known of the row: `density`, `ood_score`, `set_size`, `input_1`, ...
     """
 
     model: str
@@ -114,6 +115,8 @@ class StoredPrediction:
     confidence: float
     predicted: int
     label: int | None
+    segment: str = ""
+    signals: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -205,6 +208,8 @@ def stored_prediction_of(message: feedback.StoredPrediction) -> StoredPrediction
         confidence=message.confidence,
         predicted=message.predicted,
         label=message.label if message.HasField("label") else None,
+        segment=message.segment,
+        signals=dict(message.signals),
     )
 
 

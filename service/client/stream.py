@@ -50,10 +50,13 @@ class Stream:
         outputs: Sequence[str] = (),
         calibrator: str | None = None,
         confidence_level: float | None = None,
+        segment: str = "",
     ) -> Prediction:
         """As `AsyncClient.predict`. Start many of them together: one alone gains little."""
         columns = requests.named(inputs, self._metadata)
-        request = requests.infer_request(self._model, columns, outputs, calibrator, confidence_level, next(self._ids))
+        request = requests.infer_request(
+            self._model, columns, outputs, calibrator, confidence_level, next(self._ids), segment=segment
+        )
         if self._ended is not None:
             raise self._ended
         answer: asyncio.Future[Prediction] = asyncio.get_running_loop().create_future()

@@ -80,12 +80,20 @@ class Limits:
 class Run:
     """The results of one run, shared by those whose rows are in it."""
 
-    __slots__ = ("_finite", "_views", "arrays", "layout", "rows", "snapshot")
+    __slots__ = ("_finite", "_views", "arrays", "layout", "rows", "snapshot", "times_ns")
 
-    def __init__(self, outputs: Sequence[str], arrays: Sequence[NDArray[Any]], snapshot: Any, rows: int | None) -> None:
+    def __init__(
+        self,
+        outputs: Sequence[str],
+        arrays: Sequence[NDArray[Any]],
+        snapshot: Any,
+        rows: int | None,
+        times_ns: tuple[int, int],
+    ) -> None:
         self.arrays = dict(zip(outputs, arrays, strict=True))
         self.snapshot = snapshot
         self.rows = rows  # None: the arrays belong to one request and have no rows to divide
+        self.times_ns = times_ns  # when it began and ended, on time.perf_counter_ns()
         shapes = [array.shape for array in arrays] if rows is None else [array.shape[1:] for array in arrays]
         self.layout = (snapshot.revision, snapshot.online_state, snapshot.session.provider, *shapes)
         self._views: dict[str, memoryview] = {}
@@ -252,7 +260,7 @@ class Batcher:
         answer = self._run(lane, [feeds], [rows])[0]
         took = time.perf_counter_ns() - begun
         costs.learn(rows, took)
-        self._statistics.ran(rows, 1, 0, took)
+        self._statistics.ran(rows, (0,), took)
         return answer
 
     def _queue(self, lane: Lane, feeds: Sequence[Any], rows: int, deadline: float, caller: str) -> _Pending:
@@ -445,8 +453,8 @@ class Batcher:
 
     def _learn(self, batch: _Batch, outcome: _Outcome) -> None:
         self.costs.of(batch.lane.inputs).learn(batch.rows, outcome.cost_ns)
-        queue_ns = sum(outcome.begun_ns - pending.asked_ns for pending in batch.waiting)
-        self._statistics.ran(batch.rows, len(batch.waiting), queue_ns, outcome.took_ns)
+        queue_ns = [outcome.begun_ns - pending.asked_ns for pending in batch.waiting]
+        self._statistics.ran(batch.rows, queue_ns, outcome.took_ns)
         self._pressure.ran(len(batch.waiting), 1e-9 * outcome.took_ns)
         self._row_seconds += (1e-9 * outcome.took_ns / max(1, batch.rows) - self._row_seconds) / 8
 
@@ -482,10 +490,12 @@ class Batcher:
             name: _joined([own[index] for own in feeds], dtype, (total, *shape) if lane.joins else shape)
             for index, (name, dtype, shape) in enumerate(lane.inputs)
         }
+        begun = time.perf_counter_ns()
         snapshot, arrays = self._execute(lane.snapshot, lane.outputs, joined)
+        times = begun, time.perf_counter_ns()
         if not lane.joins:
-            return [Answer(Run(lane.outputs, arrays, snapshot, None), 0, total)]
-        run, answers, start = Run(lane.outputs, arrays, snapshot, total), [], 0
+            return [Answer(Run(lane.outputs, arrays, snapshot, None, times), 0, total)]
+        run, answers, start = Run(lane.outputs, arrays, snapshot, total, times), [], 0
         for own_rows in rows:
             answers.append(Answer(run, start, start + own_rows))
             start += own_rows

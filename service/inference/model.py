@@ -40,6 +40,7 @@ from service.errors import InvalidRequest, Refused
 from service.inference import datatypes
 from service.inference.batcher import Answer, Batcher, Lane, Limits, Run
 from service.inference.indexed import IndexedSession
+from service.inference.input_signals import InputSignals
 from service.inference.prediction_sets import SET_OUTPUTS, SHARES, PredictionSets
 from service.inference.session import Device, Session, TensorSpec
 from service.inference.statistics import Statistics
@@ -123,6 +124,7 @@ class ServedModel:
     config : what config.pbtxt says (inference.ModelConfig), empty without one
     statistics : what was served so far
     journal : whether its predictions are kept: off, async or sync; empty: as the server is set
+    input_signals : what of the inputs is kept beside them, None: nothing
     """
 
     def __init__(
@@ -138,6 +140,7 @@ class ServedModel:
         class_names: Sequence[str] = (),
         limits: Limits | None = None,
         journal: str = "",
+        input_projections: int = 0,
     ) -> None:
         self.name, self.version, self.digest, self.journal = name, version, digest, journal
         self.device, self.inspection = device, inspection
@@ -163,6 +166,7 @@ class ServedModel:
             if spec.datatype not in datatypes.NUMPY:
                 raise Refused(f"input {spec.name!r} is of type {spec.datatype}, which the protocol has no word for")
         self.joins_requests = self.max_batch_size > 0 or self._rows_stand_alone()
+        self.input_signals = self._signals_of_inputs(input_projections) if input_projections else None
         self.batcher = self._new_batcher(limits or Limits())
 
     @property
@@ -249,6 +253,14 @@ class ServedModel:
         state = 0 if isinstance(calibrator, OnlineCalibrator) else None
         feeds = parameters_of(calibrator)
         return Snapshot(revision, session, feeds, fused.own_outputs, sets, online_state=state)
+
+    def _signals_of_inputs(self, projections: int) -> InputSignals:
+        if not self.joins_requests:
+            raise Refused(f"model {self.name!r} has no input_projections: the rows of its inputs do not stand alone")
+        try:
+            return InputSignals(self.inputs, projections)
+        except ValueError as error:
+            raise Refused(f"model {self.name!r} has no input_projections: {error}") from error
 
     def _check_classifier(self) -> None:
         if self.inspection is None:
@@ -454,7 +466,8 @@ class ServedModel:
 def _rejoined(outputs: Sequence[str], parts: Sequence[Answer], snapshot: Snapshot) -> Answer:
     arrays = [np.concatenate([part.part(name) for part in parts]) for name in outputs]
     rows = sum(part.stop - part.start for part in parts)
-    return Answer(Run(outputs, arrays, snapshot, rows), 0, rows)
+    times = parts[0].run.times_ns[0], parts[-1].run.times_ns[1]
+    return Answer(Run(outputs, arrays, snapshot, rows, times), 0, rows)
 
 
 def _agree(one: NDArray[Any], other: NDArray[Any]) -> bool:

@@ -29,6 +29,7 @@ from calibrators.inspection import Inspection
 from service.errors import CalserveError, InvalidRequest, NotFound, NotReady, Refused, Stale, shown
 from service.inference.batcher import Limits
 from service.inference.datatypes import NUMPY
+from service.inference.input_signals import MOST_PROJECTIONS
 from service.inference.model import ServedModel
 from service.inference.session import Device, TensorSpec, at_most
 
@@ -42,6 +43,8 @@ JOURNAL_MODES = ("off", "async", "sync")
 LOAD_SECONDS = 600.0
 """A model may loop for ever on the rows that are made up for its first runs; an engine for a GPU takes minutes."""
 TOML_LISTS = ("layers",)
+TOML_MONITOR = {"input_projections": MOST_PROJECTIONS}
+"""Keys of the table [monitor]: whole numbers from 0 to these."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class ModelFolder:
     signals: dict[str, Any]  # tensor names written in calserve.toml, lists of them under TOML_LISTS
     class_names: tuple[str, ...]
     journal: str = ""  # off, async or sync; empty: as the server is set
+    input_projections: int = 0  # kept of each row's inputs, for monitors
 
     @property
     def name(self) -> str:
@@ -66,11 +70,11 @@ class ModelFolder:
         labels = settings.pop("labels", None) or next(
             (o.label_filename for o in config.output if o.label_filename), None
         )
-        journal = settings.pop("journal", "")
+        journal, monitor = settings.pop("journal", ""), settings.pop("monitor", {})
         if journal and journal not in JOURNAL_MODES:
             words = ", ".join(JOURNAL_MODES)
             raise Refused(f"calserve.toml of model {path.name!r}: journal must be one of {words}; got {journal!r}")
-        return cls(path, config, settings, _read_labels(path, labels), journal)
+        return cls(path, config, settings, _read_labels(path, labels), journal, monitor.get("input_projections", 0))
 
     def versions(self) -> list[str]:
         """The versions that the policy selects (default: the latest), ascending; Refused if there is none."""
@@ -300,6 +304,7 @@ class Repository:
             class_names=folder.class_names,
             limits=self.limits,
             journal=folder.journal,
+            input_projections=folder.input_projections,
         )
 
 
@@ -356,7 +361,10 @@ def _read_toml(file: Path) -> dict[str, Any]:
         settings = tomllib.loads(file.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise Refused(f"calserve.toml of model {file.parent.name!r}: {error}") from error
+    _check_monitor(file, settings.get("monitor", {}))
     for key, value in settings.items():
+        if key == "monitor":
+            continue
         listed = key in TOML_LISTS and isinstance(value, list) and all(isinstance(name, str) for name in value)
         if not listed and (key not in TOML_KEYS or not isinstance(value, str)):
             raise Refused(
@@ -364,6 +372,17 @@ def _read_toml(file: Path) -> dict[str, Any]:
                 f"known keys, each a string: {', '.join(TOML_KEYS)}; each a list of strings: {', '.join(TOML_LISTS)}"
             )
     return settings
+
+
+def _check_monitor(file: Path, table: Any) -> None:
+    for key, value in table.items() if isinstance(table, dict) else [("monitor", table)]:
+        most = TOML_MONITOR.get(key, -1)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
+            known = ", ".join(f"{name}, a whole number from 0 to {most}" for name, most in TOML_MONITOR.items())
+            raise Refused(
+                f"calserve.toml of model {file.parent.name!r}, table [monitor]: {shown(key)} = {shown(value)}; "
+                f"known keys: {known}"
+            )
 
 
 def _read_labels(path: Path, filename: str | None) -> tuple[str, ...]:

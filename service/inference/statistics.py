@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+BOUNDS_NS = tuple(
+    int(1e3 * us) for us in (50, 100, 250, 500, 1e3, 2.5e3, 5e3, 1e4, 2.5e4, 5e4, 1e5, 2.5e5, 5e5, 1e6, 2.5e6, 1e7)
+)
+"""Durations are counted up to each of these."""
 
 
 @dataclass
@@ -17,6 +24,18 @@ class Duration:
     def add(self, ns: int) -> None:
         self.count += 1
         self.ns += ns
+
+
+@dataclass
+class Spread(Duration):
+    """The same, and how many were up to each of BOUNDS_NS, more than the one before; the last are longer than all."""
+
+    counts: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS_NS) + 1))
+
+    def add(self, ns: int) -> None:
+        self.count += 1
+        self.ns += ns
+        self.counts[bisect_left(BOUNDS_NS, ns)] += 1
 
 
 @dataclass
@@ -33,20 +52,21 @@ class Statistics:
     last_ms : time of the last success, milliseconds since the epoch
     """
 
-    success: Duration = field(default_factory=Duration)
+    success: Spread = field(default_factory=Spread)
     fail: Duration = field(default_factory=Duration)
-    queue: Duration = field(default_factory=Duration)
-    infer: Duration = field(default_factory=Duration)
+    queue: Spread = field(default_factory=Spread)
+    infer: Spread = field(default_factory=Spread)
     rows: int = 0
     executions: int = 0
     batches: dict[int, Duration] = field(default_factory=lambda: defaultdict(Duration))
     dropped: Counter[str] = field(default_factory=Counter)
     last_ms: int = 0
 
-    def ran(self, rows: int, requests: int, queue_ns: int, infer_ns: int) -> None:
+    def ran(self, rows: int, queue_ns: Iterable[int], infer_ns: int) -> None:
+        """A run, and how long each of its requests had waited for it."""
         self.executions += 1
-        self.queue.count += requests
-        self.queue.ns += queue_ns
+        for ns in queue_ns:
+            self.queue.add(ns)
         self.infer.add(infer_ns)
         self.batches[rows].add(infer_ns)
 

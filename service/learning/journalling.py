@@ -8,14 +8,21 @@ sync     an answer is given when it is kept, and refused with STORE_READ_ONLY wh
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from enum import StrEnum
+from functools import partial
 from typing import TypeAlias
 from weakref import WeakKeyDictionary
+
+import numpy as np
 
 from calibrators.graph import FURTHER_OUTPUTS, LOGITS
 from service.errors import NotReady
 from service.inference.batcher import Answer
-from service.inference.model import ServedModel
+from service.inference.input_signals import InputSignals, Sample
+from service.inference.model import ServedModel, Snapshot
+from service.inference.prediction_sets import SET_SIZE
+from service.store.beside import NO_SEGMENT, Floats, Signals
 from service.store.database import READ_ONLY
 from service.store.journal import Journal, OpenStream
 from service.store.packs import Answered
@@ -23,6 +30,10 @@ from service.store.packs import Answered
 PROBABILITIES = "probabilities"
 NEEDED = (LOGITS, PROBABILITIES)
 """Outputs that a run must compute for its rows to be kept."""
+NEEDED_IF_THERE = ("density", "ood_score")
+"""Likewise, of a snapshot that has them."""
+MOST_SEGMENTS, OTHER_SEGMENT = 64, "other"
+"""Segments of a model that are told from one another; rows of further ones are kept as those of this one."""
 TELLING = {PROBABILITIES, "confidence", "label", *FURTHER_OUTPUTS}
 """An answer without any of these says nothing that a label could prove wrong."""
 
@@ -39,14 +50,26 @@ class ModelJournal:
     def __init__(self, journal: Journal, stream: OpenStream, *, waits: bool) -> None:
         self.waits = waits
         self._journal, self._stream = journal, stream
+        self._segments = {NO_SEGMENT}
 
-    def keep(self, answer: Answer, caller_id: bytes, *, receipt: bool = False) -> tuple[bytes, bytes]:
-        """Append an answer's rows; the prediction's id and, if asked for, its receipt. Both are empty if there is no
-        room, or are no rows."""
+    def segment(self, name: str) -> str:
+        """Under which name the rows of a segment are kept."""
+        if name not in self._segments and len(self._segments) > MOST_SEGMENTS:
+            return OTHER_SEGMENT
+        self._segments.add(name)
+        return name
+
+    def keep(
+        self, answer: Answer, caller_id: bytes, segment: str = NO_SEGMENT, inputs: Sample = (), *, receipt: bool = False
+    ) -> tuple[bytes, bytes]:
+        """Append an answer's rows, with what is kept of their inputs; the prediction's id and, if asked for, its
+        receipt. Both are empty if there is no room, or are no rows."""
         rows = answer.stop - answer.start
         if not rows:
             return b"", b""
-        request = (time.time_ns(), answer, caller_id)
+        if segment is OTHER_SEGMENT:
+            self._stream.other_rows += rows
+        request = (time.time_ns(), answer, caller_id, segment, inputs)
         prediction_id = self._stream.append(request, rows)
         if not prediction_id and self.waits:
             raise NotReady("the prediction cannot be kept now, which its model asks for", reason=READ_ONLY)
@@ -77,13 +100,25 @@ class Journalling:
         mode = Mode(model.journal or self._default)
         if mode is Mode.OFF or not model.is_classifier:
             return None
-        stream = self._journal.open_stream(model.name, model.version, model.digest, model.n_classes, _answered)
+        of_inputs = model.input_signals
+        read, more_bytes = partial(_answers, of_inputs), of_inputs.bytes_a_row if of_inputs else 0
+        stream = self._journal.open_stream(model.name, model.version, model.digest, model.n_classes, read, more_bytes)
         return ModelJournal(self._journal, stream, waits=mode is Mode.SYNC)
 
 
-def _answered(kept: tuple[int, Answer, bytes]) -> Answered:
-    """What is kept of an answer."""
-    time_ns, answer, caller_id = kept
+Waiting: TypeAlias = tuple[int, Answer, bytes, str, Sample]
+
+
+def _answers(of_inputs: InputSignals | None, waiting: Sequence[Waiting]) -> list[Answered]:
+    """What is kept of answers."""
+    if of_inputs is None:
+        return [_answered(one, {}) for one in waiting]
+    signals = of_inputs.of_each([inputs for *_, inputs in waiting])
+    return list(map(_answered, waiting, signals))
+
+
+def _answered(waiting: Waiting, of_inputs: Signals) -> Answered:
+    time_ns, answer, caller_id, segment, _ = waiting
     snapshot = answer.run.snapshot
     return Answered(
         time_ns // 1_000_000,
@@ -92,4 +127,15 @@ def _answered(kept: tuple[int, Answer, bytes]) -> Answered:
         answer.part(LOGITS),
         answer.part(PROBABILITIES),
         caller_id,
+        segment,
+        {**_signals(answer, snapshot), **of_inputs},
     )
+
+
+def _signals(answer: Answer, snapshot: Snapshot) -> dict[str, Floats]:
+    """What the run computed of each row besides; sizes of sets only at the revision's own level: those compare."""
+    names = [name for name in NEEDED_IF_THERE if name in answer.run.arrays]
+    sets = snapshot.sets
+    if sets is not None and SET_SIZE in answer.run.arrays and sets.confidence_level == sets.calibrator.confidence_level:
+        names.append(SET_SIZE)
+    return {name: answer.part(name).astype(np.float32) for name in names}

@@ -114,6 +114,8 @@ def _message(found: Pairs) -> pb.StoredPrediction:
         probabilities=kept.probabilities[0].tolist(),
         confidence=float(kept.confidence[0]),
         predicted=int(kept.label[0]),
+        segment=found.segment_of(0),
+        signals=found.signals_of(0),
     )
     message.time.FromMilliseconds(int(found.times_ms[0]))
     if found.labels[0] != NO_LABEL:

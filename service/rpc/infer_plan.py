@@ -19,7 +19,7 @@ from service.errors import InvalidRequest, shown
 from service.inference.batcher import Lane
 from service.inference.model import ServedModel, Snapshot
 from service.inference.prediction_sets import SHARES, shares_of
-from service.learning.journalling import NEEDED, TELLING, Journalling, ModelJournal
+from service.learning.journalling import NEEDED, NEEDED_IF_THERE, TELLING, Journalling, ModelJournal
 from service.rpc import classification, infer_request, tensors
 from service.rpc.shared_memory import OwnRegions
 from service.rpc.wire import inference
@@ -30,6 +30,7 @@ MAX_TEMPLATES = 256
 MAX_VARINT_BYTE = 0x80
 CONFIDENCE_LEVEL = "confidence_level"
 RECEIPT = "receipt"
+SEGMENT, LONGEST_SEGMENT = "segment", 64
 FINAL_RESPONSE = "triton_enable_empty_final_response"
 
 
@@ -50,6 +51,7 @@ class Plan:
     final : whether a stream's answer says that it is the last one of its request
     journal : where its predictions are kept, if they are
     receipt : whether the answer brings a receipt of them
+    segment : under which they are kept
     datatypes : the outputs of the answer, in order, once `settle` has fixed them
     plain : whether the answer is numbers, sent raw
     replies : the answer's bytes around its values, by the layout of the run and what is said in it
@@ -66,6 +68,7 @@ class Plan:
     final: bool = False
     journal: ModelJournal | None = None
     receipt: bool = False
+    segment: str = ""
     places: Mapping[str, infer_request.Place] = field(default_factory=dict)
     datatypes: Mapping[str, str] = field(default_factory=dict)
     plain: bool = False
@@ -84,7 +87,10 @@ class Plan:
         if TELLING.isdisjoint(self.datatypes):
             self.journal = None
         besides = ["confidence"] if self.model.is_classifier else []
-        computed = dict.fromkeys([*self.datatypes, *besides, *(NEEDED if self.journal else ())])
+        if self.journal:
+            there = [spec.name for spec in snapshot.graph_outputs]
+            besides += [*NEEDED, *(name for name in NEEDED_IF_THERE if name in there)]
+        computed = dict.fromkeys([*self.datatypes, *besides])
         common = computed.keys() <= set(self.model.common_outputs)
         self.lane = self.lane._replace(outputs=tuple(computed), snapshot=None if common else snapshot)
         return snapshot
@@ -114,6 +120,7 @@ class Reading(NamedTuple):
 def read(model: ServedModel, request: Any, regions: OwnRegions, journalling: Journalling | None = None) -> Reading:
     """A request, validated in full. InvalidRequest says what is wrong with it."""
     arrays = infer_request.read_inputs(model, request, regions)
+    journal, segment = None if journalling is None else journalling.of(model), _segment(request)
     plan = Plan(
         model,
         infer_request.asked_outputs(request),
@@ -124,8 +131,9 @@ def read(model: ServedModel, request: Any, regions: OwnRegions, journalling: Jou
         _classes(request),
         infer_request.sent_typed(request),
         wants_final(request),
-        None if journalling is None else journalling.of(model),
+        journal,
         _wants_receipt(request),
+        journal.segment(segment) if journal else segment,
         infer_request.output_places(request, regions),
     )
     own_id = id_field(request.id)
@@ -191,6 +199,17 @@ def _wants_receipt(request: Any) -> bool:
     value = tensors.parameter_value(request.parameters[RECEIPT])
     if not isinstance(value, bool):
         raise InvalidRequest(f"parameter {RECEIPT!r} must be true or false, got {shown(value)}")
+    return value
+
+
+def _segment(request: Any) -> str:
+    if SEGMENT not in request.parameters:
+        return ""
+    value = tensors.parameter_value(request.parameters[SEGMENT])
+    if not (isinstance(value, str) and value.isprintable() and 0 < len(value) <= LONGEST_SEGMENT):
+        raise InvalidRequest(
+            f"parameter {SEGMENT!r} must be a string of 1 to {LONGEST_SEGMENT} printable characters, got {shown(value)}"
+        )
     return value
 
 

@@ -17,11 +17,12 @@ from service.learning.journalling import Journalling, ModelJournal
 from service.learning.revisions import Revisions
 from service.rpc import infer_plan
 from service.rpc.health import Health
-from service.rpc.infer_plan import RECEIPT, Plan, Reading, Templates, own_id, varint
+from service.rpc.infer_plan import RECEIPT, Reading, Templates, own_id, varint
 from service.rpc.infer_response import PREDICTION_ID, encode, parameter
 from service.rpc.methods import Call, parse
 from service.rpc.shared_memory import Regions
 from service.rpc.status import status_of
+from service.rpc.tracing import Tracing
 from service.rpc.wire import inference
 
 log = logging.getLogger(__name__)
@@ -50,14 +51,15 @@ class Inference:
         regions: Regions,
         default_deadline_seconds: float,
         journalling: Journalling | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self._repository, self._revisions, self._health = repository, revisions, health
         self._regions, self._default_deadline_seconds = regions, default_deadline_seconds
-        self._journalling = journalling
+        self._journalling, self._tracing = journalling, tracing
         self._templates, self._known_at = Templates(), -1
 
     async def model_infer_bytes(self, data: bytes, call: Call) -> bytes:
-        return await self._finish(self._begin(data, call))
+        return await self._finish(self._begin(data, call, "ModelInfer"), call)
 
     async def model_stream_infer_bytes(self, requests: AsyncIterator[bytes], call: Call) -> AsyncIterator[bytes]:
         """Answers in the order of the requests; runs are made meanwhile. An error is an answer."""
@@ -82,48 +84,60 @@ class Inference:
             while not waiting.empty():
                 _abandon(waiting.get_nowait())
 
-    def _begin(self, data: bytes, call: Call) -> _Begun:
+    def _begin(self, data: bytes, call: Call, method: str) -> _Begun:
         """Read a request and queue it for its run."""
-        begun = time.perf_counter_ns()
-        reading = self._read(data, call, begun)
+        begun, reading = time.perf_counter_ns(), None
         try:
+            reading = self._read(data, call, begun)
             return _Begun(reading, self._submit(reading, call), begun)
-        except Exception:
-            reading.plan.model.statistics.refused(time.perf_counter_ns() - begun)
+        except Exception as error:
+            if reading is not None:
+                reading.plan.model.statistics.refused(time.perf_counter_ns() - begun)
+            if self._tracing is not None:
+                self._tracing.refused(method, call, begun, error)
             raise
 
     def _begin_ahead(self, data: bytes, call: Call) -> _Begun | Exception:
         """The same for a stream, whose next request may be read before this one's answer is awaited."""
         try:
-            begun = self._begin(data, call)
+            begun = self._begin(data, call, "ModelStreamInfer")
         except Exception as error:
             return error
         if asyncio.iscoroutine(begun.answer):
             return begun._replace(answer=asyncio.ensure_future(begun.answer))
         return begun
 
-    async def _finish(self, begun: _Begun, *, in_stream: bool = False) -> bytes:
+    async def _finish(self, begun: _Begun, call: Call, *, in_stream: bool = False) -> bytes:
         """The bytes of the answer, or the request's error; either is counted."""
-        plan = begun.reading.plan
+        plan, tracing, computed, kept = begun.reading.plan, self._tracing, 0, 0
+        method = "ModelStreamInfer" if in_stream else "ModelInfer"
         try:
             answer = begun.answer if isinstance(begun.answer, Answer) else await begun.answer
             if plan.model.is_classifier and not answer.run.finite("confidence"):
                 _check_confidence(answer, begun.reading)
-            said = b"" if plan.journal is None else _keep(plan.journal, plan, answer, begun.reading.id_field)
+            if tracing is not None:
+                computed = time.perf_counter_ns()
+            said = b"" if plan.journal is None else _keep(plan.journal, answer, begun.reading)
             if said and plan.journal is not None and plan.journal.waits:
                 await plan.journal.flush()
+            if tracing is not None:
+                kept = time.perf_counter_ns()
             reply = encode(plan, answer, begun.reading.id_field, said, final=in_stream and plan.final)
-        except Exception:
+        except Exception as error:
             plan.model.statistics.refused(time.perf_counter_ns() - begun.begun_ns)
+            if tracing is not None:
+                tracing.refused(method, call, begun.begun_ns, error, plan)
             raise
         plan.model.statistics.answered(plan.rows, time.perf_counter_ns() - begun.begun_ns)
+        if tracing is not None:
+            tracing.answered(method, call, begun.begun_ns, plan, answer.run, (computed, kept))
         return reply
 
     async def _stream_answer(self, data: bytes, begun: _Begun | Exception, call: Call) -> bytes:
         try:
             if isinstance(begun, Exception):
                 raise begun
-            reply = await self._finish(begun, in_stream=True)
+            reply = await self._finish(begun, call, in_stream=True)
         except Exception as error:
             return _error_in_band(error, data, call)
         return STREAM_ANSWER_TAG + varint(len(reply)) + reply
@@ -166,9 +180,11 @@ class Inference:
         return await plan.model.run(plan.lane.outputs, arrays, snapshot, deadline, caller)
 
 
-def _keep(journal: ModelJournal, plan: Plan, answer: Answer, id_field: bytes) -> bytes:
+def _keep(journal: ModelJournal, answer: Answer, reading: Reading) -> bytes:
     """Append an answer to the journal; what it says of that, as bytes of the message."""
-    prediction_id, receipt = journal.keep(answer, own_id(id_field), receipt=plan.receipt)
+    plan, of_inputs = reading.plan, reading.plan.model.input_signals
+    inputs = () if of_inputs is None else of_inputs.sample(plan.arrays(reading.feeds))
+    prediction_id, receipt = journal.keep(answer, own_id(reading.id_field), plan.segment, inputs, receipt=plan.receipt)
     if not prediction_id:
         return b""
     return PREDICTION_ID + prediction_id + (parameter(RECEIPT, receipt) if receipt else b"")

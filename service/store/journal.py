@@ -13,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from service.store import receipts
 from service.store.database import Connection, open_database, reading_errors
@@ -48,6 +48,9 @@ KEY_SECONDS = 30 * 86400.0
 """After this ids and receipts are signed with a new key. Old keys are known as long as what they signed may be kept."""
 
 
+Read: TypeAlias = Callable[[Sequence[Any]], list[Answered]]
+
+
 class OpenStream:
     """The requests of one served model on their way to the journal. `append` is for one thread.
 
@@ -55,15 +58,16 @@ class OpenStream:
     costs several times what it does in a loop.
     """
 
-    def __init__(self, journal: Journal, row: StreamRow, read: Callable[[Any], Answered]) -> None:
+    def __init__(self, journal: Journal, row: StreamRow, read: Read, more_bytes: int) -> None:
         self.row, self.read = row, read
         self.waiting: deque[Any] = deque()
         self.written, self.recorded = 0, False  # requests that are past; whether the stream's row is there
         self.lost_rows: Counter[str] = Counter()  # why -> how many
+        self.other_rows = 0  # of segments beyond those that are told from one another
         self.kept_rows = self.told_lost = 0
         self._journal, self._next, self._ids = journal, 0, list[bytes]()
         self._maker = IdMaker(journal.keys.newest, row.stream)
-        self._row_bytes = BYTES_OF_CLASS * row.class_count
+        self.row_bytes = BYTES_OF_CLASS * row.class_count + more_bytes
 
     def sign_with(self, key: Key) -> None:
         if self._maker.key is not key:
@@ -71,7 +75,7 @@ class OpenStream:
 
     def append(self, request: Any, rows: int) -> bytes:
         """The prediction's id; empty if there is no room, which is counted."""
-        if refused := self._journal.refusal(OVERHEAD_BYTES + rows * self._row_bytes):
+        if refused := self._journal.refusal(OVERHEAD_BYTES + rows * self.row_bytes):
             self.lost_rows[refused] += rows
             return b""
         self.waiting.append(request)
@@ -82,7 +86,7 @@ class OpenStream:
 
     def receipt(self, request: Any) -> bytes:
         """The receipt of what was appended last."""
-        return receipts.issue(self._maker.key, self.row, self._next - 1, self.read(request))
+        return receipts.issue(self._maker.key, self.row, self._next - 1, self.read([request])[0])
 
 
 class _Flight(NamedTuple):
@@ -173,15 +177,22 @@ class Journal:
         return list(self._streams)
 
     def open_stream(
-        self, model: str, version: str, digest: str, class_count: int, read: Callable[[Any], Answered] = lambda it: it
+        self,
+        model: str,
+        version: str,
+        digest: str,
+        class_count: int,
+        read: Read = list,
+        more_bytes: int = 0,
     ) -> OpenStream:
-        """A stream for what this process answers with one model file."""
+        """A stream for what this process answers with one model file. `more_bytes` is what a row that waits takes
+        beside its numbers."""
         number = next(self._numbers, None)
         if number is None:
             self._numbers = self._take_numbers()
             number = next(self._numbers)
         row = StreamRow(number, model, version, digest, class_count, time.time())
-        stream = OpenStream(self, row, read)
+        stream = OpenStream(self, row, read, more_bytes)
         self._streams.append(stream)
         return stream
 
@@ -230,7 +241,7 @@ class Journal:
     def _write_packs(self, connection: Connection, stream: OpenStream, requests: list[Any]) -> None:
         before = [flight for flight in self._in_flight if flight.stream is stream]
         told, lost = before[-1].told_lost if before else stream.told_lost, stream.lost_rows.total()
-        answers = list(map(stream.read, requests))
+        answers = stream.read(requests)
         self._in_flight.append(_Flight(stream, requests, sum(len(answer.logits) for answer in answers), lost))
         if not stream.recorded:
             insert_stream(connection, stream.row)
@@ -250,7 +261,7 @@ class Journal:
                 continue
             stream.written += len(flight.requests)
             self._taken += OVERHEAD_BYTES * len(flight.requests)
-            self._taken += BYTES_OF_CLASS * stream.row.class_count * flight.rows
+            self._taken += stream.row_bytes * flight.rows
             if committed:
                 stream.recorded = True
                 stream.kept_rows += flight.rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from functools import lru_cache
@@ -33,6 +34,7 @@ ROWS_TOGETHER = (512, 64, 8, 1)
 """Labels of one statement: one of many rows lets go of the interpreter once, where one a row would each time."""
 MOST_ROWS_UNSEEN = 1 << 16
 """Of a prediction that is not here no more rows are believed to be."""
+DELAYS_SECONDS = (1.0, 10.0, 60.0, 600.0, 3600.0, 21600.0, 86400.0, 259200.0, 604800.0)
 _MARKS = "(?, ?, ?, ?, ?, ?, ?)"
 
 
@@ -57,10 +59,17 @@ class NewLabel(NamedTuple):
 
 
 class Labels:
-    """Records labels. Its methods are work for the journal's writer."""
+    """Records labels. Its methods are work for the journal's writer.
+
+    Attributes
+    ----------
+    delays, delay_seconds : how old predictions were when labels came for them: how many up to each of DELAYS_SECONDS,
+        more than the one before, then the older ones; and the sum
+    """
 
     def __init__(self, journal: Journal) -> None:
         self._journal, self._ids = journal, IdReader(journal.keys)
+        self.delays, self.delay_seconds = [0] * (len(DELAYS_SECONDS) + 1), 0.0
         self._streams: dict[int, StreamRow] = {}
         self._row_counts = lru_cache(64)(_row_counts)
 
@@ -155,12 +164,18 @@ class Labels:
 
     def _located(self, connection: Connection, places: Sequence[Place]) -> Iterator[tuple[Place, int]]:
         pack: PackRow | None = None
+        now = time.time()
         for place in places:
             if pack is None or pack.stream != place.stream or place.number > pack.last:
                 pack = find_pack(connection, place.stream, place.number)
             if pack is not None and pack.first <= place.number <= pack.last:
+                self._delayed(now - pack.time_ms / 1000)
                 single = pack.rows == pack.last - pack.first + 1
                 yield place, 1 if single else self._row_counts(connection, pack)[place.number - pack.first]
+
+    def _delayed(self, seconds: float) -> None:
+        self.delays[bisect_left(DELAYS_SECONDS, seconds)] += 1
+        self.delay_seconds += max(0.0, seconds)  # a clock may have been set
 
     def _check(
         self, connection: Connection, model: str, label: NewLabel, place: Place, located: dict[Place, int]

@@ -164,6 +164,8 @@ def _rows(part: Pairs, ids: IdMaker) -> Iterator[dict[str, Any]]:
             "predicted": predicted[index],
             "confidence": confidence[index],
             "label": None if label == NO_LABEL else label,
+            "segment": part.segment_of(index),
+            "signals": part.signals_of(index),
             "classes": None if kept.classes is None else kept.classes[index].tolist(),
             "logits": kept.logits[index].tolist(),
             "probabilities": kept.probabilities[index].tolist(),

@@ -7,6 +7,8 @@ of each request   rows, milliseconds since the pack's time, revision (its place 
                   length of the caller's own id; then the ids
 of each row       the classes that are kept, unless all are; their logits; their probabilities; log of the sum of the
                   exponentials of the logits that are not kept, unless all are
+
+and, where requests say any, their segments and signals (`beside`).
 """
 
 from __future__ import annotations
@@ -14,12 +16,15 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.errors import Damaged
+from service.store.beside import NO_SEGMENT, Beside, Floats, Signals
+from service.store.columns import Whole, read_column, write_column
 
 ALL_UP_TO = 64
 """Classes of which every logit and probability is kept ..."""
@@ -28,15 +33,15 @@ MOST_PROBABLE = 32
 LONGEST_CALLER_ID = 127
 """A caller's own id that is longer is not kept: the server's is there."""
 
-Floats = NDArray[np.float32]
-Whole = NDArray[np.uint32]
 LONGEST_MS = 2**32 - 1
-_HEAD = struct.Struct("<HII?")
-_WIDTHS: dict[int, Any] = {1: np.dtype("<u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4")}
+_HEAD = struct.Struct("<HIIB")
+_PARTIAL, _BESIDE = 1, 2
+"""What a pack has, in the last byte of its head: not all classes; segments or signals."""
 
 
 class Answered(NamedTuple):
-    """One request as it was answered: its rows' logits and probabilities, all classes of them."""
+    """One request as it was answered: its rows' logits and probabilities, all classes of them; the segment that it
+    named, and its signals, each a number a row."""
 
     time_ms: int
     revision: str
@@ -44,6 +49,8 @@ class Answered(NamedTuple):
     logits: Floats
     probabilities: Floats
     caller_id: bytes = b""
+    segment: str = NO_SEGMENT
+    signals: Signals = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,9 @@ class Kept:
         return [np.ascontiguousarray(column).tobytes() for column in columns if column is not None]
 
     @classmethod
-    def decode(cls, data: bytes, start: int, rows: int, kept: int, *, partial: bool) -> Self:
+    def decode(cls, data: bytes, start: int, rows: int, kept: int, *, partial: bool) -> tuple[Self, int]:
+        """What is kept, and where what follows it begins."""
+
         def column(dtype: str, *shape: int) -> NDArray[np.generic]:
             nonlocal start
             values = np.frombuffer(data, dtype, int(np.prod(shape)), start).reshape(shape)
@@ -110,7 +119,8 @@ class Kept:
 
         classes = column("<u4", rows, kept) if partial else None
         logits, probabilities = column("<f4", rows, kept), column("<f4", rows, kept)
-        return cls(logits, probabilities, classes, column("<f4", rows) if partial else None)  # type: ignore[arg-type]
+        rest = column("<f4", rows) if partial else None
+        return cls(logits, probabilities, classes, rest), start  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -122,6 +132,7 @@ class Pack:
     row_counts, times_ms, revision_indices, states : of each request
     caller_ids : of each request, or none at all
     kept : of each row
+    beside : segments and signals
     """
 
     first: int
@@ -132,16 +143,18 @@ class Pack:
     states: Whole
     kept: Kept
     caller_ids: Sequence[bytes] = field(default=())
+    beside: Beside = field(default_factory=Beside)
 
     @classmethod
     def of(cls, first: int, requests: Sequence[Answered]) -> Self:
         revisions = tuple(dict.fromkeys(request.revision for request in requests))
         places = {revision: place for place, revision in enumerate(revisions)}
         ids = [request.caller_id if len(request.caller_id) <= LONGEST_CALLER_ID else b"" for request in requests]
+        row_counts = [len(request.logits) for request in requests]
         return cls(
             first,
             revisions,
-            np.array([len(request.logits) for request in requests], np.uint32),
+            np.array(row_counts, np.uint32),
             np.array([request.time_ms for request in requests], np.int64),
             np.array([places[request.revision] for request in requests], np.uint32),
             np.array([request.state for request in requests], np.uint32),
@@ -150,6 +163,7 @@ class Pack:
                 np.concatenate([request.probabilities for request in requests], dtype=np.float32),
             ),
             ids if any(ids) else (),
+            Beside.of([one.segment for one in requests], [one.signals for one in requests], row_counts),
         )
 
     @property
@@ -164,46 +178,31 @@ class Pack:
     def encode(self) -> bytes:
         begun = int(self.times_ms[0])
         after: NDArray[np.int64] = np.clip(self.times_ms - begun, 0, LONGEST_MS)  # a clock may have been set
-        head = _HEAD.pack(
-            self.kept.logits.shape[1], len(self.row_counts), len(self.kept), self.kept.classes is not None
-        )
+        flags = _PARTIAL * (self.kept.classes is not None) + _BESIDE * bool(self.beside)
+        head = _HEAD.pack(self.kept.logits.shape[1], len(self.row_counts), len(self.kept), flags)
         lengths = [len(caller_id) for caller_id in self.caller_ids] or [0] * len(self.row_counts)
         columns: list[NDArray[Any]] = [self.row_counts, after, self.revision_indices, self.states, np.array(lengths)]
-        return b"".join([head, *map(_column, columns), *self.caller_ids, *self.kept.encode()])
+        beside = self.beside.encode() if self.beside else []
+        return b"".join([head, *map(write_column, columns), *self.caller_ids, *self.kept.encode(), *beside])
 
     @classmethod
     def decode(cls, first: int, time_ms: int, revisions: Sequence[str], data: bytes) -> Self:
         """Damaged if the bytes are not as long as they say: a checksum is verified before, so this is a writer's."""
         try:
-            kept, count, rows, partial = _HEAD.unpack_from(data)
+            kept, count, rows, flags = _HEAD.unpack_from(data)
+            if flags > _PARTIAL + _BESIDE:
+                raise Damaged("a pack of predictions in the journal is of a newer calserve")
             position, columns = _HEAD.size, []
             for _ in range(5):
-                column, position = _read_column(data, position, count)
+                column, position = read_column(data, position, count)
                 columns.append(column)
             row_counts, after, revision_indices, states, lengths = columns
             ends = position + np.cumsum(lengths, dtype=np.int64)
             ids = [data[end - length : end] for end, length in zip(ends.tolist(), lengths.tolist(), strict=True)]
-            content = Kept.decode(data, int(ends[-1]), rows, kept, partial=partial)
-        except (ValueError, struct.error, IndexError) as error:
+            content, end = Kept.decode(data, int(ends[-1]), rows, kept, partial=bool(flags & _PARTIAL))
+            beside = Beside.decode(data, end, count, rows) if flags & _BESIDE else Beside()
+        except (ValueError, KeyError, struct.error, IndexError) as error:
             raise Damaged("a pack of predictions in the journal cannot be read") from error
         times = time_ms + after.astype(np.int64)
-        return cls(
-            first, tuple(revisions), row_counts, times, revision_indices, states, content, ids if any(ids) else ()
-        )
-
-
-def _column(values: NDArray[Any]) -> bytes:
-    """A whole number a request, in as few bytes as the largest takes; none where all are the same."""
-    numbers = values.astype(np.uint32)
-    if (numbers == numbers[0]).all():
-        return b"\0" + numbers[:1].astype("<u4").tobytes()
-    width = next(width for width in _WIDTHS if int(numbers.max()) < 1 << 8 * width)
-    return bytes([width]) + numbers.astype(_WIDTHS[width]).tobytes()
-
-
-def _read_column(data: bytes, position: int, count: int) -> tuple[Whole, int]:
-    width, position = data[position], position + 1
-    if width == 0:
-        return np.full(count, int.from_bytes(data[position : position + 4], "little"), np.uint32), position + 4
-    end = position + width * count
-    return np.frombuffer(data[position:end], _WIDTHS.get(width, "<u4"), count).astype(np.uint32), end
+        own_ids = ids if any(ids) else ()
+        return cls(first, tuple(revisions), row_counts, times, revision_indices, states, content, own_ids, beside)

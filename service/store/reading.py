@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.errors import Damaged, Stale
+from service.store.beside import Signals
 from service.store.database import Connection
 from service.store.journal import Journal
 from service.store.journal_tables import (
@@ -62,6 +63,9 @@ class Pairs:
     labels : (rows,) the class that came true; -1: its label did not come in time
     producers : (rows,) who sent it, a number; 0: nobody
     numbers, rows : which request of the stream, and which row of it: with the stream the row's name
+    segment_names : the segments that may occur; the one of rows that belong to none is empty
+    segments : (rows,) which of them each row belongs to
+    signals : name -> (rows,) float32: `density`, `ood_score`, `set_size`, `input_1`, ...; NaN where a row has none
     """
 
     stream: StreamRow
@@ -73,13 +77,25 @@ class Pairs:
     producers: NDArray[np.int64]
     numbers: NDArray[np.int64]
     rows: NDArray[np.int64]
+    segment_names: tuple[str, ...]
+    segments: NDArray[np.int64]
+    signals: Signals
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def segment_of(self, row: int) -> str:
+        return self.segment_names[int(self.segments[row])]
+
+    def signals_of(self, row: int) -> dict[str, float]:
+        """Those that a row has."""
+        return {name: float(values[row]) for name, values in self.signals.items() if not np.isnan(values[row])}
+
     def chosen(self, rows: slice | NDArray[np.intp]) -> Pairs:
-        columns = ("times_ms", "states", "labels", "producers", "numbers", "rows")
-        return replace(self, kept=self.kept.rows(rows), **{name: getattr(self, name)[rows] for name in columns})
+        columns = ("times_ms", "states", "labels", "producers", "numbers", "rows", "segments")
+        values = {name: getattr(self, name)[rows] for name in columns}
+        signals = {name: column[rows] for name, column in self.signals.items()}
+        return replace(self, kept=self.kept.rows(rows), signals=signals, **values)
 
 
 @dataclass(frozen=True)
@@ -310,6 +326,9 @@ def pairs_of(
         producers,
         pack.first + request,
         np.arange(len(request)) - pack.starts[request],
+        pack.beside.segments,
+        pack.beside.of_rows(request),
+        pack.beside.signals,
     )
     revisions = pack.revision_indices[request]
     ends = [*(np.flatnonzero(np.diff(revisions)) + 1).tolist(), len(request)]
@@ -319,5 +338,7 @@ def pairs_of(
         if chosen is not None:
             start, stop = max(start, chosen.start), min(stop, chosen.stop)
         if start < stop:
-            parts.append(replace(whole.chosen(slice(start, stop)), revision=revision))
+            part = whole.chosen(slice(start, stop))
+            there = {name: values for name, values in part.signals.items() if not np.isnan(values).all()}
+            parts.append(replace(part, revision=revision, signals=there))
     return parts

@@ -4,21 +4,34 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
     HistogramMetricFamily,
+    InfoMetricFamily,
     Metric,
     SummaryMetricFamily,
 )
 from prometheus_client.registry import Collector
 
+from service import __version__
+
+ROWS_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 SECONDS_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+
+
+@dataclass(frozen=True)
+class Durations:
+    """How many took how long: for each bound in seconds, those longer than the one before; then all longer ones."""
+
+    bounds: Sequence[float]
+    counts: Sequence[int]
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -29,7 +42,10 @@ class ModelState:
     ----------
     queued : requests that wait for a run
     rows, runs : served and made since it was loaded
+    requests : by result -> how many
     dropped : why requests were not run -> how many
+    batches : rows of a run -> how many such runs
+    request, queue, run : durations of requests that were answered, of their waiting, and of runs
     """
 
     model: str
@@ -39,7 +55,12 @@ class ModelState:
     queued: int
     rows: int
     runs: int
+    requests: Mapping[str, int]
     dropped: Mapping[str, int]
+    batches: Mapping[int, int]
+    request: Durations
+    queue: Durations
+    run: Durations
 
 
 @dataclass(frozen=True)
@@ -50,7 +71,9 @@ class JournalState:
     ----------
     writable : whether it can be written; otherwise labels are refused and predictions lost
     kept, lost : rows of predictions by model; by model and why
+    other : rows by model, of segments beyond those that are told apart
     labels : what became of labels -> how many
+    delay : how old predictions were when labels came for them
     """
 
     writable: bool
@@ -59,7 +82,9 @@ class JournalState:
     commits: int
     kept: Mapping[str, int]
     lost: Mapping[tuple[str, str], int]
+    other: Mapping[str, int]
     labels: Mapping[str, int]
+    delay: Durations
 
 
 @dataclass(frozen=True)
@@ -104,6 +129,50 @@ class SetCoverage:
     recent: float
 
 
+@dataclass(frozen=True)
+class MonitorMetrics:
+    """One monitor.
+
+    Attributes
+    ----------
+    statistic, threshold : it rings when the first reaches the second
+    rows : read, since the monitor was made
+    alarms : that it gave, since it was made
+    open_alarms : of these, that nobody has acknowledged
+    """
+
+    model: str
+    monitor: str
+    statistic: float
+    threshold: float
+    rows: int
+    alarms: int
+    open_alarms: int
+
+
+@dataclass(frozen=True)
+class NowcastMetrics:
+    """The accuracy of a model on what it answers now, estimated from its confidence.
+
+    `valid` is whether the estimate can be believed: no alarm says that the confidence is wrong.
+    """
+
+    model: str
+    accuracy: float
+    low: float
+    high: float
+    valid: bool
+
+
+@dataclass(frozen=True)
+class WebhookMetrics:
+    """What became of alarms that were to be posted; tries made again; and how many alarms wait."""
+
+    results: Mapping[str, int]
+    retried: int
+    waiting: int
+
+
 class Metrics:
     """Counters of calls, and the state of the models read when somebody asks."""
 
@@ -115,13 +184,18 @@ class Metrics:
         journal: Callable[[], JournalState],
         online: Callable[[], Iterable[OnlineLearning]],
         coverage: Callable[[], Iterable[SetCoverage]],
+        monitors: Callable[[], Iterable[MonitorMetrics]] = tuple,
+        nowcasts: Callable[[], Iterable[NowcastMetrics]] = tuple,
+        webhook: Callable[[], WebhookMetrics | None] = lambda: None,
     ) -> None:
         self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
         self._calls: dict[str, CallCounts] = {}
         self._registry.register(_Calls(self._calls))
         self._registry.register(_Journal(journal))
         self._registry.register(_Online(online))
         self._registry.register(_Coverage(coverage))
+        self._registry.register(_Monitors(monitors, nowcasts, webhook))
         self._registry.register(_State(models, ready, device_lost))
 
     def recorder(self, path: str) -> Callable[[str, float], None]:
@@ -146,10 +220,17 @@ class CallCounts:
         self.by_duration[bisect_left(SECONDS_BUCKETS, seconds)] += 1
         self.seconds += seconds
 
-    def buckets(self) -> list[tuple[str, float]]:
-        """Upper bound and how many calls took no longer, as Prometheus writes them."""
-        bounds = [*map(str, SECONDS_BUCKETS), "+Inf"]
-        return list(zip(bounds, accumulate(self.by_duration), strict=True))
+
+def buckets(bounds: Sequence[float], counts: Iterable[int]) -> list[tuple[str, float]]:
+    """Upper bound and how many were no more, as Prometheus writes them."""
+    return list(zip([*map(str, bounds), "+Inf"], accumulate(counts), strict=True))
+
+
+def _runs_by_rows(batches: Mapping[int, int]) -> list[tuple[str, float]]:
+    counts = [0] * (len(ROWS_BUCKETS) + 1)
+    for rows, runs in batches.items():
+        counts[bisect_left(ROWS_BUCKETS, rows)] += runs
+    return buckets(ROWS_BUCKETS, counts)
 
 
 class _Calls(Collector):
@@ -167,7 +248,7 @@ class _Calls(Collector):
             for code, count in list(counts.by_code.items()):  # the loop counts on meanwhile
                 handled.add_metric([method, code], count)
             if counts.by_code:
-                handling.add_metric([method], counts.buckets(), counts.seconds)
+                handling.add_metric([method], buckets(SECONDS_BUCKETS, counts.by_duration), counts.seconds)
         yield from (handled, handling)
 
 
@@ -178,6 +259,7 @@ class _State(Collector):
         self._models, self._ready, self._device_lost = models, ready, device_lost
 
     def collect(self) -> Iterator[Metric]:
+        yield InfoMetricFamily("calserve_build", "The release that runs.", value={"version": __version__})
         yield GaugeMetricFamily("calserve_ready", "1 when every configured model serves.", value=float(self._ready()))
         yield GaugeMetricFamily(
             "calserve_device_lost", "1 once the device was lost that models ran on.", value=float(self._device_lost())
@@ -196,6 +278,18 @@ class _State(Collector):
             "Requests not run: cancelled, too late, or the queue was full.",
             labels=[*of_model, "why"],
         )
+        requests = CounterMetricFamily(
+            "calserve_requests", "Requests for inference, by result.", labels=[*of_model, "result"]
+        )
+        batches = HistogramMetricFamily("calserve_batch_rows", "Rows of a run.", labels=of_model)
+        durations = {
+            name: HistogramMetricFamily(f"calserve_{name}_seconds", text, labels=of_model)
+            for name, text in (
+                ("request", "From a request's arrival to its answer, of those that were answered."),
+                ("queue", "What a request waited for its run."),
+                ("run", "What a run took."),
+            )
+        }
         for state in self._models():
             name = [state.model, state.version]
             active.add_metric([*name, state.revision, state.provider], 1.0)
@@ -204,7 +298,14 @@ class _State(Collector):
             runs.add_metric(name, state.runs)
             for why, count in list(state.dropped.items()):
                 dropped.add_metric([*name, why], count)
-        yield from (active, queued, rows, runs, dropped)
+            for result, count in state.requests.items():
+                requests.add_metric([*name, result], count)
+            in_runs = sum(rows * runs for rows, runs in state.batches.items())
+            batches.add_metric(name, _runs_by_rows(state.batches), in_runs)
+            for what, family in durations.items():
+                spread: Durations = getattr(state, what)
+                family.add_metric(name, buckets(spread.bounds, spread.counts), spread.seconds)
+        yield from (active, queued, rows, runs, requests, dropped, batches, *durations.values())
 
 
 class _Journal(Collector):
@@ -230,10 +331,21 @@ class _Journal(Collector):
         )
         for (model, why), rows in state.lost.items():
             lost.add_metric([model, why], rows)
+        other = CounterMetricFamily(
+            "calserve_journal_other_segment_rows",
+            "Rows kept under the segment 'other', since too many segments are told apart already.",
+            labels=["model"],
+        )
+        for model, rows in state.other.items():
+            other.add_metric([model], rows)
         labels = CounterMetricFamily("calserve_labels", "Labels that came, by what became of them.", labels=["result"])
         for result, count in state.labels.items():
             labels.add_metric([result], count)
-        yield from (kept, lost, labels)
+        delay = HistogramMetricFamily(
+            "calserve_label_delay_seconds", "Age of a prediction when a label came for it, to a quarter of a second."
+        )
+        delay.add_metric([], buckets(state.delay.bounds, state.delay.counts), state.delay.seconds)
+        yield from (kept, lost, other, labels, delay)
 
 
 class _Coverage(Collector):
@@ -258,6 +370,70 @@ class _Coverage(Collector):
             labels.add_metric([*name, "yes"], one.covered)
             labels.add_metric([*name, "no"], one.missed)
         yield from (level, recent, labels)
+
+
+class _Monitors(Collector):
+    def __init__(
+        self,
+        monitors: Callable[[], Iterable[MonitorMetrics]],
+        nowcasts: Callable[[], Iterable[NowcastMetrics]],
+        webhook: Callable[[], WebhookMetrics | None],
+    ) -> None:
+        self._monitors, self._nowcasts, self._webhook = monitors, nowcasts, webhook
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._of_monitors()
+        yield from self._of_nowcasts()
+        yield from self._of_webhook()
+
+    def _of_monitors(self) -> Iterator[Metric]:
+        labels = ["model", "monitor"]
+        gauges = {
+            "statistic": ("calserve_monitor_statistic", "A monitor's statistic: it rings at the threshold."),
+            "threshold": ("calserve_monitor_threshold", "What a monitor's statistic must reach for it to ring."),
+            "open_alarms": ("calserve_alarms_open", "Alarms that nobody has acknowledged."),
+        }
+        counters = {
+            "rows": ("calserve_monitor_rows", "Rows that a monitor has read."),
+            "alarms": ("calserve_alarms", "Alarms that a monitor gave."),
+        }
+        families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {
+            **{name: GaugeMetricFamily(*said, labels=labels) for name, said in gauges.items()},
+            **{name: CounterMetricFamily(*said, labels=labels) for name, said in counters.items()},
+        }
+        for one in self._monitors():
+            for name, family in families.items():
+                family.add_metric([one.model, one.monitor], getattr(one, name))
+        yield from families.values()
+
+    def _of_nowcasts(self) -> Iterator[Metric]:
+        said = {
+            "accuracy": ("", "A model's accuracy on what it answers now, estimated from its confidence."),
+            "low": ("_low", "The lower end of that estimate's interval."),
+            "high": ("_high", "The upper end of that estimate's interval."),
+            "valid": ("_valid", "1 while that estimate can be believed."),
+        }
+        families = {
+            name: GaugeMetricFamily(f"calserve_nowcast_accuracy{ending}", text, labels=["model"])
+            for name, (ending, text) in said.items()
+        }
+        for one in self._nowcasts():
+            for name, family in families.items():
+                family.add_metric([one.model], float(getattr(one, name)))
+        yield from families.values()
+
+    def _of_webhook(self) -> Iterator[Metric]:
+        alarms = CounterMetricFamily(
+            "calserve_webhook_alarms", "Alarms that were to be posted, by what became of them.", labels=["result"]
+        )
+        retries = CounterMetricFamily("calserve_webhook_retries", "Posts of alarms that were tried again.")
+        waiting = GaugeMetricFamily("calserve_webhook_waiting_alarms", "Alarms that wait to be posted.")
+        if (state := self._webhook()) is not None:
+            for result, count in state.results.items():
+                alarms.add_metric([result], count)
+            retries.add_metric([], state.retried)
+            waiting.add_metric([], state.waiting)
+        yield from (alarms, retries, waiting)
 
 
 class _Online(Collector):

@@ -53,8 +53,15 @@ def late(cohort: Cohort) -> list[tuple[int, int]]:
 
 requests = st.lists(
     st.builds(
-        lambda seed, rows, after, revision, state, own: answered(
-            seed, rows, time_ms=10**12 + after, revision=f"r-{revision}", state=state, caller_id=own
+        lambda seed, rows, after, revision, state, own, segment, signals: answered(
+            seed,
+            rows,
+            time_ms=10**12 + after,
+            revision=f"r-{revision}",
+            state=state,
+            caller_id=own,
+            segment=segment,
+            signals={name: np.full(rows, seed, np.float32) for name in signals},
         ),
         st.integers(0, 10**6),
         st.integers(1, 5),
@@ -62,6 +69,8 @@ requests = st.lists(
         st.integers(1, 3),
         st.integers(0, 2**32 - 1),
         st.binary(max_size=127),
+        st.sampled_from(["", "", "android", "ios", "São Paulo"]),
+        st.sets(st.sampled_from(["density", "input_1"])),
     ),
     min_size=1,
     max_size=12,
@@ -77,8 +86,13 @@ def test_a_pack_comes_back_as_it_was(given_requests: list[Answered], first: int)
     assert again.last == first + len(given_requests) - 1
     start = 0
     for index, request in enumerate(given_requests):
-        rows = again.kept.rows(slice(start, start + len(request.logits)))
+        chosen = slice(start, start + len(request.logits))
+        rows = again.kept.rows(chosen)
         start += len(request.logits)
+        assert again.beside.segments[again.beside.of_rows(np.array([index]))[0]] == request.segment
+        signals = {name: values[chosen] for name, values in again.beside.signals.items()}
+        assert {name for name, values in signals.items() if not np.isnan(values).any()} == request.signals.keys()
+        assert all((signals[name] == values).all() for name, values in request.signals.items())
         assert (rows.logits == request.logits).all()
         assert (rows.probabilities == request.probabilities).all()
         assert again.revisions[again.revision_indices[index]] == request.revision
@@ -112,10 +126,64 @@ def test_of_equally_probable_classes_the_first_is_the_label_as_in_the_answer() -
     assert kept.label == [0]
 
 
-def test_a_pack_that_was_cut_short_is_damaged() -> None:
-    pack = Pack.of(0, [answered(1, 3), answered(2, 1)])
-    with pytest.raises(Damaged):
-        Pack.decode(0, 0, pack.revisions, pack.encode()[:-8])
+@pytest.mark.parametrize("segment", ["", "android"])
+def test_a_pack_that_was_cut_short_is_damaged(segment: str) -> None:
+    signals = {"density": np.zeros(3, np.float32)} if segment else {}
+    pack = Pack.of(0, [answered(2, 1), answered(1, 3, segment=segment, signals=signals)])
+    for lost in (8, 20, 50):
+        with pytest.raises(Damaged):
+            Pack.decode(0, 0, pack.revisions, pack.encode()[:-lost])
+
+
+def test_a_pack_that_a_release_without_segments_wrote_is_read() -> None:
+    """Two rows of two classes, written when the head's last byte was a truth value."""
+    data = (
+        bytes.fromhex("02000200000002000000000001000000010005000000000000070000000000000000")
+        + np.array([1, 2, 3, 4, 0.25, 0.75, 0.5, 0.5], "<f4").tobytes()
+    )
+    pack = Pack.decode(3, 1000, ["r-1"], data)
+    assert (pack.first, pack.last, pack.times_ms.tolist()) == (3, 4, [1000, 1005])
+    assert pack.kept.probabilities.tolist() == [[0.25, 0.75], [0.5, 0.5]]
+    assert not pack.beside
+    assert not pack.beside.of_rows(np.arange(2)).any()
+    assert (
+        Pack.of(
+            3,
+            [
+                Answered(1000, "r-1", 7, pack.kept.logits[:1], pack.kept.probabilities[:1]),
+                Answered(1005, "r-1", 7, pack.kept.logits[1:], pack.kept.probabilities[1:]),
+            ],
+        ).encode()
+        == data
+    )
+
+
+def test_a_pack_of_a_release_to_come_is_refused() -> None:
+    data = bytearray(Pack.of(0, [answered(1)]).encode())
+    data[10] = 4
+    with pytest.raises(Damaged, match="newer calserve"):
+        Pack.decode(0, 0, ["r"], bytes(data))
+
+
+def test_what_monitors_read_comes_back_with_the_pairs_by_row(kept: Kept) -> None:
+    density = np.array([1, 2, 3], np.float32)
+    kept.predict(
+        answered(0, rows=2, segment="ios"),
+        answered(1, rows=3, segment="android", revision="density-1", signals={"density": density}),
+        answered(2, rows=1, revision="density-1"),
+        answered(3, rows=1),
+    )
+    kept.flush()
+    one, two, three = reader_of(kept, 0).read().pairs
+    assert [one.segment_of(row) for row in range(2)] == ["ios", "ios"]
+    assert [two.segment_of(row) for row in range(4)] == ["android"] * 3 + [""]
+    assert (one.signals, three.signals) == ({}, {})
+    assert two.signals["density"].dtype == np.float32
+    assert two.signals["density"].tolist()[:3] == [1, 2, 3]
+    assert np.isnan(two.signals["density"][3])
+    assert (two.signals_of(1), two.signals_of(3)) == ({"density": 2.0}, {})
+    assert two.chosen(np.array([2, 0])).signals["density"].tolist() == [3, 1]
+    assert three.segment_of(0) == ""
 
 
 def test_an_id_is_read_with_the_key_that_made_it_and_nobody_can_make_one_up(tmp_path: Path) -> None:
