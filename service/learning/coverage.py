@@ -14,13 +14,12 @@ from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from calibrators.conformal.calibrator import ConformalCalibrator
 from service.errors import CalserveError
 from service.inference.repository import Repository
 from service.store.journal import Journal
-from service.store.packs import Kept
+from service.store.packs import probabilities_of
 from service.store.reading import NO_LABEL, Pairs, Reader
 
 log = logging.getLogger(__name__)
@@ -139,14 +138,3 @@ class Coverage:
             except Exception:
                 log.exception("coverage could not be followed; it is tried again")
             await asyncio.sleep(LOOK_SECONDS)
-
-
-def probabilities_of(kept: Kept, n_classes: int) -> NDArray[np.float32]:
-    """(n_rows, n_classes) as they were served; of those that are not kept each gets an equal part of what is left."""
-    if kept.classes is None:
-        return kept.probabilities
-    left = np.maximum(0.0, 1.0 - kept.probabilities.sum(axis=1, dtype=np.float64))
-    each = (left / (n_classes - kept.classes.shape[1])).astype(np.float32)
-    probabilities = np.repeat(each[:, None], n_classes, axis=1)
-    np.put_along_axis(probabilities, kept.classes.astype(np.int64), kept.probabilities, axis=1)
-    return probabilities

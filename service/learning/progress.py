@@ -18,7 +18,7 @@ import numpy as np
 import calibrators
 from calibrators.numerics import MAX_ABS_LOGIT, Array
 from calibrators.online.learner import OnlineCalibrator
-from service.store.packs import Kept
+from service.store.packs import logits_of
 from service.store.reading import NO_LABEL, Cohort, Pairs
 
 HELD_OUT_EVERY = 5
@@ -154,17 +154,6 @@ def held_out(part: Pairs) -> Array:
     mixed *= _MIX[1]
     apart: Array = (mixed >> np.uint64(33)) % np.uint64(HELD_OUT_EVERY) == 0
     return apart
-
-
-def logits_of(kept: Kept, n_classes: int) -> Array:
-    """The logits of all classes; of those that are not kept each gets an equal part of their sum of exponentials."""
-    own = kept.logits.astype(np.float64)
-    if kept.classes is None or kept.rest is None:
-        return own
-    others = n_classes - own.shape[1]
-    logits = np.repeat(kept.rest.astype(np.float64)[:, None] - np.log(float(others)), n_classes, axis=1)
-    np.put_along_axis(logits, kept.classes.astype(np.int64), own, 1)
-    return logits
 
 
 def _joined(parts: list[Rows], n_classes: int) -> Rows:

@@ -6,7 +6,7 @@ WAL with `synchronous=FULL`, asserted: with NORMAL a power cut loses what was ac
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,8 +23,11 @@ LOG_PAGES = 4000
 _NUMBERS = {"NORMAL": 1, "FULL": 2}
 
 
-def open_database(path: Path, what: str, schema: str, version: int) -> Connection:
+def open_database(path: Path, what: str, schema: str, version: int, later: Sequence[str] = ()) -> Connection:
     """A connection for any thread, one at a time; the tables are made in a new file.
+
+    `schema` makes version 1, and each of the `later` scripts the next one of what the one before made: an older file is
+    brought up to date in one transaction.
 
     Raises
     ------
@@ -36,7 +39,7 @@ def open_database(path: Path, what: str, schema: str, version: int) -> Connectio
     try:
         connection = sqlite3.connect(path, BUSY_SECONDS, check_same_thread=False, isolation_level=None)
         _make_durable(connection, what)
-        _settle_schema(connection, schema, version)
+        _settle_schema(connection, (schema, *later), version)
     except BaseException as error:
         if connection is not None:
             connection.close()
@@ -66,9 +69,20 @@ def _make_durable(connection: Connection, what: str) -> None:
         raise Refused(f"the {what} needs journal_mode=wal and synchronous=FULL, got {durable}")
 
 
-def _settle_schema(connection: Connection, schema: str, version: int) -> None:
+def _settle_schema(connection: Connection, scripts: Sequence[str], version: int) -> None:
+    if _version(connection) > version:
+        raise Refused(
+            f"the store was written by a newer calserve (schema {_version(connection)}, this one knows {version})"
+        )
+    if _version(connection) < version:
+        connection.execute("BEGIN IMMEDIATE")
+        for script in scripts[_version(connection) :]:  # asked again: another process may have come first
+            for statement in script.split(";"):
+                connection.execute(statement)
+        connection.execute(f"PRAGMA user_version={version}")
+        connection.execute("COMMIT")
+
+
+def _version(connection: Connection) -> int:
     (found,) = connection.execute("PRAGMA user_version").fetchone()
-    if found > version:
-        raise Refused(f"the store was written by a newer calserve (schema {found}, this one knows {version})")
-    if found == 0:
-        connection.executescript(f"BEGIN IMMEDIATE;{schema}PRAGMA user_version={version};COMMIT;")
+    return int(found)

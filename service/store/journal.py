@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeAlias
 from service.store import receipts
 from service.store.database import Connection, open_database, reading_errors
 from service.store.journal_tables import (
+    LATER_SCHEMAS,
     SCHEMA,
     SCHEMA_VERSION,
     Retention,
@@ -150,7 +151,7 @@ class Journal:
         return iter(range(end - STREAM_BLOCK + 1, end + 1))
 
     def connect(self) -> Connection:
-        return open_database(self.path, "journal", SCHEMA, SCHEMA_VERSION)
+        return open_database(self.path, "journal", SCHEMA, SCHEMA_VERSION, LATER_SCHEMAS)
 
     def start(self) -> None:
         self.writer.start()

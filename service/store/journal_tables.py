@@ -14,7 +14,7 @@ from service.errors import Damaged
 from service.store.database import Connection
 from service.store.packs import Pack
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SCHEMA = """
 CREATE TABLE streams (
     stream INTEGER PRIMARY KEY, model TEXT NOT NULL, version TEXT NOT NULL, digest TEXT NOT NULL,
@@ -63,6 +63,23 @@ CREATE TABLE online_setbacks (
 CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT, WITHOUT ROWID;
 INSERT INTO counters VALUES ('stream', 0), ('packs', 0), ('labels', 0);
 """
+SCHEMA_OF_MONITORS = """
+CREATE TABLE monitors (
+    model TEXT NOT NULL, monitor TEXT NOT NULL, row TEXT NOT NULL, crc INTEGER NOT NULL, PRIMARY KEY (model, monitor)
+) STRICT;
+CREATE TABLE monitor_turns (
+    turn INTEGER PRIMARY KEY, model TEXT NOT NULL, monitor TEXT NOT NULL, number INTEGER NOT NULL,
+    row TEXT NOT NULL, crc INTEGER NOT NULL
+) STRICT;
+CREATE INDEX turns_by_monitor ON monitor_turns (model, monitor, turn);
+CREATE TABLE alarms (
+    alarm INTEGER PRIMARY KEY, model TEXT NOT NULL, monitor TEXT NOT NULL, change INTEGER NOT NULL,
+    row TEXT NOT NULL, crc INTEGER NOT NULL
+) STRICT;
+CREATE INDEX alarms_by_change ON alarms (change);
+"""
+LATER_SCHEMAS = (SCHEMA_OF_MONITORS,)
+"""What each version has more than the one before."""
 
 PRUNED_TOGETHER = 16
 """Packs that are forgotten in one transaction: so that nobody waits long for it."""

@@ -14,6 +14,7 @@ from service.store.blobs import Blobs
 from service.store.catalogue import Catalogue
 from service.store.database import Connection, open_database, reading_errors
 from service.store.journal_tables import (
+    LATER_SCHEMAS,
     PACK_COLUMNS,
     SCHEMA,
     SCHEMA_VERSION,
@@ -140,7 +141,7 @@ def open_journal(store: Path) -> Connection:
         raise Refused(
             f"{store} holds no journal: the data directory is <model repository>.calserve unless you say else"
         )
-    return open_database(store / JOURNAL, "journal", SCHEMA, SCHEMA_VERSION)
+    return open_database(store / JOURNAL, "journal", SCHEMA, SCHEMA_VERSION, LATER_SCHEMAS)
 
 
 def _counts(connection: Connection, query: str, model: str) -> tuple[int, int]:

@@ -180,6 +180,23 @@ class Reader:
         )
         return number
 
+    def begin_at_end(self, connection: Connection) -> None:
+        """Pass everything that is there by now, in place of what was read under this name before; likewise."""
+        self.forget(connection)
+        query = "SELECT pack, rows FROM packs JOIN streams ON streams.stream = packs.stream WHERE model = ?"
+        end = connection.execute(f"{query} ORDER BY pack DESC LIMIT 1", (self._model,)).fetchone() or (0, 0)
+        (record,) = connection.execute("SELECT coalesce(max(record), 0) FROM records").fetchone()
+        place = (self._model, self._name, 0, *end, record)
+        values = (*place, b"", checksum(*place, b""))
+        connection.execute("INSERT INTO readers VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
+        connection.execute("INSERT INTO releases VALUES (?, ?, ?, ?, ?, ?, ?)", (*place, checksum(*place)))
+
+    def forget(self, connection: Connection) -> None:
+        """Forget that there was such a reader; likewise."""
+        for table in ("readers", "releases"):
+            query = f"DELETE FROM {table} WHERE model = ? AND reader = ?"  # noqa: S608
+            connection.execute(query, (self._model, self._name))
+
     def passed(self, most_packs: int) -> list[Pairs]:
         """What the last packs before the position have, with the labels that were there."""
         with self._journal.reading() as connection:
@@ -212,7 +229,7 @@ class Reader:
             if checksum(*place) != crc:
                 raise Damaged(f"a step of reader {self._name!r} is damaged: its checksum differs")
             number, end = place[2], Position(*place[3:])
-            begin = Position() if number == 1 else begin
+            begin = Position() if number == 1 and begin is None else begin
             if begin is not None:  # else what came before it is forgotten
                 with self._journal.reading() as connection:
                     yield self._cohort(connection, number, begin, end, begin.record)

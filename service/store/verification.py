@@ -16,6 +16,9 @@ ROWS = {
     "online_states": "SELECT model, revision, number, learned, time, artifact, crc FROM online_states",
     "online_serving": "SELECT model, revision, number, best, suspended, crc FROM online_serving",
     "online_setbacks": "SELECT model, revision, step, number, crc FROM online_setbacks",
+    "monitors": "SELECT model, monitor, row, crc FROM monitors",
+    "monitor_turns": "SELECT turn, model, monitor, number, row, crc FROM monitor_turns",
+    "alarms": "SELECT alarm, model, monitor, change, row, crc FROM alarms",
     "streams": "SELECT stream, model, version, digest, class_count, start_time, crc FROM streams",
 }
 

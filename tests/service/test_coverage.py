@@ -13,9 +13,9 @@ import calibrators
 from calibrators.conformal.calibrator import ConformalCalibrator
 from calibrators.numerics import softmax
 from service.learning import coverage
-from service.learning.coverage import Watch, probabilities_of
+from service.learning.coverage import Watch
 from service.store.labels import NewLabel, Result
-from service.store.packs import MOST_PROBABLE, Answered, Kept
+from service.store.packs import MOST_PROBABLE, Answered, Kept, probabilities_of
 from tests.service import journals, models
 from tests.service.journals import MODEL, N_CLASSES
 from tests.service.test_durability import until

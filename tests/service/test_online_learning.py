@@ -17,12 +17,12 @@ from service.errors import Refused
 from service.learning import gate
 from service.learning.gate import Gate
 from service.learning.online import Learner
-from service.learning.progress import Progress, Rows, held_out, logits_of
+from service.learning.progress import Progress, Rows, held_out
 from service.store.catalogue import RevisionRow
 from service.store.journal_tables import Retention, prune
 from service.store.labels import NewLabel, Result
 from service.store.online_states import read_state
-from service.store.packs import MOST_PROBABLE, Answered, Kept
+from service.store.packs import MOST_PROBABLE, Answered, Kept, logits_of
 from service.store.reading import Reader
 from tests.service import journals
 from tests.service.journals import MODEL
