@@ -29,7 +29,7 @@ from benchmarks.serving import Bench, Case, in_turn, say, show
 from benchmarks.serving_models import MODELS
 from service.client import AsyncClient, Client
 from service.store.journal import Journal
-from service.store.labels import Labels, NewLabel, Result
+from service.store.labels import Labels, NewLabel, NewLabels, Result
 from service.store.packs import Answered
 from service.store.reading import Reader
 
@@ -132,7 +132,7 @@ def record_all(opened: Journal, ids: Sequence[str]) -> tuple[int, float, float]:
     """A label for each prediction, in batches: how many were recorded, in how many seconds, of the processor too."""
     joined, recorded, seconds, cpu = Labels(opened), 0, 0.0, 0.0
     for start in range(0, len(ids), BATCH):
-        batch = [NewLabel(prediction_id, 0, 1) for prediction_id in ids[start : start + BATCH]]
+        batch = NewLabels.of([NewLabel(prediction_id, 0, 1) for prediction_id in ids[start : start + BATCH]])
         begun, used = time.perf_counter(), time.process_time()
         became = opened.writer.write_now(partial(joined.record, model="m", producer="", labels=batch))
         seconds, cpu = seconds + time.perf_counter() - begun, cpu + time.process_time() - used

@@ -17,8 +17,8 @@ import service.store.journal
 from service.errors import Damaged, Stale
 from service.store.database import Connection
 from service.store.journal_tables import Retention, prune, used_bytes
-from service.store.keys import IdMaker, IdReader, Keys
-from service.store.labels import NewLabel, Result
+from service.store.keys import NOWHERE, IdMaker, IdReader, Keys
+from service.store.labels import NewLabel, NewLabels, Result
 from service.store.packs import ALL_UP_TO, MOST_PROBABLE, Answered, Pack
 from service.store.reading import NO_LABEL, Cohort, Position, Reader
 from service.store.verification import problems
@@ -193,12 +193,19 @@ def test_an_id_is_read_with_the_key_that_made_it_and_nobody_can_make_one_up(tmp_
     assert keys.rotate()
     new = IdMaker(keys.newest, 8).make(1).decode()
     for known in (keys, other):
-        assert IdReader(known).read([old]) == [(7, 2**33 + 5)]
-        assert IdReader(known).read([old, new, "x", "", old]) == [(7, 2**33 + 5), (8, 1), None, None, (7, 2**33 + 5)]
+        assert IdReader(known).read([old]).tolist() == [[7, 2**33 + 5]]
+        assert IdReader(known).read([old, new, new, old]).tolist() == [[7, 2**33 + 5], [8, 1], [8, 1], [7, 2**33 + 5]]
+        assert IdReader(known).read([old, new, "x", "", old]).tolist() == [
+            [7, 2**33 + 5],
+            [8, 1],
+            [NOWHERE, NOWHERE],
+            [NOWHERE, NOWHERE],
+            [7, 2**33 + 5],
+        ]
     for position in range(len(new)):
         changed = new[:position] + ("A" if new[position] != "A" else "B") + new[position + 1 :]
-        assert IdReader(keys).read([changed, new]) == [None, (8, 1)]
-    assert IdReader(Keys(tmp_path / "elsewhere")).read([old, new]) == [None, None]
+        assert IdReader(keys).read([changed, new, changed]).tolist() == [[NOWHERE, NOWHERE], [8, 1], [NOWHERE, NOWHERE]]
+    assert IdReader(Keys(tmp_path / "elsewhere")).read([old, new]).tolist() == [[NOWHERE, NOWHERE]] * 2
     assert stat.S_IMODE((tmp_path / "keys").stat().st_mode) == 0o600
 
 
@@ -287,7 +294,7 @@ def test_many_callers_share_one_commit(kept: Kept) -> None:
     kept.flush()
 
     async def label(prediction_id: str) -> Result:
-        labels = [NewLabel(prediction_id, 0, 1)]
+        labels = NewLabels.of([NewLabel(prediction_id, 0, 1)])
         (result,) = await kept.journal.writer.write(lambda c: kept.labels.record(c, MODEL, "", labels))
         return result
 
@@ -307,7 +314,8 @@ def test_work_that_fails_takes_nothing_with_it(kept: Kept) -> None:
         raise KeyError("a defect")
 
     async def together() -> list[object]:
-        good = kept.journal.writer.write(lambda c: kept.labels.record(c, MODEL, "", [NewLabel(one, 0, 1)]))
+        labels = NewLabels.of([NewLabel(one, 0, 1)])
+        good = kept.journal.writer.write(lambda c: kept.labels.record(c, MODEL, "", labels))
         return await asyncio.gather(kept.journal.writer.write(fail), good, return_exceptions=True)
 
     failed, recorded = asyncio.run(together())
