@@ -68,9 +68,16 @@ def damaged_labels(connection: Connection) -> Iterator[tuple[str, tuple[int, int
         query = f"SELECT stream, number, row, label, producer, record, crc FROM {table}"  # noqa: S608
         cursor = connection.execute(query)
         while found := cursor.fetchmany(ROWS_TOGETHER):
-            rows = np.array(found, np.int64)
-            for index in np.flatnonzero(label_checksums(rows[:, :6]) != rows[:, 6]).tolist():
-                yield table, found[index][:3]
+            yield from ((table, (row[0], row[1], row[2])) for row in _damaged(found))
+
+
+def _damaged(labels: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
+    try:
+        rows = np.array(labels, np.int64)
+    except (TypeError, ValueError, OverflowError):  # one of them is no whole number any more
+        half = len(labels) // 2
+        return _damaged(labels[:half]) + _damaged(labels[half:]) if half else list(labels)
+    return [labels[index] for index in np.flatnonzero(label_checksums(rows[:, :6]) != rows[:, 6]).tolist()]
 
 
 def _in_packs(connection: Connection) -> Iterator[str]:
