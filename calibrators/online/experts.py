@@ -49,7 +49,9 @@ SHARE = 2e-5
 IDENTITY = 0.5
 """The first weight of the identity; the others share the rest alike."""
 
-N_EXPERTS = 1 + len(MEMORIES) + len(BENT_MEMORIES)
+N_LINES, N_BENT = len(MEMORIES), len(BENT_MEMORIES)
+FIRST_BENT = 1 + N_LINES
+N_EXPERTS = FIRST_BENT + N_BENT
 MEMORY = np.array([np.inf, *MEMORIES, *BENT_MEMORIES])
 BENT = np.array([False] * (1 + len(MEMORIES)) + [True] * len(BENT_MEMORIES))
 FIRST_SHARES = np.array([IDENTITY] + [(1 - IDENTITY) / (N_EXPERTS - 1)] * (N_EXPERTS - 1))
@@ -137,7 +139,7 @@ def learn(state: State, scores: Array, y: Array, weight: Array, beta: bool) -> A
     y : (n_samples,) float64, 0 or 1
     weight : (n_samples,) float64, positive. A weight of two is the row twice; what is left of one counts by its part
     """
-    return _learn(*state, scores, y, weight, beta, *_start(beta), MEMORY, BENT, FIRST_SHARES, NODES)
+    return _learn(*state, scores, y, weight, beta, *_start(beta), MEMORY, FIRST_SHARES, NODES)
 
 
 @compiled
@@ -149,67 +151,117 @@ def _fill_line(s: float, beta: bool, phi: Array) -> None:
 
 
 @compiled
-def _solve(band: Array, n: int, x: Array, lower: Array) -> None:
-    """x <- H^-1 x, H of n rows and positive. H = L D L', of which `lower` takes D and the two diagonals of L."""
-    for i in range(n):
-        pivot, near, value = band[i, 0], 0.0, x[i]
-        if i > 0:
-            near = band[i - 1, 1]
-        if i > 1:
-            far = band[i - 2, 2]
-            near -= far * lower[i - 2, 1]
-            lower[i - 2, 2] = far / lower[i - 2, 0]
-            pivot -= far * lower[i - 2, 2]
-            value -= lower[i - 2, 2] * x[i - 2]
-        if i > 0:
-            lower[i - 1, 1] = near / lower[i - 1, 0]
-            pivot -= near * lower[i - 1, 1]
-            value -= lower[i - 1, 1] * x[i - 1]
-        lower[i, 0], x[i] = pivot, value
-    for i in range(n - 1, -1, -1):
-        x[i] /= lower[i, 0]
-        if i < n - 1:
-            x[i] -= lower[i, 1] * x[i + 1]
-        if i < n - 2:
-            x[i] -= lower[i, 2] * x[i + 2]
+def _step_lines(
+    theta: Array, band: Array, phi: Array, said: Array, y: float, weight: float, memory: Array, beta: bool
+) -> None:
+    """One step of every line. H = L D L', of two rows or three."""
+    for e in range(1, 1 + N_LINES):
+        p = said[e]
+        new, error = weight / memory[e], weight * (p - y)
+        information = weight * 0.5 * (p * (1.0 - p) + (p - y) * (p - y))
+        kept, ridge = 1.0 - new, new * RIDGE
+        h00 = kept * band[e, 0, 0] + ridge + information * phi[0] * phi[0]
+        h10 = kept * band[e, 0, 1] + information * phi[0] * phi[1]
+        h11 = kept * band[e, 1, 0] + ridge + information * phi[1] * phi[1]
+        band[e, 0, 0], band[e, 0, 1], band[e, 1, 0] = h00, h10, h11
+        x0 = error * phi[0] + ridge * (theta[e, 0] - 1.0)
+        x1 = error * phi[1] + ridge * theta[e, 1]
+        l10 = h10 / h00
+        d1 = h11 - l10 * h10
+        x1 -= l10 * x0
+        if beta:
+            h20 = kept * band[e, 0, 2] + information * phi[0] * phi[2]
+            h21 = kept * band[e, 1, 1] + information * phi[1] * phi[2]
+            h22 = kept * band[e, 2, 0] + ridge + information * phi[2] * phi[2]
+            band[e, 0, 2], band[e, 1, 1], band[e, 2, 0] = h20, h21, h22
+            x2 = error * phi[2] + ridge * (theta[e, 2] - 1.0)
+            l20 = h20 / h00
+            near = h21 - l20 * h10
+            l21 = near / d1
+            x2 = (x2 - l20 * x0 - l21 * x1) / (h22 - l20 * h20 - l21 * near)
+            theta[e, 2] -= x2
+            x1 = x1 / d1 - l21 * x2
+            x0 = x0 / h00 - l10 * x1 - l20 * x2
+        else:
+            x1 /= d1
+            x0 = x0 / h00 - l10 * x1
+        theta[e, 0] -= x0
+        theta[e, 1] -= x1
 
 
 @compiled
-def _newton_step(
-    theta: Array, band: Array, n: int, at: int, phi: Array, p: float, y: float, weight: float, memory: float,
-    theta_0: Array, ridge: Array, step: Array, lower: Array,
+def _step_bent(
+    theta: Array, band: Array, at: int, hats: Array, said: Array, y: float, weight: float, memory: Array,
+    theta_0: Array, ridge: Array, x: Array, inverse: Array, near: Array, far: Array,
 ) -> None:  # fmt: skip
-    """One step of n coefficients, where phi holds the features from number `at` on and the others are zero."""
-    step[:n] = 0.0
-    new = weight / memory
-    if new > 0.0:
-        for i in range(n):
-            off = theta[i] - theta_0[i]
-            step[i] += new * ridge[i, 0] * off
-            band[i, 0] += new * (ridge[i, 0] - band[i, 0])
-            for k in range(1, min(3, n - i)):
-                step[i + k] += new * ridge[i, k] * off
-                step[i] += new * ridge[i, k] * (theta[i + k] - theta_0[i + k])
-                band[i, k] += new * (ridge[i, k] - band[i, k])
-    information = weight * 0.5 * (p * (1.0 - p) + (p - y) * (p - y))
-    for i in range(len(phi)):
-        step[at + i] += weight * (p - y) * phi[i]
-        for k in range(len(phi) - i):
-            band[at + i, k] += information * phi[i] * phi[i + k]
-    _solve(band, n, step, lower)
+    """One step of every bent line, of which s lies between nodes `at` and `at + 1`. H = L D L': the four arrays take
+    the step, 1/D and the two diagonals of L, (len(NODES), N_BENT) each. The lines go side by side, row by row: each row
+    waits for the one above, and a processor does the other line's meanwhile."""
+    n = len(x)
+    for b in range(N_BENT):
+        e = FIRST_BENT + b
+        new = weight / memory[e]
+        if new > 0.0:
+            for i in range(n):
+                pull = ridge[e, i, 0] * (theta[e, i] - theta_0[e, i])
+                if i + 1 < n:
+                    pull += ridge[e, i, 1] * (theta[e, i + 1] - theta_0[e, i + 1])
+                if i + 2 < n:
+                    pull += ridge[e, i, 2] * (theta[e, i + 2] - theta_0[e, i + 2])
+                if i > 0:
+                    pull += ridge[e, i - 1, 1] * (theta[e, i - 1] - theta_0[e, i - 1])
+                if i > 1:
+                    pull += ridge[e, i - 2, 2] * (theta[e, i - 2] - theta_0[e, i - 2])
+                x[i, b] = new * pull
+                for k in range(3):
+                    band[e, i, k] += new * (ridge[e, i, k] - band[e, i, k])
+        else:
+            for i in range(n):
+                x[i, b] = 0.0
+        error = weight * (said[e] - y)
+        information = weight * 0.5 * (said[e] * (1.0 - said[e]) + (said[e] - y) * (said[e] - y))
+        x[at, b] += error * hats[0]
+        x[at + 1, b] += error * hats[1]
+        band[e, at, 0] += information * hats[0] * hats[0]
+        band[e, at, 1] += information * hats[0] * hats[1]
+        band[e, at + 1, 0] += information * hats[1] * hats[1]
     for i in range(n):
-        theta[i] -= step[i]
+        for b in range(N_BENT):
+            e = FIRST_BENT + b
+            pivot = band[e, i, 0]
+            if i > 1:
+                pivot -= far[i - 2, b] * band[e, i - 2, 2]
+                x[i, b] -= far[i - 2, b] * x[i - 2, b]
+            if i > 0:
+                below = band[e, i - 1, 1]
+                if i > 1:
+                    below -= band[e, i - 2, 2] * near[i - 2, b]
+                near[i - 1, b] = below * inverse[i - 1, b]
+                pivot -= below * near[i - 1, b]
+                x[i, b] -= near[i - 1, b] * x[i - 1, b]
+            inverse[i, b] = 1.0 / pivot
+            far[i, b] = band[e, i, 2] * inverse[i, b]
+    for i in range(n - 1, -1, -1):
+        for b in range(N_BENT):
+            step = x[i, b] * inverse[i, b]
+            if i < n - 1:
+                step -= near[i, b] * x[i + 1, b]
+            if i < n - 2:
+                step -= far[i, b] * x[i + 2, b]
+            x[i, b] = step
+            theta[FIRST_BENT + b, i] -= step
 
 
 @compiled
 def _learn(
     theta: Array, curvature: Array, shares: Array, scores: Array, y: Array, weight: Array, beta: bool,
-    theta_0: Array, ridge: Array, memory: Array, bent: Array, first_shares: Array, nodes: Array,
+    theta_0: Array, ridge: Array, memory: Array, first_shares: Array, nodes: Array,
 ) -> Array:  # fmt: skip
     n_experts, n_nodes = theta.shape
     line, hats = np.zeros(3 if beta else 2), np.zeros(2)
-    step, lower, said = np.zeros(n_nodes), np.zeros((n_nodes, 3)), np.zeros(n_experts)
-    forecasts = np.empty(len(scores))
+    x, inverse = np.zeros((n_nodes, N_BENT)), np.zeros((n_nodes, N_BENT))
+    near, far = np.zeros((n_nodes, N_BENT)), np.zeros((n_nodes, N_BENT))
+    said, forecasts = np.zeros(n_experts), np.empty(len(scores))
     for t in range(len(scores)):
         s = min(max(scores[t], -WITHIN), WITHIN)
         _fill_line(s, beta, line)
@@ -223,18 +275,20 @@ def _learn(
             part = min(left, 1.0)
             mixed = total = 0.0
             for e in range(n_experts):
-                z = scores[t]
-                if bent[e]:
+                if e == 0:
+                    z = scores[t]
+                elif e >= FIRST_BENT:
                     z = theta[e, at] * hats[0] + theta[e, at + 1] * hats[1]
-                elif e > 0:
-                    z = 0.0
-                    for i in range(len(line)):
-                        z += theta[e, i] * line[i]
+                else:
+                    z = theta[e, 0] * line[0] + theta[e, 1] * line[1]
+                    if beta:
+                        z += theta[e, 2] * line[2]
                 z = min(max(z, -MOST), MOST)
                 decay = exp(-abs(z))
-                low = decay / (1.0 + decay)  # exact, where one less the other's probability is not
-                said[e] = low if z < 0 else 1.0 / (1.0 + decay)
-                likelihood = low if (z < 0) == (y[t] > 0.5) else 1.0 / (1.0 + decay)
+                high = 1.0 / (1.0 + decay)
+                low = decay * high  # exact, where one less the other's probability is not
+                said[e] = low if z < 0 else high
+                likelihood = low if (z < 0) == (y[t] > 0.5) else high
                 mixed += shares[e] * said[e]
                 shares[e] *= likelihood if part == 1.0 else likelihood**part
                 total += shares[e]
@@ -242,18 +296,13 @@ def _learn(
                 forecasts[t] = mixed
             if part == 0.0:
                 break
+            kept = (1.0 - part * SHARE) / total
             for e in range(n_experts):
-                shares[e] = (1.0 - part * SHARE) * shares[e] / total + part * SHARE * first_shares[e]
-                if bent[e]:
-                    _newton_step(
-                        theta[e], curvature[e], n_nodes, at, hats, said[e], y[t], part, memory[e],
-                        theta_0[e], ridge[e], step, lower,
-                    )  # fmt: skip
-                elif e > 0:
-                    _newton_step(
-                        theta[e], curvature[e], len(line), 0, line, said[e], y[t], part, memory[e],
-                        theta_0[e], ridge[e], step, lower,
-                    )  # fmt: skip
+                shares[e] = kept * shares[e] + part * SHARE * first_shares[e]
+            _step_lines(theta, curvature, line, said, y[t], part, memory, beta)
+            _step_bent(
+                theta, curvature, at, hats, said, y[t], part, memory, theta_0, ridge, x, inverse, near, far
+            )
             left -= part
             if left <= 0.0:
                 break
