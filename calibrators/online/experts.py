@@ -49,6 +49,17 @@ SHARE = 2e-5
 IDENTITY = 0.5
 """The first weight of the identity; the others share the rest alike."""
 
+
+def _bend_ridge() -> Array:
+    """H_0 of a bent line: its five diagonals, (len(NODES), 5), with zeros where they end."""
+    change = np.zeros((len(KNOTS), len(NODES)))  # of slope, at each knot
+    for j, (before, after) in enumerate(zip(np.diff(NODES)[:-1], np.diff(NODES)[1:], strict=True)):
+        change[j, j : j + 3] = 1 / before, -1 / before - 1 / after, 1 / after
+    whole = np.pad(BEND_RIDGE * change.T @ change + np.diag(LEVEL_RIDGE * (np.abs(NODES) <= 1)), ((0, 0), (2, 2)))
+    return np.stack([row[i : i + 5] for i, row in enumerate(whole)])
+
+
+BEND = _bend_ridge()
 N_LINES, N_BENT = len(MEMORIES), len(BENT_MEMORIES)
 FIRST_BENT = 1 + N_LINES
 N_EXPERTS = FIRST_BENT + N_BENT
@@ -74,33 +85,18 @@ class State(NamedTuple):
 
 def start(beta: bool) -> State:
     """The state before the first label: every expert says what the model says."""
-    theta, ridge = _start(beta)
-    return State(theta.copy(), ridge.copy(), FIRST_SHARES.copy())
-
-
-def n_line(beta: bool) -> int:
-    """Features of a line."""
-    return 3 if beta else 2
-
-
-def _start(beta: bool) -> tuple[Array, Array]:
-    """theta_0 and H_0 of all experts."""
     theta, ridge = np.zeros((N_EXPERTS, len(NODES))), np.zeros((N_EXPERTS, len(NODES), 3))
     theta[~BENT, 0] = 1.0
     if beta:
         theta[~BENT, 2] = 1.0
     ridge[~BENT, : n_line(beta), 0] = RIDGE
-    theta[BENT], ridge[BENT] = NODES, _bend_ridge()
-    return theta, ridge
+    theta[BENT], ridge[BENT] = NODES, BEND[:, 2:]
+    return State(theta, ridge, FIRST_SHARES.copy())
 
 
-def _bend_ridge() -> Array:
-    """H_0 of a bent line, (len(NODES), 3)."""
-    change = np.zeros((len(KNOTS), len(NODES)))  # of slope, at each knot
-    for j, (before, after) in enumerate(zip(np.diff(NODES)[:-1], np.diff(NODES)[1:], strict=True)):
-        change[j, j : j + 3] = 1 / before, -1 / before - 1 / after, 1 / after
-    whole = BEND_RIDGE * change.T @ change + np.diag(LEVEL_RIDGE * (np.abs(NODES) <= 1))
-    return np.column_stack([np.pad(np.diag(whole, -k), (0, k)) for k in range(3)])
+def n_line(beta: bool) -> int:
+    """Features of a line."""
+    return 3 if beta else 2
 
 
 def features(scores: Array, beta: bool) -> Array:
@@ -139,7 +135,7 @@ def learn(state: State, scores: Array, y: Array, weight: Array, beta: bool) -> A
     y : (n_samples,) float64, 0 or 1
     weight : (n_samples,) float64, positive. A weight of two is the row twice; what is left of one counts by its part
     """
-    return _learn(*state, scores, y, weight, beta, *_start(beta), MEMORY, FIRST_SHARES, NODES)
+    return _learn(*state, scores, y, weight, beta, MEMORY, FIRST_SHARES, NODES, BEND)
 
 
 @compiled
@@ -192,29 +188,26 @@ def _step_lines(
 @compiled
 def _step_bent(
     theta: Array, band: Array, at: int, hats: Array, said: Array, y: float, weight: float, memory: Array,
-    theta_0: Array, ridge: Array, x: Array, inverse: Array, near: Array, far: Array,
+    nodes: Array, bend: Array, off: Array, x: Array, inverse: Array, near: Array, far: Array,
 ) -> None:  # fmt: skip
-    """One step of every bent line, of which s lies between nodes `at` and `at + 1`. H = L D L': the four arrays take
-    the step, 1/D and the two diagonals of L, (len(NODES), N_BENT) each. The lines go side by side, row by row: each row
-    waits for the one above, and a processor does the other line's meanwhile."""
+    """One step of every bent line, of which s lies between nodes `at` and `at + 1`. H = L D L': the last four arrays
+    take the step, 1/D and the two diagonals of L, (len(NODES), N_BENT) each; `off`, two zeros at either end, a line's
+    distance from `nodes`. The lines go side by side, row by row: each row waits for the one above, and a processor does
+    the other line's meanwhile."""
     n = len(x)
     for b in range(N_BENT):
         e = FIRST_BENT + b
         new = weight / memory[e]
         if new > 0.0:
             for i in range(n):
-                pull = ridge[e, i, 0] * (theta[e, i] - theta_0[e, i])
-                if i + 1 < n:
-                    pull += ridge[e, i, 1] * (theta[e, i + 1] - theta_0[e, i + 1])
-                if i + 2 < n:
-                    pull += ridge[e, i, 2] * (theta[e, i + 2] - theta_0[e, i + 2])
-                if i > 0:
-                    pull += ridge[e, i - 1, 1] * (theta[e, i - 1] - theta_0[e, i - 1])
-                if i > 1:
-                    pull += ridge[e, i - 2, 2] * (theta[e, i - 2] - theta_0[e, i - 2])
+                off[i + 2] = theta[e, i] - nodes[i]
+            for i in range(n):
+                pull = 0.0
+                for k in range(5):
+                    pull += bend[i, k] * off[i + k]
                 x[i, b] = new * pull
                 for k in range(3):
-                    band[e, i, k] += new * (ridge[e, i, k] - band[e, i, k])
+                    band[e, i, k] += new * (bend[i, 2 + k] - band[e, i, k])
         else:
             for i in range(n):
                 x[i, b] = 0.0
@@ -255,10 +248,10 @@ def _step_bent(
 @compiled
 def _learn(
     theta: Array, curvature: Array, shares: Array, scores: Array, y: Array, weight: Array, beta: bool,
-    theta_0: Array, ridge: Array, memory: Array, first_shares: Array, nodes: Array,
+    memory: Array, first_shares: Array, nodes: Array, bend: Array,
 ) -> Array:  # fmt: skip
     n_experts, n_nodes = theta.shape
-    line, hats = np.zeros(3 if beta else 2), np.zeros(2)
+    line, hats, off = np.zeros(3 if beta else 2), np.zeros(2), np.zeros(n_nodes + 4)
     x, inverse = np.zeros((n_nodes, N_BENT)), np.zeros((n_nodes, N_BENT))
     near, far = np.zeros((n_nodes, N_BENT)), np.zeros((n_nodes, N_BENT))
     said, forecasts = np.zeros(n_experts), np.empty(len(scores))
@@ -301,8 +294,8 @@ def _learn(
                 shares[e] = kept * shares[e] + part * SHARE * first_shares[e]
             _step_lines(theta, curvature, line, said, y[t], part, memory, beta)
             _step_bent(
-                theta, curvature, at, hats, said, y[t], part, memory, theta_0, ridge, x, inverse, near, far
-            )
+                theta, curvature, at, hats, said, y[t], part, memory, nodes, bend, off, x, inverse, near, far
+            )  # fmt: skip
             left -= part
             if left <= 0.0:
                 break
