@@ -15,6 +15,8 @@ badly wrong, so that no single label can throw the curve. Two shapes of curve, o
   square of each change of slope and `LEVEL_RIDGE` for each value at -1, 0 and 1. Only the two nodes next to s have a
   phi, so H has two diagonals beside its own, and a step costs as many operations as there are nodes.
 
+Time goes where one division waits for another: H = L D L' has one a row, and the lines are solved side by side.
+
 Expert 0 is the identity: the model's own probability. The forecast served is the mixture sum_e w_e p_e by fixed share
 (Herbster, Warmuth, "Tracking the best expert", Machine Learning 32, 1998) under the log loss,
 
@@ -46,8 +48,8 @@ RIDGE, BEND_RIDGE, LEVEL_RIDGE = 3.0, 5.0, 1.0
 MEMORIES = (60.0, 150.0, 400.0, 1000.0, 4000.0, np.inf)
 BENT_MEMORIES = (3000.0, np.inf)
 SHARE = 2e-5
-IDENTITY = 0.5
-"""The first weight of the identity; the others share the rest alike."""
+IDENTITY, STEADY = 0.5, 0.2
+"""First weights of the identity and of the line that never forgets; the others share the rest alike."""
 
 
 def _bend_ridge() -> Array:
@@ -65,7 +67,8 @@ FIRST_BENT = 1 + N_LINES
 N_EXPERTS = FIRST_BENT + N_BENT
 MEMORY = np.array([np.inf, *MEMORIES, *BENT_MEMORIES])
 BENT = np.array([False] * (1 + len(MEMORIES)) + [True] * len(BENT_MEMORIES))
-FIRST_SHARES = np.array([IDENTITY] + [(1 - IDENTITY) / (N_EXPERTS - 1)] * (N_EXPERTS - 1))
+FIRST_SHARES = np.full(N_EXPERTS, (1 - IDENTITY - STEADY) / (N_EXPERTS - 2))
+FIRST_SHARES[0], FIRST_SHARES[N_LINES] = IDENTITY, STEADY
 
 
 class State(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import asyncio
 import stat
 import time
@@ -184,6 +185,36 @@ def test_what_monitors_read_comes_back_with_the_pairs_by_row(kept: Kept) -> None
     assert (two.signals_of(1), two.signals_of(3)) == ({"density": 2.0}, {})
     assert two.chosen(np.array([2, 0])).signals["density"].tolist() == [3, 1]
     assert three.segment_of(0) == ""
+
+
+def test_labels_of_one_message_become_what_they_would_become_one_by_one(tmp_path: Path) -> None:
+    """Of several keys, streams and packs; ids of the server's, of the caller's and of nobody's; said twice and wrongly."""
+    together, singly = Kept(tmp_path / "together"), Kept(tmp_path / "singly")
+    names: list[list[str]] = []
+    for kept in (together, singly):
+        other, own = kept.open_stream("other"), [f"own-{index // 2}" for index in range(12)]  # each given twice
+        ids = kept.predict(*(answered(seed, rows=1 + seed % 3, caller_id=b"%d" % seed) for seed in range(90)))
+        kept.flush()
+        assert kept.journal.keys.rotate()
+        kept.flush()
+        ids += kept.predict(*(answered(seed, rows=2) for seed in range(60)))
+        kept.predict(*(answered(seed, caller_id=name.encode()) for seed, name in enumerate(own)))
+        ids += kept.predict(answered(0), stream=other)
+        kept.flush()
+        ids += kept.predict(*(answered(seed) for seed in range(5)))  # not written yet
+        names.append([*ids, *map(str, range(90)), *own, "nobody's", "", ids[0][:-1] + "!"])
+    rng = np.random.default_rng(0)
+    count = len(names[0])
+    chosen = rng.permutation(np.r_[np.arange(count), rng.integers(0, count, size=300)])
+    said = [(int(index), int(rng.integers(-1, 3)), int(rng.integers(-1, 5))) for index in chosen]
+    became = together.label([NewLabel(names[0][index], row, label) for index, row, label in said])
+    assert became == [singly.label_one(names[1][index], label, row) for index, row, label in said]
+    assert set(became) == {result for result in Result if result is not Result.EXPIRED}
+    assert together.recorded() == singly.recorded()
+    for kept in (together, singly):
+        with contextlib.closing(kept.journal.connect()) as connection:
+            assert list(problems(connection)) == []
+        kept.close()
 
 
 def test_an_id_is_read_with_the_key_that_made_it_and_nobody_can_make_one_up(tmp_path: Path) -> None:
