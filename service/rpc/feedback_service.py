@@ -15,9 +15,8 @@ from service.errors import InvalidRequest, NotFound
 from service.inference.repository import Repository
 from service.rpc.methods import Call, Method, methods_of
 from service.rpc.wire import FEEDBACK_SERVICE
-from service.store.database import Connection
 from service.store.journal import Journal
-from service.store.labels import Labels, NewLabels, Result
+from service.store.labels import Labels, Message, NewLabels, Result
 from service.store.reading import NO_LABEL, Pairs
 
 MOST_LABELS = 100_000
@@ -71,11 +70,8 @@ class FeedbackService:
             raise InvalidRequest(f"a message holds at most {MOST_LABELS} labels, got {len(request.labels)}")
         labels = _labels(request.labels, self._class_indices(request.model))
         producer = call.grant.name if call.grant else ""
-
-        def record(connection: Connection) -> list[Result]:
-            return self.labels.record(connection, request.model, producer, labels)
-
-        results = await self.journal.writer.write(record)
+        message = Message(request.model, producer, labels)
+        results = await self.journal.writer.write_piece(self.labels.record_all, message)
         self.counts.update(results)
         self.recorded(request.model, results.count(Result.RECORDED))
         return [_RESULTS[result] for result in results]

@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from functools import lru_cache
+from itertools import chain, groupby, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -81,6 +82,21 @@ class NewLabels(NamedTuple):
         ids, rows, classes, texts = zip(*labels, strict=True) if labels else ((), (), (), ())
         return cls(ids, np.array(rows, np.int64), np.array(classes, np.int64), texts)
 
+    @classmethod
+    def joined(cls, messages: Sequence[NewLabels]) -> NewLabels:
+        if len(messages) == 1:
+            return messages[0]
+        ids, rows, classes, texts = zip(*messages, strict=True)
+        return cls([*chain(*ids)], np.concatenate(rows), np.concatenate(classes), [*chain(*texts)])
+
+
+class Message(NamedTuple):
+    """Labels of one model from one producer."""
+
+    model: str
+    producer: str
+    labels: NewLabels
+
 
 class Labels:
     """Records labels. Its methods are work for the journal's writer.
@@ -96,6 +112,15 @@ class Labels:
         self.delays, self.delay_seconds = [0] * (len(DELAYS_SECONDS) + 1), 0.0
         self._streams: dict[int, StreamRow] = {}
         self._row_counts = lru_cache(64)(_row_counts)
+
+    def record_all(self, connection: Connection, messages: Sequence[Message]) -> list[list[Result]]:
+        """What became of each label of messages that came together, as if each had come after the one before."""
+        results: list[list[Result]] = []
+        for (model, producer), group in groupby(messages, key=lambda message: message[:2]):
+            parts = [message.labels for message in group]
+            became = iter(self.record(connection, model, producer, NewLabels.joined(parts)))
+            results += [list(islice(became, len(part.rows))) for part in parts]
+        return results
 
     def record(self, connection: Connection, model: str, producer: str, labels: NewLabels) -> list[Result]:
         """What became of each label."""
