@@ -40,7 +40,7 @@ from service.store.reading import Reader
 MODES = ("off", "async", "sync")
 CASES = (Case("unary", 1), Case("unary", 16), Case("unary", 64), Case("stream", 16))
 SINGLE_CALLERS, SINGLE_SECONDS = 128, 4.0
-BATCH, ROWS_EACH = 10_000, 500
+BATCH, ROWS_EACH, LONE = 10_000, 500, 20_000
 
 
 def cost(bench: Bench) -> list[list[str]]:
@@ -79,14 +79,16 @@ def labels(bench: Bench) -> Iterator[list[str]]:
         yield ["single labels acknowledged/s over the wire", f"{acknowledged / SINGLE_SECONDS:,.0f}"]
         yield ["their p50 and p99, ms", " / ".join(f"{1000 * np.percentile(pauses, q):.1f}" for q in (50, 99))]
         prepared, plain = places[len(places) // 2 : -len(places) // 4], places[-len(places) // 4 :]
-        yield from in_messages(running, model.name, prepared)
+        yield from in_messages(running, model.name, prepared, f"{ROWS_EACH} rows a prediction")
+        lone = [(client.predict(model.name, inputs[:1]).prediction_id, 0) for _ in range(LONE)]
+        yield from in_messages(running, model.name, lone, "a row a prediction")
         begun = time.perf_counter()
         names, rows = zip(*plain, strict=True)
         results = Counter(client.label(model.name, names, [1] * len(plain), rows=rows))
-        yield ["the same by Client.label", f"{results['recorded'] / (time.perf_counter() - begun):,.0f}"]
+        yield ["labels/s over the wire by Client.label", f"{results['recorded'] / (time.perf_counter() - begun):,.0f}"]
 
 
-def in_messages(running: Running, model: str, places: Sequence[tuple[str, int]]) -> Iterator[list[str]]:
+def in_messages(running: Running, model: str, places: Sequence[tuple[str, int]], of: str) -> Iterator[list[str]]:
     """Batches in messages that were made before, so that what a client costs is not taken for the server's."""
     names, rows = zip(*places, strict=True)
     requests = label_requests(model, names, [1] * len(places), rows, None)
@@ -98,7 +100,7 @@ def in_messages(running: Running, model: str, places: Sequence[tuple[str, int]])
         seconds, cpu = time.perf_counter() - begun, running.cpu_seconds() - used
     results = Counter(result for answer in answers for result in RecordLabelsResponse.FromString(answer).results)
     count = results[LabelResult.Value("LABEL_RESULT_RECORDED")]
-    yield ["labels/s over the wire, in batches, messages made before", f"{count / seconds:,.0f}"]
+    yield [f"labels/s over the wire, in batches, messages made before: {of}", f"{count / seconds:,.0f}"]
     yield ["processor us of the server a label", f"{1e6 * cpu / count:.1f}"]
 
 

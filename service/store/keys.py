@@ -134,17 +134,22 @@ class IdReader:
 
         Ids in a row that are the same are verified once.
         """
-        if (data := _decoded(ids)) is None:
-            each = (self._places(data) if (data := _decoded([one])) else NO_PLACE for one in ids)
-            return np.concatenate([NO_PLACE[:0], *each])
-        if len(ids) == 1:
+        if (data := _decoded(ids)) is not None:
             return self._places(data)
-        raw = np.frombuffer(data, np.uint8).reshape(len(ids), ID_BYTES)
-        first = np.append(True, (raw[1:] != raw[:-1]).any(axis=1))
-        places: NDArray[np.int64] = self._places(raw[first].tobytes())[np.cumsum(first) - 1]
+        places = np.repeat(NO_PLACE, len(ids), axis=0)
+        if possible := [index for index, one in enumerate(ids) if _decoded([one]) is not None]:
+            places[possible] = self.read([ids[index] for index in possible])
         return places
 
     def _places(self, data: bytes) -> NDArray[np.int64]:
+        raw = np.frombuffer(data, np.uint8).reshape(-1, ID_BYTES)
+        if len(raw) > 1:
+            first = np.append(True, (raw[1:] != raw[:-1]).any(axis=1))
+            places: NDArray[np.int64] = self._verified(raw[first].tobytes())[np.cumsum(first) - 1]
+            return places
+        return self._verified(data)
+
+    def _verified(self, data: bytes) -> NDArray[np.int64]:
         fields = np.frombuffer(data, _FIELDS)
         places = np.empty((len(fields), 2), np.int64)
         places[:, 0], places[:, 1] = fields["stream"], fields["high"]
