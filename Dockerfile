@@ -14,7 +14,7 @@ COPY protos protos
 COPY calibrators calibrators
 COPY service service
 RUN python -m venv /opt/calserve \
-    && /opt/calserve/bin/pip install --no-cache-dir -c constraints.txt ".[online]"
+    && /opt/calserve/bin/pip install --no-cache-dir -c constraints.txt ".[online,page]"
 
 FROM python:3.11-slim-bookworm
 COPY --from=build /opt/calserve /opt/calserve

@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 from typing import Self
 
 from service.cores import threads_per_run, usable_cores
+from service.drift.summaries import Summaries
 from service.drift.webhook import RESULTS, Target, Webhook
 from service.inference.batcher import Limits as QueueLimits
 from service.inference.device_loss import DeviceLoss
@@ -22,26 +23,35 @@ from service.learning.coverage import Coverage
 from service.learning.following import Following
 from service.learning.journalling import Journalling
 from service.learning.loading import Loading, Poll
+from service.learning.monitoring import Monitoring
 from service.learning.online import Online
 from service.learning.online_serving import OnlineServing
 from service.learning.operations import Limits, Operations
+from service.learning.policies import Policies
 from service.learning.progress import COUNTED
 from service.learning.revisions import Revisions
+from service.learning.shadow import BETTER, WORSE
+from service.learning.shadow_runs import ShadowRuns
+from service.learning.shadows import Shadows
 from service.lifecycle import Signals, end_process, keep_watchdog, notify
+from service.page import PageFacts
 from service.rpc.access import Access, check_complete
 from service.rpc.calibrator_service import CalibratorService
 from service.rpc.feedback_service import FeedbackService
 from service.rpc.forward import Forward
-from service.rpc.grpc_front import ConnectionLimits, GrpcFront
+from service.rpc.fronts import front_of
 from service.rpc.health import PROCESS, READY, Health
 from service.rpc.inference_service import Inference
+from service.rpc.limits import ConnectionLimits
 from service.rpc.methods import Method, methods_of
+from service.rpc.monitor_service import MonitorService
 from service.rpc.observed import observed
 from service.rpc.online_service import OnlineService
 from service.rpc.process_settings import ProcessSettings
 from service.rpc.reflection import Reflection
 from service.rpc.repository_control import RepositoryControl
 from service.rpc.server_info import EXTENSIONS, ServerInfo
+from service.rpc.shadow_service import ShadowService
 from service.rpc.shared_memory import Regions, SharedMemory
 from service.rpc.streams import StreamLimits, Streams
 from service.rpc.tls import CertificateFiles
@@ -63,10 +73,15 @@ from service.web.metrics import (
     JournalState,
     Metrics,
     ModelState,
+    MonitorMetrics,
+    NowcastMetrics,
     OnlineLearning,
     SetCoverage,
+    ShadowRunning,
+    ShadowStanding,
     WebhookMetrics,
 )
+from service.web.site import Site
 
 log = logging.getLogger(__name__)
 
@@ -117,10 +132,29 @@ class App:
             wait_seconds=settings.online_wait_seconds,
             quota=settings.online_quota_labels,
         )
+        self._journalling = Journalling(self._journal, settings.journal)
+        self._shadow_runs = ShadowRuns(self._journal, self.repository, self._revisions, self._journalling)
+        self._shadows = Shadows(
+            self._journal,
+            self.repository,
+            self._revisions,
+            self._online,
+            self._shadow_runs,
+            self._journalling,
+            wait_seconds=settings.online_wait_seconds,
+            quota=settings.online_quota_labels,
+        )
         self._coverage = Coverage(self._journal, self.repository, settings.online_wait_seconds)
         self._feedback = FeedbackService(self.repository, self._journal, Labels(self._journal), self._online.labelled)
         self._regions = Regions(settings.shared_memory_prefix, settings.shared_memory_bytes)
         self._operations = Operations(self._catalogue, blobs, settings.store / "jobs", _limits(settings))
+        self._monitoring = Monitoring(
+            self._journal,
+            self.repository,
+            Policies(self.repository, self._revisions, self._online, self._operations, self._shadows),
+            mode=settings.monitors,
+            wait_seconds=settings.monitor_wait_seconds,
+        )
         self._metrics = Metrics(
             self._model_states,
             lambda: self._health.serving(READY),
@@ -128,13 +162,27 @@ class App:
             self._journal_state,
             self._online_learning,
             lambda: [SetCoverage(**vars(state)) for state in self._coverage.states()],
+            self._monitor_metrics,
+            lambda: [
+                NowcastMetrics(model, now.estimate, now.low, now.high, now.valid)
+                for model, now in self._monitoring.accuracies()
+            ],
             webhook=self._webhook_state,
+            shadows=self._shadow_standings,
+            shadow_runs=lambda: [
+                ShadowRunning(run.row.model, run.row.revision, run.counts, run.seconds)
+                for run in self._shadow_runs.runs()
+            ],
         )
+        facts = PageFacts(self.repository, self._catalogue, settings.journal)
+        self._summaries = Summaries(self._journal, facts.names, facts.sets_of, retention.seconds)
+        self._site = Site(facts.sources(self._summaries, self._monitoring))
         self._streams = Streams(_stream_limits(settings))
         limits = replace(_connection_limits(settings), shared_port=member is not None)
-        self._front = GrpcFront(self._guarded_methods(), limits, certificates)
+        self._front = front_of(settings.front, self._guarded_methods(), limits, certificates)
         metrics_port = settings.metrics_port + (member.index if member and settings.metrics_port else 0)
-        self._http = HttpServer(settings.metrics_host, metrics_port, self._pages())
+        has_page = self._learns and not settings.no_page
+        self._http = HttpServer(settings.metrics_host, metrics_port, self._pages(), self._site if has_page else None)
         self.port, self.metrics_port = 0, self._http.port
 
     async def __aenter__(self) -> Self:
@@ -165,17 +213,22 @@ class App:
             await self._operations.resume()
             self._online.start()
             self._coverage.start()
+            self._shadows.begin()
+            self._summaries.start()
             if self._webhook:
                 self._webhook.start()
+                self._monitoring.listeners.append(self._webhook.send)
+            self._monitoring.start()
         else:
             self._following.start()
+        self._shadow_runs.start()
         await self._tell_health(*self.repository.names())
         if self._member is not None:
             socket = self._member.learner_socket if self._learns else None
             self.port = await self._front.start(self.settings.host, self._member.port, socket)
         log.info(
-            "gRPC on %s:%d, metrics on %s:%d",
-            self.settings.host, self.port, self.settings.metrics_host, self.metrics_port,
+            "gRPC on %s:%d, metrics on %s:%d, front %s",
+            self.settings.host, self.port, self.settings.metrics_host, self.metrics_port, self._front.name,
         )  # fmt: skip
 
     async def stop(self) -> None:
@@ -184,14 +237,19 @@ class App:
         await asyncio.sleep(self.settings.drain_delay_seconds)
         stopped = asyncio.create_task(self._front.stop(self.settings.drain_seconds))
         await self._operations.release()
+        self._monitoring.release()
         await self._streams.drain()
         self._health.draining = True
         await stopped
         self._watch.cancel()
+        await self._monitoring.close()
         await self._operations.close()
         await self._following.close()
+        await self._shadows.close()
+        await self._shadow_runs.close()
         await self._online.close()
         await self._coverage.close()
+        await self._summaries.close()
         if self._webhook:
             await self._webhook.close()
         if self._forward:
@@ -246,9 +304,14 @@ class App:
 
     def _methods(self) -> Iterable[Method]:
         deadline = self.settings.default_deadline_seconds
-        journalling = Journalling(self._journal, self.settings.journal)
         inference = Inference(
-            self.repository, self._revisions, self._health, self._regions, deadline, journalling, self._tracing
+            self.repository,
+            self._revisions,
+            self._health,
+            self._regions,
+            deadline,
+            self._journalling,
+            self._tracing,
         )
         methods = [
             *methods_of(
@@ -267,11 +330,16 @@ class App:
 
     def _learners_methods(self) -> list[Method]:
         """The learner's own; of another worker, passed on to it. Labels may name what this worker answered just now."""
-        calibrators = CalibratorService(self.repository, self._revisions, self._operations).methods()
-        feedback, online = self._feedback.methods(), OnlineService(self._online).methods()
+        own = [
+            *CalibratorService(self.repository, self._revisions, self._operations, self._shadows).methods(),
+            *OnlineService(self._online).methods(),
+            *ShadowService(self._shadows).methods(),
+            *MonitorService(self._monitoring, self._site.report).methods(),
+        ]
+        feedback = self._feedback.methods()
         if self._forward is None:
-            return [*calibrators, *feedback, *online]
-        passed_on = [self._forward.method(method) for method in (*calibrators, *online)]
+            return [*own, *feedback]
+        passed_on = [self._forward.method(method) for method in own]
         return [*passed_on, *(self._forward.method(method, self._journal.flush) for method in feedback)]
 
     def _extensions(self) -> list[str]:
@@ -345,6 +413,34 @@ class App:
                 state.counts["timed"],
             )
             for state in self._online.states()
+        ]
+
+    def _shadow_standings(self) -> list[ShadowStanding]:
+        return [
+            ShadowStanding(
+                state.row.model,
+                state.row.revision,
+                state.comparison.counts,
+                state.comparison.gain.mean,
+                *state.comparison.gain.interval(state.row.level),
+                {BETTER: 1, WORSE: -1}.get(state.comparison.verdict, 0),
+            )
+            for state in self._shadows.states()
+        ]
+
+    def _monitor_metrics(self) -> list[MonitorMetrics]:
+        counts = self._monitoring.alarm_counts
+        return [
+            MonitorMetrics(
+                state.spec.model,
+                state.spec.name,
+                state.statistic,
+                state.threshold,
+                rows,
+                counts[state.spec.model, state.spec.name],
+                len(state.alarms),
+            )
+            for state, rows in self._monitoring.states()
         ]
 
     def _pages(self) -> dict[str, Page]:

@@ -26,6 +26,7 @@ from service.store.files import write_whole
 from service.supervisor import Member, supervise
 
 DEFAULT_ADDRESS = "127.0.0.1:8001"
+DATA_HELP = ".npz with `labels`, and `logits` or the model's inputs by name"
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -215,13 +216,17 @@ def export(arguments: argparse.Namespace) -> None:
 def report(arguments: argparse.Namespace) -> None:
     from service.report import html
 
-    rows = _load_rows(arguments.data)
-    rows.pop("sample_weight", None)
-    try:
+    if arguments.since:
         with _client(arguments) as client:
-            page = html(client, arguments.model, **rows)
-    except ImportError as error:  # of plotly, naming the extra that brings it
-        raise Refused(str(error)) from error
+            page = client.page(arguments.model, arguments.since)
+    else:
+        rows = _load_rows(arguments.data)
+        rows.pop("sample_weight", None)
+        try:
+            with _client(arguments) as client:
+                page = html(client, arguments.model, **rows)
+        except ImportError as error:  # of plotly, naming the extra that brings it
+            raise Refused(str(error)) from error
     write_whole(arguments.out, page.encode())
     Console().print(f"{arguments.out}: open it in a browser; it needs no network")
 
@@ -255,16 +260,127 @@ def online_suspend(arguments: argparse.Namespace) -> None:
 
 def online_resume(arguments: argparse.Namespace) -> None:
     with _client(arguments) as client:
-        state = client.resume_learning(arguments.model)
+        state = client.resume_learning(arguments.model, skip_waiting=arguments.skip_waiting)
     Console().print(f"[bold]{state.revision}[/] learns again")
 
 
 def online_replay(arguments: argparse.Namespace) -> None:
     with _client(arguments) as client:
         replay = client.replay_learning(arguments.model)
+    came = (
+        f"{replay.learned} labels in {replay.steps} steps{f' after state {replay.since}' if replay.since else ''} came"
+    )
     if not replay.equal:
-        raise Damaged(f"{replay.learned} labels in {replay.steps} steps came to another state than the one stored")
-    Console().print(f"{replay.learned} labels in {replay.steps} steps came to the same state, bit for bit")
+        raise Damaged(f"{came} to another state than the one stored")
+    Console().print(f"{came} to the same state, bit for bit")
+
+
+def shadow_start(arguments: argparse.Namespace) -> None:
+    with _client(arguments) as client:
+        shadow = client.start_shadow(
+            arguments.model,
+            arguments.revision,
+            policy=arguments.policy,
+            level=arguments.level,
+            least_labels=arguments.least_labels,
+            share=arguments.share,
+        )
+    how = f"run on a share of {shadow.share:g}" if shadow.share else "computed from the logits that are kept"
+    Console().print(f"[bold]{shadow.revision}[/] is in shadow beside {shadow.champion}, {how}")
+
+
+def shadow_list(arguments: argparse.Namespace) -> None:
+    from service.console import shadows_table
+
+    with _client(arguments) as client:
+        Console().print(shadows_table(client.shadows(arguments.model)))
+
+
+def shadow_show(arguments: argparse.Namespace) -> None:
+    from service.console import shadow_table
+
+    with _client(arguments) as client:
+        Console().print(shadow_table(client.shadow(arguments.model, arguments.revision)))
+
+
+def shadow_stop(arguments: argparse.Namespace) -> None:
+    with _client(arguments) as client:
+        shadow = client.stop_shadow(arguments.model, arguments.revision)
+    Console().print(f"[bold]{shadow.revision}[/] is compared no longer: {shadow.verdict} after {shadow.labels} labels")
+
+
+def shadow_promote(arguments: argparse.Namespace) -> None:
+    with _client(arguments) as client:
+        shadow = client.promote(arguments.model, arguments.revision)
+    Console().print(f"[bold]{shadow.revision}[/] is active, before {shadow.champion}")
+
+
+def monitor_create(arguments: argparse.Namespace) -> None:
+    with _client(arguments) as client:
+        monitor = client.create_monitor(
+            arguments.model,
+            arguments.monitor,
+            arguments.detector,
+            watched=arguments.watched,
+            policy=arguments.policy,
+            cooldown_rows=arguments.cooldown_rows,
+            baseline_rows=arguments.baseline_rows,
+            **dict(map(_parameter, arguments.param)),
+        )
+    Console().print(f"[bold]{monitor.name}[/] watches from now on; it {monitor.false_alarms}")
+
+
+def monitor_list(arguments: argparse.Namespace) -> None:
+    from service.console import monitors_table
+
+    with _client(arguments) as client:
+        Console().print(monitors_table(client.monitors(arguments.model)))
+
+
+def monitor_show(arguments: argparse.Namespace) -> None:
+    from service.console import monitors_table
+
+    with _client(arguments) as client:
+        monitor = client.monitor(arguments.model, arguments.monitor)
+    Console().print(monitors_table([monitor]), f"false alarms: it {monitor.false_alarms}", monitor.params)
+
+
+def monitor_update(arguments: argparse.Namespace) -> None:
+    with _client(arguments) as client:
+        fields = {name: getattr(arguments, name) for name in ("policy", "cooldown_rows")}
+        params = dict(map(_parameter, arguments.param)) if arguments.param else None
+        monitor = client.update_monitor(arguments.model, arguments.monitor, **fields, params=params)
+    Console().print(f"[bold]{monitor.name}[/]: policy {monitor.policy}, cool-down {monitor.cooldown_rows} rows")
+
+
+def monitor_delete(arguments: argparse.Namespace) -> None:
+    with _client(arguments) as client:
+        client.delete_monitor(arguments.model, arguments.monitor)
+    Console().print(f"{arguments.monitor} is deleted")
+
+
+def alarms_list(arguments: argparse.Namespace) -> None:
+    from service.console import alarms_table
+
+    with _client(arguments) as client:
+        Console().print(alarms_table(client.alarms(arguments.model or "", most=arguments.most)))
+
+
+def alarms_acknowledge(arguments: argparse.Namespace) -> None:
+    with _client(arguments) as client:
+        alarm = client.acknowledge(arguments.model, arguments.alarm, rebaseline=arguments.rebaseline)
+    Console().print(f"{alarm.alarm} was seen by {escape(alarm.acknowledged_by)}; {alarm.monitor} begins anew")
+
+
+def watch(arguments: argparse.Namespace) -> None:
+    from service.watching import shown
+    from service.watching import watch as live
+
+    with _client(arguments) as client:
+        if arguments.once:
+            Console().print(shown(client, arguments.model))
+        else:
+            live(client, arguments.model, Console())
 
 
 def journal_inspect(arguments: argparse.Namespace) -> None:
@@ -384,6 +500,8 @@ def _parser() -> argparse.ArgumentParser:
         _sharing_commands,
         _journal_commands,
         _online_commands,
+        _shadow_commands,
+        _monitor_commands,
     ):
         add(commands)
     return parser
@@ -466,8 +584,11 @@ def _sharing_commands(commands: Any) -> None:
     command = _add_client(commands, "export", export, "write model and calibrator as one plain ONNX file", "model")
     command.add_argument("--revision", help="default: the active one; 'none': the model's own probabilities")
     command.add_argument("--out", type=Path, required=True, help="the file to write")
-    command = _add_client(commands, "report", report, "judge all revisions on labelled rows, as an HTML page", "model")
-    _add_data(command)
+    text = "how a model did lately, or all its revisions judged on labelled rows, as an HTML page"
+    command = _add_client(commands, "report", report, text, "model")
+    which = command.add_mutually_exclusive_group(required=True)
+    which.add_argument("--since", metavar="7d", help="what was predicted and labelled lately: 90m, 24h, 7d")
+    which.add_argument("--data", help=DATA_HELP)
     command.add_argument("--out", type=Path, required=True, help="the file to write")
 
 
@@ -502,9 +623,66 @@ def _online_commands(commands: Any) -> None:
     command = _add_client(actions, "rollback", online_rollback, "serve an earlier state and learn on from it", "model")
     command.add_argument("state", type=int, help="see `calserve online show`; 0: the revision as it was fitted")
     _add_client(actions, "suspend", online_suspend, "learn nothing until `resume`", "model")
-    _add_client(actions, "resume", online_resume, "go on learning, with what has come since", "model")
-    text = "learn everything again from the journal and compare, bit for bit; exit code 3 if it differs"
+    command = _add_client(actions, "resume", online_resume, "go on learning, with what has come since", "model")
+    text = "the labels that came since teach nothing"
+    command.add_argument("--skip-waiting", action="store_true", help=text)
+    text = "learn again what the journal still has and compare, bit for bit; exit code 3 if it differs"
     _add_client(actions, "replay", online_replay, text, "model")
+
+
+def _shadow_commands(commands: Any) -> None:
+    text = "compare revisions with the active one on live traffic; make the better one serve"
+    parser = commands.add_parser("shadow", help=text, description=text)
+    actions = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    text = "compare a revision with the active one from now on; 'none': the model's own probabilities"
+    command = _add_client(actions, "start", shadow_start, text, "model", "revision")
+    text = "manual (default); automatic: promoted as soon as it is shown better"
+    command.add_argument("--policy", choices=("manual", "automatic"), default="manual", help=text)
+    text = "probability with which the bounds hold, whenever one looks (default: 0.95)"
+    command.add_argument("--level", type=float, default=0.95, help=text)
+    text = "labels without which the policy does nothing (default: 500)"
+    command.add_argument("--least-labels", type=int, default=500, help=text)
+    text = "of requests on which it is run, where kept logits are not enough (default: as is usual for its kind)"
+    command.add_argument("--share", type=float, default=0.0, help=text)
+    _add_client(actions, "list", shadow_list, "list the challengers of a model, those that have ended too", "model")
+    _add_client(actions, "show", shadow_show, "how a challenger stands", "model", "revision")
+    _add_client(actions, "stop", shadow_stop, "compare it no longer", "model", "revision")
+    text = "make a challenger serve that is shown better; see also `activate`"
+    _add_client(actions, "promote", shadow_promote, text, "model", "revision")
+
+
+def _monitor_commands(commands: Any) -> None:
+    text = "look at what watches a model, and at how it is asked to"
+    parser = commands.add_parser("monitor", help=text, description=text)
+    actions = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    text = "watch what is predicted from now on"
+    command = _add_client(actions, "create", monitor_create, text, "model", "monitor", "detector")
+    command.add_argument("--watched", default="served", help="raw: the model's own probabilities; or served (default)")
+    command.add_argument("--policy", default="tell", help="tell (default), suspend, roll_back or refit")
+    command.add_argument("--cooldown-rows", type=int, default=0, help="rows after an alarm that are not read")
+    text = "labelled rows whose calibration is taken as given, so that only a change of it rings"
+    command.add_argument("--baseline-rows", type=int, default=0, help=text)
+    text = "a parameter of the detector; may be given more than once"
+    command.add_argument("--param", action="append", default=[], metavar="NAME=VALUE", help=text)
+    _add_client(actions, "list", monitor_list, "all of a model, and how far each is from ringing", "model")
+    _add_client(actions, "show", monitor_show, "one of them, and what it promises", "model", "monitor")
+    text = "change policy or cool-down; with other parameters it begins anew"
+    command = _add_client(actions, "update", monitor_update, text, "model", "monitor")
+    command.add_argument("--policy", help="tell, suspend, roll_back or refit")
+    command.add_argument("--cooldown-rows", type=int, help="rows after an alarm that are not read")
+    command.add_argument("--param", action="append", default=[], metavar="NAME=VALUE", help="all parameters, anew")
+    _add_client(actions, "delete", monitor_delete, "forget one; its alarms stay", "model", "monitor")
+    text = "look at what monitors told, and say that it was seen"
+    parser = commands.add_parser("alarms", help=text, description=text)
+    actions = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    command = _add_client(actions, "list", alarms_list, "the last ones, newest first")
+    command.add_argument("model", nargs="?", help="default: of all models")
+    command.add_argument("--most", type=int, default=20, help="how many (default: 20)")
+    text = "say that one was seen: its monitor begins anew, and may ring again"
+    command = _add_client(actions, "acknowledge", alarms_acknowledge, text, "model", "alarm")
+    command.add_argument("--rebaseline", action="store_true", help="what comes from now on is the new reference")
+    command = _add_client(commands, "watch", watch, "show a model's monitors and alarms as they change", "model")
+    command.add_argument("--once", action="store_true", help="show them once")
 
 
 def _add_store(commands: Any, name: str, command: Callable[..., None], text: str) -> argparse.ArgumentParser:
@@ -537,7 +715,7 @@ def _add_client(
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", required=True, help=".npz with `labels`, and `logits` or the model's inputs by name")
+    parser.add_argument("--data", required=True, help=DATA_HELP)
     parser.add_argument("--seed", type=int, default=0, help="of the split and the intervals (default: 0)")
 
 

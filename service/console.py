@@ -14,7 +14,7 @@ from calibrators.auto import Candidate
 from calibrators.inspection import Inspection
 from calibrators.layers import default_layers, find_layers, multiply_adds, named_layers
 from calibrators.metrics import Estimate
-from service.client import Evaluation, Model, OnlineState, Revision
+from service.client import Alarm, Evaluation, Model, Monitor, Nowcast, OnlineState, Revision, Shadow
 from service.rpc.tokens import Token
 from service.store.maintenance import Contents
 
@@ -160,6 +160,113 @@ def online_tables(state: OnlineState) -> tuple[Table, Table]:
     for one in state.kept:
         kept.add_row(str(one.online_state), str(one.learned), f"{one.time:%Y-%m-%d %H:%M:%S}")
     return table, kept
+
+
+def shadows_table(shadows: Iterable[Shadow]) -> Table:
+    """Challengers: how each stands, or stood."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for heading in ("challenger", "champion", "labels", "gain, half Brier", "verdict", "shadow"):
+        table.add_column(heading, justify="right" if heading == "labels" else "left", no_wrap=heading == "challenger")
+    for shadow in shadows:
+        verdict = f"[bold]{shadow.verdict}[/]" if shadow.verdict != "undecided" else shadow.verdict
+        outcome = shadow.policy if shadow.outcome == "running" else shadow.outcome
+        table.add_row(shadow.revision, shadow.champion, f"{shadow.labels:,}", score(shadow.gain), verdict, outcome)
+    return table
+
+
+def shadow_table(shadow: Shadow) -> Table:
+    """Everything about one challenger."""
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    for name, value in (
+        ("challenger", f"[bold]{shadow.revision}[/]"),
+        ("champion", f"{shadow.champion}, since {shadow.compared_since:%Y-%m-%d %H:%M:%S}"),
+        ("policy", f"{shadow.policy}, from {shadow.least_labels} labels on"),
+        ("run on a share of", f"{shadow.share:g}" if shadow.share else "none: from kept logits"),
+        ("gain, half Brier", score(shadow.gain)),
+        ("  holds at all times", f"{shadow.level:g}"),
+        ("gain, log loss", f"{shadow.log_loss_gain:.4f}"),
+        (
+            "verdict",
+            shadow.verdict + (f", since {shadow.verdict_time:%Y-%m-%d %H:%M:%S}" if shadow.verdict_time else ""),
+        ),
+        ("producers who contest it", str(shadow.contesting)),
+        *((name.replace("_", " "), str(count)) for name, count in shadow.rows.items()),
+        ("started by", shadow.started_by or "anybody"),
+        ("outcome", shadow.outcome + (f" by {shadow.ended_by or 'anybody'}" if shadow.end_time else "")),
+        ("note", escape(shadow.note)),
+    ):
+        table.add_row(name, value)
+    return table
+
+
+def monitors_table(monitors: Iterable[Monitor]) -> Table:
+    """How far each monitor is from ringing."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("monitor", no_wrap=True)
+    table.add_column("statistic and threshold", no_wrap=True)
+    for heading in ("rows", "missing", "late"):
+        table.add_column(heading, justify="right")
+    table.add_column("if it rings")
+    for monitor in monitors:
+        name = f"[bold red]{monitor.name}[/]" if monitor.alarms else f"[bold]{monitor.name}[/]"
+        what = f"\n[dim]{monitor.detector}, {monitor.watched}{', default' if monitor.is_default else ''}[/]"
+        table.add_row(
+            name + what,
+            _bar(monitor),
+            *(f"{count:,}" for count in (monitor.rows, monitor.missing, monitor.late)),
+            monitor.policy.replace("_", " "),
+        )
+    return table
+
+
+def nowcasts_table(nowcasts: Mapping[str, Nowcast]) -> Table:
+    """What is served now, as far as it is known."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for heading in ("now", "95 % interval", "labels", "rows", ""):
+        table.add_column(heading)
+    for name, now in nowcasts.items():
+        known = now.estimate == now.estimate  # NaN: there is none
+        figure = f"{now.estimate:.3f}" if known else ""
+        interval = f"{now.low:.3f}–{now.high:.3f}" if known else ""
+        style = None if now.valid else "dim"
+        counts = (f"{count:,}" for count in (now.labels, now.rows))
+        table.add_row(f"{name.replace('_', ' ')} {figure}", interval, *counts, escape(now.why_not), style=style)
+    return table
+
+
+def _bar(monitor: Monitor, width: int = 20) -> str:
+    """The statistic as a part of the threshold."""
+    if not monitor.ready:
+        return "[dim]gathers its reference[/]"
+    share = min(1.0, max(0.0, monitor.statistic / monitor.threshold)) if monitor.threshold > 0 else 0.0
+    full = round(width * share)
+    colour = "green" if share < 0.5 else "yellow" if share < 1 else "red"
+    bar = f"[{colour}]{'━' * full}[/][dim]{'━' * (width - full)}[/]"
+    return f"{bar}\n{monitor.statistic:.2f} of {monitor.threshold:.2f}"
+
+
+def alarms_table(alarms: Iterable[Alarm]) -> Table:
+    """Alarms with their causes; those that nobody has acknowledged stand out."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_lines=True)
+    for heading in ("alarm", "monitor", "since (UTC)"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("cause, what was done, what to do", overflow="fold")
+    for alarm in alarms:
+        seen = f"[dim]seen by {escape(alarm.acknowledged_by)}[/]" if alarm.acknowledge_time else "[red]open[/]"
+        again = f"\nrang {alarm.repeats} times more" if alarm.repeats else ""
+        since = f"{alarm.change_time:%Y-%m-%d %H:%M:%S}\n[dim]{alarm.change_rows:,} rows before[/]"
+        table.add_row(
+            f"{alarm.alarm}\n{seen}{again}", f"{alarm.monitor}\n[dim]{alarm.revision}[/]", since, _cause(alarm)
+        )
+    return table
+
+
+def _cause(alarm: Alarm) -> str:
+    lines = [] if alarm.outcome == "told" else [f"{alarm.policy.replace('_', ' ')}: {alarm.outcome}"]
+    if alarm.cause is not None:
+        where = f" in {alarm.cause.where}" if alarm.cause.where else ""
+        lines = [f"{alarm.cause.kind.replace('_', ' ')}{where}", *alarm.cause.evidence, *lines, alarm.cause.action]
+    return escape("\n".join(lines))
 
 
 def journal_table(contents: Iterable[Contents]) -> Table:

@@ -17,6 +17,8 @@ from service.errors import Refused
 ENVIRONMENT_PREFIX = "CALSERVE_"
 MODEL_CONTROLS = ("none", "explicit", "poll")
 JOURNAL_MODES = ("off", "async", "sync")
+MONITOR_MODES = ("default", "own", "off")
+FRONTS = ("auto", "h2", "grpc")
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,10 @@ class Settings:
     data_dir: Path | None = None
     host: str = "127.0.0.1"
     port: int = 8001
+    front: str = "auto"
     metrics_host: str = "127.0.0.1"
     metrics_port: int = 8002
+    no_page: bool = False
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
@@ -72,6 +76,8 @@ class Settings:
     journal_queue_bytes: int = 64 << 20
     online_wait_seconds: float = 60.0
     online_quota_labels: int = 10_000
+    monitors: str = "default"
+    monitor_wait_seconds: float = 3600.0
     webhook_url: str = ""
     webhook_hosts: str = ""
     webhook_secret_file: Path | None = None
@@ -86,8 +92,12 @@ class Settings:
     def __post_init__(self) -> None:
         if self.model_control not in MODEL_CONTROLS:
             raise Refused(f"model_control must be one of {', '.join(MODEL_CONTROLS)}, got {self.model_control!r}")
+        if self.front not in FRONTS:
+            raise Refused(f"front must be one of {', '.join(FRONTS)}, got {self.front!r}")
         if self.journal not in JOURNAL_MODES:
             raise Refused(f"journal must be one of {', '.join(JOURNAL_MODES)}, got {self.journal!r}")
+        if self.monitors not in MONITOR_MODES:
+            raise Refused(f"monitors must be one of {', '.join(MONITOR_MODES)}, got {self.monitors!r}")
         if self.load_model and self.model_control != "explicit":
             raise Refused("load_model is for model_control explicit; otherwise every model of the repository is loaded")
         for name in ("port", "metrics_port"):
@@ -123,8 +133,9 @@ class Settings:
         ):
             if getattr(self, name) <= 0:
                 raise Refused(f"{name} must be positive, got {getattr(self, name)}")
-        if self.online_wait_seconds < 0:
-            raise Refused(f"online_wait_seconds must be zero or more, got {self.online_wait_seconds}")
+        for name in ("online_wait_seconds", "monitor_wait_seconds"):
+            if getattr(self, name) < 0:
+                raise Refused(f"{name} must be zero or more, got {getattr(self, name)}")
         if not self.webhook_url and (self.webhook_hosts or self.webhook_secret_file or self.webhook_ca):
             raise Refused("webhook_hosts, webhook_secret_file and webhook_ca are for a webhook_url")
         if self.workers > 1 and (self.model_control == "explicit" or self.shared_memory_prefix):
@@ -179,13 +190,15 @@ HELP = {
     "data_dir": "where revisions and operations are kept (default: <model repository>.calserve beside it)",
     "host": "address to listen on; one that other machines reach wants TLS and a token file",
     "port": "gRPC port; 0 lets the system choose",
+    "front": "what speaks gRPC: h2 (on libnghttp2, fast), grpc (grpc-core), or auto: h2 if the package ngh2 is there",
     "metrics_host": "address of the HTTP port, which has neither TLS nor tokens",
     "tls_cert": "certificate chain (PEM); new files are served to new connections",
     "tls_key": "its private key (PEM)",
     "tls_client_ca": "authorities (PEM) of which every caller must show a certificate (mutual TLS)",
     "token_file": "bearer tokens, see `calserve token`; without it every caller may do everything",
     "insecure": "listen where other machines reach it, though without TLS or tokens",
-    "metrics_port": "HTTP port of /metrics and /health; 0 lets the system choose",
+    "no_page": "serve no page beside /metrics; it shows anybody the models' names, revisions and how well they do",
+    "metrics_port": "HTTP port of the page, /metrics and /health; 0 lets the system choose",
     "device": "auto, cpu, cuda[:index] or tensorrt[:index]; one that is named and absent is refused",
     "device_lost": "when the GPU is lost: not_ready (models are UNAVAILABLE) or cpu (they move there)",
     "gpu_memory_limit_bytes": "most GPU memory of each session; 0: what there is",
@@ -219,6 +232,8 @@ HELP = {
     "journal_queue_bytes": "predictions that wait to be written; further ones are counted as lost",
     "online_wait_seconds": "how long online learning waits for a prediction's label before it passes to the next one",
     "online_quota_labels": "labels of one producer that an online revision learns from an hour",
+    "monitors": "default: some for each model, and what callers ask for; own: only what they ask for; off: none",
+    "monitor_wait_seconds": "how long monitors wait for a prediction's label before it counts as missing",
     "webhook_url": "https address that alarms are posted to; without it none are",
     "webhook_hosts": "hosts that may be posted to: names, addresses, networks (private ones too), commas between",
     "webhook_secret_file": "what posts are signed with (HMAC-SHA256, header Calserve-Signature)",

@@ -10,16 +10,40 @@ from pathlib import Path
 import onnxruntime
 import pytest
 
+from tests import browser
+
 ONLY_ERRORS = 3
+LEFT_OUT = pytest.StashKey[int]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     default = Path(__file__).parents[2] / "shared" / "data"
     parser.addoption("--shared-data", type=Path, default=default, help="folder of recorded logits and labels")
+    text = "fail what looks at pages in a browser where there is none, which else is left out"
+    parser.addoption("--need-browser", action="store_true", help=text)
+    parser.addoption("--front", choices=("auto", "h2", "grpc"), help="the front of every server that a test starts")
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--front"):
+        os.environ["CALSERVE_FRONT"] = config.getoption("--front")
     onnxruntime.set_default_logger_severity(ONLY_ERRORS)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what needs a browser where there is none; `pytest_terminal_summary` says so."""
+    if browser.FOUND or config.getoption("--need-browser"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("browser")]
+    items[:] = [item for item in items if not item.get_closest_marker("browser")]
+    config.hook.pytest_deselected(items=left_out)
+    config.stash[LEFT_OUT] = len(left_out)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if left_out := config.stash.get(LEFT_OUT, 0):
+        words = f"NOT RUN: {left_out} tests that look at pages in a browser. {browser.HOW_TO_GET_ONE}"
+        terminalreporter.write_line(words, yellow=True)
 
 
 @pytest.hookimpl(trylast=True)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from calibrators.metrics.calibration import (
+    ReliabilityCurve,
     bin_index,
     binned_curve,
     equal_mass_edges,
@@ -52,10 +53,14 @@ def debiased_squared_error(probabilities: ArrayLike, y: ArrayLike, n_bins: int =
     0.063333
     """
     confidence, correct = top_label(*check_labelled(probabilities, y))
-    curve = binned_curve(confidence, correct, equal_count_edges(confidence, n_bins))
+    return debiased_squared_gap(binned_curve(confidence, correct, equal_count_edges(confidence, n_bins)))
+
+
+def debiased_squared_gap(curve: ReliabilityCurve) -> float:
+    """`debiased_squared_error` of rows that are in bins already, whatever the bins."""
     several = curve.counts > 1
     counts, said, right = curve.counts[several], curve.confidence[several], curve.accuracy[several]
-    return float(counts @ ((said - right) ** 2 - right * (1 - right) / (counts - 1)) / len(confidence))
+    return float(counts @ ((said - right) ** 2 - right * (1 - right) / (counts - 1)) / curve.counts.sum())
 
 
 def top_label_calibration_error(probabilities: ArrayLike, y: ArrayLike, n_bins: int = 15) -> float:

@@ -53,6 +53,11 @@ class Difference(NamedTuple):
             count, total = count + 1, total + difference
         return type(self)(count, total, variation)
 
+    @property
+    def mean(self) -> float:
+        """0 before the first label."""
+        return self.total / max(1, self.n_labels)
+
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """Bounds of the mean difference that hold for all times at once; nothing is known before the first label."""
         if not self.n_labels:

@@ -17,7 +17,7 @@ Only biases follow a drift of the class priors: a temperature cannot see it.
 
 from __future__ import annotations
 
-from math import exp
+from math import exp, log
 from typing import NamedTuple
 
 import numpy as np
@@ -69,6 +69,31 @@ def learn(state: State, logits: Array, y: Array, weight: Array) -> Array:
     weight : (n_samples,) float64, positive. A weight of two is the row twice; what is left of one counts by its part
     """
     return _learn(*state, np.ascontiguousarray(logits), y, weight, MEMORY, FIRST_SHARES, SHARE)
+
+
+def gains(logits: Array, y: Array) -> tuple[Array, Array]:
+    """How much more probable each expert alone makes the labels than the model does, and its theta at the end.
+
+    Parameters
+    ----------
+    logits : (n_samples, n_classes) float64
+    y : (n_samples,) int64
+
+    Returns
+    -------
+    gains : (N_EXPERTS,) in nats, each label forecast from those before it; the first, of the model itself, is 0
+    theta : (N_EXPERTS, 1 + n_classes)
+
+    Examples
+    --------
+    Half of the labels of a model that is sure of class 1.
+
+    >>> found, theta = gains(np.array([[0.0, 3.0]] * 200), np.array([0, 1] * 100))
+    >>> found.round(-1).tolist(), theta[1, 0].round(1).tolist()
+    ([0.0, 160.0, 160.0, 160.0, 160.0], 0.0)
+    """
+    theta, curvature, _ = start(logits.shape[1])
+    return _gains(theta, curvature, np.ascontiguousarray(logits), y, MEMORY), theta
 
 
 @compiled
@@ -145,3 +170,23 @@ def _learn(
             if left <= 0.0:
                 break
     return forecasts
+
+
+@compiled
+def _gains(theta: Array, curvature: Array, logits: Array, y: Array, memory: Array) -> Array:
+    n_samples, n_classes = logits.shape
+    z, p, gains = np.empty(n_classes), np.empty(n_classes), np.zeros(len(memory))
+    for t in range(n_samples):
+        largest = -np.inf
+        for k in range(n_classes):
+            largest = max(largest, logits[t, k])
+        for k in range(n_classes):
+            z[k] = max(logits[t, k] - largest, LOWEST)
+        for e in range(len(memory)):
+            _forecast(theta[e], z, p)
+            if e == 0:
+                own = log(max(p[y[t]], 1e-300))
+            else:
+                gains[e] += log(max(p[y[t]], 1e-300)) - own
+                _step(theta[e], curvature[e], z, p, y[t], 1.0, memory[e], e > 1)
+    return gains

@@ -384,7 +384,9 @@ def _strata_figure(quality: SetQuality) -> Figure:
     line |= {"x": [100 * quality.confidence_level] * 2, "y": [-0.5, len(strata) - 0.5]}
     names: Figure = {"tickvals": list(range(len(strata))), "ticktext": [_label(stratum.name) for stratum in strata]}
     y = _axis(range=[len(strata) - 0.5, -0.5], automargin=True, **names)
-    return {"data": [line, dots], "layout": _layout(_axis("Coverage", range=[0, 100], ticksuffix=_PERCENT), y)}
+    lowest = min(quality.confidence_level, *(stratum.coverage.low for stratum in strata))
+    x = _axis("Coverage", range=[math.floor(10 * lowest - 0.2) * 10, 100], nticks=4, ticksuffix=_PERCENT)
+    return {"data": [line, dots], "layout": _layout(x, y)}
 
 
 def _estimates(estimates: Sequence[Estimate], asked: NDArray[np.float64], axis: str) -> Figure:

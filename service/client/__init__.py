@@ -14,6 +14,7 @@ Failures are the classes of `service.errors`, as on the server.
 from service.client.asynchronous import AsyncClient
 from service.client.blocking import Client
 from service.client.failures import Retries
+from service.client.monitors import Alarm, Cause, Monitor, MonitorReport, Nowcast
 from service.client.requests import Inputs
 from service.client.results import (
     Evaluation,
@@ -23,22 +24,29 @@ from service.client.results import (
     Prediction,
     Replay,
     Revision,
+    Shadow,
     StoredPrediction,
 )
 from service.client.stream import Stream
 
 __all__ = [
+    "Alarm",
     "AsyncClient",
+    "Cause",
     "Client",
     "Evaluation",
     "Inputs",
     "KeptState",
     "Model",
+    "Monitor",
+    "MonitorReport",
+    "Nowcast",
     "OnlineState",
     "Prediction",
     "Replay",
     "Retries",
     "Revision",
+    "Shadow",
     "StoredPrediction",
     "Stream",
 ]

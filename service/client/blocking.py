@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import builtins
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import grpc
 import numpy as np
 from calserve.v1 import calibrator_service_pb2 as pb
 from calserve.v1 import feedback_service_pb2 as feedback
+from calserve.v1 import monitor_service_pb2 as pb_monitor
 from calserve.v1 import online_service_pb2 as online
 from calserve.v1 import resources_pb2 as resources
+from calserve.v1 import shadow_service_pb2 as shadow_pb
 from grpc_health.v1 import health_pb2
 from numpy.typing import ArrayLike
 
@@ -20,10 +22,11 @@ import calibrators
 from calibrators import Calibrator
 from calibrators.graph import LOGITS, PREFIX
 from service import errors
-from service.client import requests
+from service.client import monitors, requests
 from service.client.connection import Pem, Security
 from service.client.failures import DEFAULT_RETRIES, Retries, translated, translation
 from service.client.following import POLL_SECONDS, Following, progress_bars, sending
+from service.client.monitors import FIRST, Alarm, Monitor, MonitorReport, alarm_of, monitor_of, number_of, report_of
 from service.client.requests import Inputs, Reference
 from service.client.results import (
     Array,
@@ -33,12 +36,14 @@ from service.client.results import (
     Prediction,
     Replay,
     Revision,
+    Shadow,
     StoredPrediction,
     evaluation_of,
     model_of,
     online_state_of,
     replay_of,
     revision_of,
+    shadow_of,
     stored_prediction_of,
 )
 from service.rpc.health import READY
@@ -47,7 +52,9 @@ from service.rpc.wire import (
     FEEDBACK_SERVICE,
     HEALTH_SERVICE,
     INFERENCE_SERVICE,
+    MONITOR_SERVICE,
     ONLINE_SERVICE,
+    SHADOW_SERVICE,
     inference,
 )
 
@@ -82,10 +89,18 @@ class Client:
     ) -> None:
         security = Security(token, root_certificates, certificate, private_key, tls)
         self._channel = security.channel(grpc, address)
-        self._calibrators, self._feedback, self._online, self._inference, self._health = (
+        self._calibrators, self._feedback, self._monitors, self._online, self._inference, self._health = (
             security.stub(self._channel, service)
-            for service in (CALIBRATOR_SERVICE, FEEDBACK_SERVICE, ONLINE_SERVICE, INFERENCE_SERVICE, HEALTH_SERVICE)
+            for service in (
+                CALIBRATOR_SERVICE,
+                FEEDBACK_SERVICE,
+                MONITOR_SERVICE,
+                ONLINE_SERVICE,
+                INFERENCE_SERVICE,
+                HEALTH_SERVICE,
+            )
         )
+        self._shadows = security.stub(self._channel, SHADOW_SERVICE)
         self._show_progress, self._timeout, self._retries = show_progress, timeout_seconds, retries
 
     def __enter__(self) -> Self:
@@ -290,15 +305,157 @@ class Client:
         request = online.SuspendLearningRequest(model=model)
         return online_state_of(self._call(self._online.SuspendLearning, request))
 
-    def resume_learning(self, model: str) -> OnlineState:
-        """Go on learning, with what has come since."""
-        request = online.ResumeLearningRequest(model=model)
+    def resume_learning(self, model: str, *, skip_waiting: bool = False) -> OnlineState:
+        """Go on learning: with the labels that came meanwhile, or, to `skip_waiting`, as if they had taught nothing."""
+        request = online.ResumeLearningRequest(model=model, skip_waiting=skip_waiting)
         return online_state_of(self._call(self._online.ResumeLearning, request))
 
     def replay_learning(self, model: str) -> Replay:
-        """Learn everything again from the server's journal and compare; changes nothing."""
+        """Learn everything again from the server's journal, as far back as it goes, and compare; changes nothing."""
         request = online.ReplayLearningRequest(model=model)
         return replay_of(self._call(self._online.ReplayLearning, request))
+
+    def start_shadow(
+        self,
+        model: str,
+        revision: str,
+        *,
+        policy: str = "manual",
+        level: float = 0.95,
+        least_labels: int = 500,
+        share: float = 0.0,
+    ) -> Shadow:
+        """Compare a revision ("none": the model's own probabilities) with the active one, on what is predicted from now
+        on.
+
+        Parameters
+        ----------
+        policy : "automatic" promotes it as soon as it is shown better on `least_labels` or more; "manual" leaves it
+        level : the probability with which the bounds of the gain hold, at all times at once
+        share : of requests on which it is run, where kept logits are not enough; 0: as is usual for its kind
+        """
+        request = requests.start_shadow(model, revision, policy, level, least_labels, share)
+        return shadow_of(self._call(self._shadows.StartShadow, request))
+
+    def shadow(self, model: str, revision: str) -> Shadow:
+        """How a challenger stands, or stood when its shadow ended."""
+        request = shadow_pb.GetShadowRequest(model=model, revision=revision)
+        return shadow_of(self._read(self._shadows.GetShadow, request))
+
+    def shadows(self, model: str) -> builtins.list[Shadow]:
+        """All challengers of a model, those whose shadow has ended too."""
+        answer = self._read(self._shadows.ListShadows, shadow_pb.ListShadowsRequest(model=model))
+        return [shadow_of(message) for message in answer.shadows]
+
+    def stop_shadow(self, model: str, revision: str) -> Shadow:
+        """Compare it no longer."""
+        request = shadow_pb.StopShadowRequest(model=model, revision=revision)
+        return shadow_of(self._call(self._shadows.StopShadow, request))
+
+    def promote(self, model: str, revision: str) -> Shadow:
+        """Activate a challenger that is shown better. Refused if it is not; Stale if another revision than the one that
+        it was compared with is active by now."""
+        request = shadow_pb.PromoteShadowRequest(model=model, revision=revision)
+        return shadow_of(self._call(self._shadows.PromoteShadow, request))
+
+    def create_monitor(
+        self,
+        model: str,
+        name: str,
+        detector: str,
+        *,
+        watched: str = "served",
+        policy: str = "tell",
+        cooldown_rows: int = 0,
+        baseline_rows: int = 0,
+        **params: Any,
+    ) -> Monitor:
+        """Watch what is predicted from now on, and what comes true of it.
+
+        Parameters
+        ----------
+        detector, params : its kind and its parameters
+        watched : "raw", the model's own probabilities, or "served"
+        policy : what an alarm does: "tell", "suspend" online learning, "roll_back" the revision, "refit" a calibrator
+        cooldown_rows : rows after an alarm that are not read
+        baseline_rows : labelled rows whose calibration is taken as given, so that only a change of it rings
+        """
+        fields = {"detector": detector, "watched": watched, "policy": policy, "cooldown_rows": cooldown_rows}
+        spec = monitors.spec_of(model, name, {**fields, "baseline_rows": baseline_rows, "params": params})
+        return monitor_of(self._call(self._monitors.CreateMonitor, pb_monitor.CreateMonitorRequest(spec=spec)))
+
+    def monitors(self, model: str) -> builtins.list[Monitor]:
+        """All of a model: the default ones and those that were asked for."""
+        answer = self._read(self._monitors.ListMonitors, pb_monitor.ListMonitorsRequest(model=model))
+        return [monitor_of(message) for message in answer.monitors]
+
+    def monitor(self, model: str, name: str) -> Monitor:
+        request = pb_monitor.GetMonitorRequest(model=model, monitor=name)
+        return monitor_of(self._read(self._monitors.GetMonitor, request))
+
+    def update_monitor(
+        self,
+        model: str,
+        name: str,
+        *,
+        policy: str | None = None,
+        cooldown_rows: int | None = None,
+        detector: str | None = None,
+        watched: str | None = None,
+        baseline_rows: int | None = None,
+        params: dict[str, Any] | None = None,
+    ) -> Monitor:
+        """Change what is given. Unless that is policy or cool-down alone, the monitor begins anew."""
+        fields = {"policy": policy, "cooldown_rows": cooldown_rows, "detector": detector, "watched": watched}
+        request = monitors.update_request(model, name, {**fields, "baseline_rows": baseline_rows, "params": params})
+        return monitor_of(self._call(self._monitors.UpdateMonitor, request))
+
+    def delete_monitor(self, model: str, name: str) -> None:
+        """Forget a monitor. Its alarms stay."""
+        self._call(self._monitors.DeleteMonitor, pb_monitor.DeleteMonitorRequest(model=model, monitor=name))
+
+    def alarms(self, model: str = "", *, most: int = 100) -> builtins.list[Alarm]:
+        """The last alarms of a model (default: of all), newest first."""
+        request = pb_monitor.ListAlarmsRequest(model=model, page_size=most)
+        return [alarm_of(message) for message in (self._read(self._monitors.ListAlarms, request)).alarms]
+
+    def watch_alarms(self, model: str = "", *, after: str = "") -> Iterator[Alarm]:
+        """Each alarm as it comes, and again when its cause, its outcome or anything else about it has changed.
+
+        `after` names an alarm: those after it come first. A stream that is cut off is taken up again. It has no end.
+        """
+        newest = [] if after else self.alarms(model, most=1)
+        seen, tried = after or next((alarm.alarm for alarm in newest), FIRST), 0
+        while True:
+            request = pb_monitor.WatchAlarmsRequest(model=model, after=seen)
+            try:
+                for message in self._monitors.WatchAlarms(request):
+                    seen, tried = max(seen, message.alarm, key=number_of), 0
+                    yield alarm_of(message)
+                time.sleep(self._retries.first_seconds)  # the server drains
+            except grpc.RpcError as error:
+                tried += 1
+                if (pause := self._retries.pause(error, tried, float("inf"))) is None:
+                    raise translation(error) from None
+                time.sleep(pause)
+
+    def acknowledge(self, model: str, alarm: str, *, rebaseline: bool = False) -> Alarm:
+        """Say that an alarm was seen: its monitor begins anew, and may ring again.
+
+        With `rebaseline` what comes from now on is the reference that changes are measured from: a change that stays.
+        """
+        request = pb_monitor.AcknowledgeAlarmRequest(model=model, alarm=alarm, rebaseline=rebaseline)
+        return alarm_of(self._call(self._monitors.AcknowledgeAlarm, request))
+
+    def monitor_report(self, model: str) -> MonitorReport:
+        """What all monitors of a model say, and its last alarms."""
+        return report_of(self._read(self._monitors.GetReport, pb_monitor.GetReportRequest(model=model)))
+
+    def page(self, model: str, since: str = "7d") -> str:
+        """A model's page as one HTML file: what was said and what came true in the last "90m", "24h" or "7d"."""
+        request = pb_monitor.GetReportRequest(model=model, page_window=since)
+        answer = self._read(self._monitors.GetReport, request)
+        return str(answer.page_html)
 
     def logits(self, model: str, inputs: Inputs, *, batch_size: int = 64) -> Array:
         """The logits (n_samples, n_classes) that the model's calibrators read, computed by the server batch by batch.

@@ -12,6 +12,7 @@ import numpy as np
 from calserve.v1 import calibrator_service_pb2 as pb
 from calserve.v1 import feedback_service_pb2 as feedback
 from calserve.v1 import resources_pb2 as resources
+from calserve.v1 import shadow_service_pb2 as shadow
 from numpy.typing import ArrayLike
 
 from calibrators.augment import augmented
@@ -243,6 +244,22 @@ def _labels(
 def results_of(response: feedback.RecordLabelsResponse) -> list[str]:
     """What became of each label: recorded, duplicate, conflict, unknown, expired or invalid_class."""
     return [RESULTS[result] for result in response.results]
+
+
+def start_shadow(
+    model: str, revision: str, policy: str, level: float, least_labels: int, share: float
+) -> shadow.StartShadowRequest:
+    named = f"PROMOTION_POLICY_{policy.upper()}"
+    if named not in dict(shadow.PromotionPolicy.items()):
+        raise errors.InvalidRequest(f"policy must be manual or automatic, got {errors.shown(policy)}")
+    return shadow.StartShadowRequest(
+        model=model,
+        revision=revision,
+        policy=named,
+        level=level,
+        least_label_count=least_labels,
+        share=share,
+    )
 
 
 def in_batches(columns: Mapping[str, Array], batch_size: int) -> Sequence[dict[str, Array]]:

@@ -12,6 +12,7 @@ import numpy as np
 from calserve.v1 import feedback_service_pb2 as feedback
 from calserve.v1 import online_service_pb2 as online
 from calserve.v1 import resources_pb2 as resources
+from calserve.v1 import shadow_service_pb2 as shadow
 from numpy.typing import NDArray
 
 from calibrators.auto import Candidate
@@ -159,11 +160,47 @@ class OnlineState:
 
 @dataclass(frozen=True)
 class Replay:
-    """Everything learned again from the first label: whether that came to the same bits."""
+    """Everything learned again from the first label, or from the kept state `since` where the first are forgotten:
+    whether that came to the same bits."""
 
     steps: int
     learned: int
     equal: bool
+    since: int = 0
+
+
+@dataclass(frozen=True)
+class Shadow:
+    """A revision compared with the active one on live traffic.
+
+    `gain` is half the Brier score of the champion less that of the challenger, on average over `labels`: positive where
+    the challenger is better, with bounds that hold whenever one looks; the log loss's has none. The `verdict` (better,
+    worse or undecided) is so since the prediction at `verdict_time`. `contesting` producers have sent labels on which
+    the challenger is surely worse. `rows` says what became of predictions and labels, `share` on what share of requests
+    it is run, 0 where kept logits are enough. `outcome` is running, promoted or stopped.
+    """
+
+    model: str
+    revision: str
+    champion: str
+    policy: str
+    level: float
+    least_labels: int
+    share: float
+    outcome: str
+    verdict: str
+    verdict_time: datetime | None
+    labels: int
+    gain: Estimate
+    log_loss_gain: float
+    contesting: int
+    rows: dict[str, int]
+    start_time: datetime
+    compared_since: datetime
+    end_time: datetime | None
+    started_by: str
+    ended_by: str
+    note: str
 
 
 def online_state_of(message: online.OnlineState) -> OnlineState:
@@ -190,7 +227,41 @@ def online_state_of(message: online.OnlineState) -> OnlineState:
 
 
 def replay_of(message: online.ReplayLearningResponse) -> Replay:
-    return Replay(message.step_count, message.learned_count, message.equal)
+    return Replay(message.step_count, message.learned_count, message.equal, message.since)
+
+
+def shadow_of(message: shadow.Shadow) -> Shadow:
+    def time(name: str) -> datetime | None:
+        return getattr(message, name).ToDatetime(tzinfo=UTC) if message.HasField(name) else None
+
+    return Shadow(
+        model=message.model,
+        revision=message.revision,
+        champion=message.champion,
+        policy=_word(shadow.PromotionPolicy.Name(message.policy)),
+        level=message.level,
+        least_labels=message.least_label_count,
+        share=message.share,
+        outcome=_word(shadow.ShadowOutcome.Name(message.outcome)),
+        verdict=_word(shadow.ShadowVerdict.Name(message.verdict)),
+        verdict_time=time("verdict_time"),
+        labels=message.label_count,
+        gain=Estimate(message.gain, message.gain_low, message.gain_high),
+        log_loss_gain=message.log_loss_gain,
+        contesting=message.contesting_count,
+        rows=dict(message.rows),
+        start_time=message.start_time.ToDatetime(tzinfo=UTC),
+        compared_since=message.compared_since.ToDatetime(tzinfo=UTC),
+        end_time=time("end_time"),
+        started_by=message.started_by,
+        ended_by=message.ended_by,
+        note=message.note,
+    )
+
+
+def _word(name: str) -> str:
+    """Of an enum's name what tells its values apart."""
+    return name.rpartition("_")[2].lower()
 
 
 def stored_prediction_of(message: feedback.StoredPrediction) -> StoredPrediction:

@@ -25,6 +25,7 @@ class MonitorSpec:
     policy : TELL, SUSPEND, ROLL_BACK or REFIT
     cooldown_rows : rows after an alarm in which it does not ring again
     is_default : made by the server, not by a caller
+    baseline_rows : labelled rows whose calibration is taken as given, so that only a change of it rings; 0: none
     """
 
     model: str
@@ -35,6 +36,7 @@ class MonitorSpec:
     policy: str = TELL
     cooldown_rows: int = 0
     is_default: bool = False
+    baseline_rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,9 @@ class Alarm:
     revision : what was active
     cause : None until it is told
     policy, outcome : what was to be done, and what became of it, in words
-    acknowledged_by : whose token said that it was seen; empty: nobody
+    acknowledged_by, acknowledged_ms : whose token said when that it was seen; zero: nobody yet
+    evidence : what the statistic was made of, as the detector says
+    repeats, repeated_ms : how often the monitor rang again before anybody had seen it, and the last time
     """
 
     id: str
@@ -113,3 +117,6 @@ class Alarm:
     outcome: str
     acknowledged_by: str
     acknowledged_ms: int
+    evidence: Mapping[str, float] = field(default_factory=dict)
+    repeats: int = 0
+    repeated_ms: int = 0

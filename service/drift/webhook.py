@@ -18,6 +18,7 @@ import logging
 import math
 import random
 import re
+import socket
 import ssl
 import time
 from collections import Counter, deque
@@ -198,10 +199,7 @@ class Webhook:
             try:
                 async with asyncio.timeout(TRY_SECONDS):
                     status = await self._post(alarm.id, body)
-            except Refused as refused:
-                why = refused.message
-                break
-            except (OSError, EOFError, ValueError) as error:  # TimeoutError and TLS errors are of OSError
+            except (Refused, OSError, EOFError, ValueError) as error:  # TimeoutError and TLS errors are of OSError
                 why = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             else:
                 if 200 <= status < 300:
@@ -217,14 +215,7 @@ class Webhook:
 
     async def _post(self, alarm_id: str, body: bytes) -> int:
         """One try: the status that it was answered with."""
-        target = self._target
-        reader, writer = await asyncio.open_connection(
-            await self._resolve(),
-            target.port,
-            limit=MOST_LINE_BYTES,
-            ssl=target.tls,
-            server_hostname=target.host if target.tls else None,
-        )
+        reader, writer = await self._connect()
         try:
             writer.write(self._head(alarm_id, body) + body)
             await writer.drain()
@@ -232,22 +223,36 @@ class Webhook:
         finally:
             writer.transport.abort()
 
-    async def _resolve(self) -> str:
-        """An address of the host, all of which may be connected to; Refused otherwise."""
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """To the first of the host's addresses that answers; Refused if any of them may not be connected to."""
         target = self._target
-        found = await asyncio.get_running_loop().getaddrinfo(target.host, target.port, proto=6)
+        found = await asyncio.get_running_loop().getaddrinfo(target.host, target.port, proto=socket.IPPROTO_TCP)
         addresses = [str(info[4][0]) for info in found]
         for address in addresses:
             if not target.allowed.has_address(address):
                 raise Refused(f"{target.host} is at {address}, which is private and not in webhook_hosts")
-        return addresses[0]
+        why = OSError("no address")
+        for address in addresses:
+            try:
+                return await asyncio.open_connection(
+                    address,
+                    target.port,
+                    limit=MOST_LINE_BYTES,
+                    ssl=target.tls,
+                    server_hostname=target.host if target.tls else None,
+                )
+            except OSError as error:
+                why = error
+        raise why
 
     def _head(self, alarm_id: str, body: bytes) -> bytes:
         target = self._target
         host = f"[{target.host}]" if ":" in target.host else target.host
+        if target.port != (443 if target.tls else 80):
+            host = f"{host}:{target.port}"
         lines = [
             f"POST {target.path} HTTP/1.1",
-            f"Host: {host}:{target.port}",
+            f"Host: {host}",
             "Content-Type: application/json",
             f"Content-Length: {len(body)}",
             "Connection: close",

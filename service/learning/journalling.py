@@ -8,10 +8,10 @@ sync     an answer is given when it is kept, and refused with STORE_READ_ONLY wh
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -44,11 +44,22 @@ class Mode(StrEnum):
     SYNC = "sync"
 
 
+Offer: TypeAlias = Callable[[int, Answer, Callable[[], Mapping[str, Any]], int], None]
+"""(number in the stream, answer, what gives the inputs, their bytes)"""
+
+
 class ModelJournal:
-    """Where one served model's answers go."""
+    """Where one served model's answers go.
+
+    Attributes
+    ----------
+    stream : its number
+    shadows : who is told of what was appended
+    """
 
     def __init__(self, journal: Journal, stream: OpenStream, *, waits: bool) -> None:
-        self.waits = waits
+        self.waits, self.stream = waits, stream.row.stream
+        self.shadows: tuple[Offer, ...] = ()
         self._journal, self._stream = journal, stream
         self._segments = {NO_SEGMENT}
 
@@ -74,6 +85,11 @@ class ModelJournal:
         if not prediction_id and self.waits:
             raise NotReady("the prediction cannot be kept now, which its model asks for", reason=READ_ONLY)
         return prediction_id, self._stream.receipt(request) if receipt and prediction_id else b""
+
+    def offer(self, answer: Answer, inputs: Callable[[], Mapping[str, Any]], size: int) -> None:
+        """Tell the shadows of what was appended last; `inputs` gives those of its request, which take `size` bytes."""
+        for offer in self.shadows:
+            offer(self._stream.newest, answer, inputs, size)
 
     async def flush(self) -> None:
         """Return when the answers appended so far are on the disk. NotReady if they cannot be written."""

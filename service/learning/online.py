@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
 import logging
 import time
 from collections import Counter
@@ -41,7 +42,7 @@ from service.store.online_states import (
     set_back,
     write_serving,
 )
-from service.store.reading import Cohort, Reader
+from service.store.reading import NO_LABEL, Cohort, Reader
 
 log = logging.getLogger(__name__)
 
@@ -86,11 +87,12 @@ class OnlineState:
 
 
 class Replayed(NamedTuple):
-    """What a replay from the first label came to."""
+    """What a replay came to: of so many steps and labels, after the state `since`, as far back as the journal goes."""
 
     steps: int
     learned: int
     equal: bool
+    since: int = START
 
 
 class Learner:
@@ -168,19 +170,66 @@ class Learner:
         self._journal.writer.write_now(lambda c: write_serving(c, self.model, self.revision, serving))
         self.serving = serving
 
-    def replay(self, setbacks: dict[int, int]) -> Replayed:
-        """Learn everything again from the revision's start, beside what serves. Refused if it is no longer kept."""
-        if not self._reader.is_whole():
-            raise Refused(f"the journal no longer has all that {self.revision} has learned from")
-        progress, number, made = Progress.begin(self.start, self.progress.quota), 0, {START: b""}
+    def skip(self) -> None:
+        """Pass the labels that wait as if they had taught nothing: learning is set back to before them."""
+        number, artifact = self.number, self.progress.artifact
+        while cohort := self._reader.read(STEP_ROWS):
+            before = _taken(self.progress.counts)
+            self._gate.add(self.progress.take(cohort, self.digest).held_out)
+            self._commit(cohort, None)
+            self.taken += _taken(self.progress.counts) - before
+            if sum(map(len, cohort.pairs)) < STEP_ROWS:
+                break
+        self.progress.set_back(artifact, self.start)
+
+        def write(connection: Connection) -> None:
+            set_back(
+                connection, self.model, self.revision, self._reader.reset(connection, self.progress.encode()), number
+            )
+
+        self._journal.writer.write_now(write)
+
+    def replay(self, setbacks: dict[int, int], heads: dict[int, str]) -> Replayed:
+        """Learn everything again beside what serves: from the revision's start, or where its first labels are forgotten
+        from the oldest kept state of which all that followed is there. Refused if there is none."""
+        if self._reader.is_whole():
+            return self._learned_again(START, Progress.begin(self.start, self.progress.quota), setbacks)
+        since = self._whole_since(setbacks, heads)
+        if since is None:
+            raise Refused(f"the journal no longer has what {self.revision} has learned from since any kept state")
+        with self._journal.reading() as connection:
+            artifact = read_state(connection, self.model, self.revision, since)
+        return self._learned_again(since, Progress.going_on(heads[since], artifact), setbacks)
+
+    def _learned_again(self, since: int, progress: Progress, setbacks: dict[int, int]) -> Replayed:
+        number, before, made = since, progress.counts["learned"], {START: b""}
         for cohort in self._reader.replay():
+            if cohort.number <= since:
+                continue
             number = cohort.number
             progress.take(cohort, self.digest)
             if number in setbacks.values():
                 made[number] = progress.artifact
             if number in setbacks:
                 progress.set_back(made[setbacks[number]], self.start)
-        return Replayed(number, progress.counts["learned"], progress.encode() == self.progress.encode())
+        equal = progress.encode() == self.progress.encode()
+        return Replayed(number - since, progress.counts["learned"] - before, equal, since)
+
+    def _whole_since(self, setbacks: dict[int, int], heads: dict[int, str]) -> int | None:
+        """The oldest kept state, behind every setback, after which the journal has each label that was dealt with.
+
+        A step whose rows are forgotten in part gives fewer: as many must be there as were counted since the state.
+        """
+        there, rows = {}, 0
+        for cohort in self._reader.replay():
+            rows += sum(int((part.labels != NO_LABEL).sum()) for part in (*cohort.pairs, *cohort.late))
+            there[cohort.number] = rows
+        forgotten = _taken(self.progress.counts) - rows
+        for number, head in heads.items():
+            counted = _taken(Counter(json.loads(head)["counts"]))
+            if number in there and counted - there[number] == forgotten and number > max(setbacks, default=START):
+                return number
+        return None
 
     def _commit(self, cohort: Cohort, verdict: Verdict | None) -> None:
         """Write state and position, and what serves, both or neither."""
@@ -191,8 +240,8 @@ class Learner:
         def write(connection: Connection) -> None:
             self._reader.write(connection, cohort, state)
             if serving is not self.serving:
-                learned, artifact = self.progress.counts["learned"], self.progress.artifact
-                keep_state(connection, self.model, self.revision, serving, learned, artifact)
+                learned, artifact, head = self.progress.counts["learned"], self.progress.artifact, self.progress.head
+                keep_state(connection, self.model, self.revision, serving, learned, artifact, head)
 
         self._journal.writer.write_now(write)
         self.number = cohort.number
@@ -212,7 +261,13 @@ class Learner:
 
 
 class Online:
-    """The learners of all models whose active revision learns online. Methods are for the event loop."""
+    """The learners of all models whose active revision learns online, and of revisions that do so in shadow: nothing of
+    these serves. Methods are for the event loop.
+
+    Attributes
+    ----------
+    in_shadow : gives models and revisions of the latter
+    """
 
     def __init__(
         self,
@@ -230,6 +285,7 @@ class Online:
         self._learners: dict[tuple[str, str], tuple[Learner, asyncio.Task[None]]] = {}
         self._changing = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
+        self.in_shadow: Callable[[], set[tuple[str, str]]] = set
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._run())
@@ -261,16 +317,23 @@ class Online:
         await self._change(model, lambda learner: learner.set_back(number))
         return await self.state(model)
 
-    async def suspend(self, model: str, *, suspended: bool) -> OnlineState:
-        """Learn no more, or go on with what has come since."""
-        await self._change(model, lambda learner: learner.suspend(suspended))
+    async def suspend(self, model: str, *, suspended: bool, skip_waiting: bool = False) -> OnlineState:
+        """Learn no more, or go on: with what has come since, unless that is to be skipped."""
+
+        def work(learner: Learner) -> None:
+            if skip_waiting:
+                learner.skip()
+            learner.suspend(suspended)
+
+        await self._change(model, work)
         return await self.state(model)
 
     async def replay(self, model: str) -> Replayed:
-        """Learn everything again from empty, and compare with what was learned, bit for bit."""
+        """Learn everything again, and compare with what was learned, bit for bit."""
 
         def work(learner: Learner) -> Replayed:
-            return learner.replay(self._states.setbacks(learner.model, learner.revision))
+            place = learner.model, learner.revision
+            return learner.replay(self._states.setbacks(*place), self._states.heads(*place))
 
         return await self._change(model, work)
 
@@ -281,7 +344,11 @@ class Online:
     async def _change(self, model: str, work: Callable[[Learner], T]) -> T:
         learner = await self._find(model)
         async with learner.busy:
-            result = await asyncio.to_thread(work, learner)
+            try:
+                result = await asyncio.to_thread(work, learner)
+            except BaseException:
+                await asyncio.to_thread(learner.load)
+                raise
         await self._serving.look(model)
         learner.wake.set()
         return result
@@ -290,28 +357,30 @@ class Online:
         active = self._repository.get(model).active
         if active.online_state is None:
             raise Refused(f"{active.revision}, which is active on model {shown(model)}, does not learn online")
-        await self._look()
+        await self.look()
         return self._learners[model, active.revision][0]
 
     async def _run(self) -> None:
         while True:
             pause = LOOK_SECONDS / 4
             try:
-                await self._look()
+                await self.look()
                 await self._serving.look()
             except Exception:
                 log.exception("the online learners could not be looked after; what is served stays")
                 pause = RETRY_SECONDS
             await asyncio.sleep(pause)
 
-    async def _look(self) -> None:
-        """A learner for each active revision that learns, and no other."""
+    async def look(self) -> None:
+        """A learner for each revision that learns, and no other."""
         async with self._changing:
             wanted = {
                 (model.name, model.active.revision)
                 for model in list(self._repository.models())
                 if model.active.online_state is not None
             }
+            served = {model.name for model in self._repository.models()}
+            wanted |= {key for key in self.in_shadow() if key[0] in served}
             for key in self._learners.keys() - wanted:
                 await self._stop(key)
             for key in wanted - self._learners.keys():

@@ -39,6 +39,10 @@ class OnlineServing:
         found = self._states.served(model, revision, START) if isinstance(fitted, OnlineCalibrator) else None
         return fitted if found is None else calibrators.loads(found[1])
 
+    async def forget(self, model: str, revision: str) -> None:
+        """Delete what the journal has of a revision."""
+        await self._states.forget(model, revision)
+
     async def look(self, name: str | None = None) -> None:
         """Serve the states that the store says serve: of one model, or of all."""
         for model in list(self._repository.models()):

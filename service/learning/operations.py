@@ -79,11 +79,14 @@ class Operations:
                 shutil.rmtree(folder, ignore_errors=True)
 
     @asynccontextmanager
-    async def rows(self) -> AsyncIterator[tuple[str, RowWriter]]:
-        """A name for an operation to come, and a writer for its rows. Unless submitted within, all is discarded."""
+    async def rows(self, name: str = "") -> AsyncIterator[tuple[str, RowWriter]]:
+        """A name for an operation to come, and a writer for its rows. Unless submitted within, all is discarded.
+
+        Who gives the name knows after a crash whether it was submitted.
+        """
         if sum(operation.running for operation in self._operations.values()) >= self.limits.waiting:
             raise Overloaded(f"{self.limits.waiting} operations are running or waiting already", retry_after_seconds=5)
-        name = f"op-{secrets.token_hex(8)}"
+        name = name or f"op-{secrets.token_hex(8)}"
         # Not in a thread: a caller leaving meanwhile would leave open files.
         writer = RowWriter(self._root / name)
         try:

@@ -74,13 +74,22 @@ class Progress:
     @classmethod
     def decode(cls, state: bytes) -> Self:
         head, _, artifact = state.partition(b"\n")
+        return cls.going_on(head.decode(), artifact)
+
+    @classmethod
+    def going_on(cls, head: str, artifact: bytes) -> Self:
+        """From a kept state and its head."""
         said = json.loads(head)
         calibrator = cast(OnlineCalibrator, calibrators.loads(artifact))
         return cls(calibrator, said["quota"], Counter(said["counts"]), said["used"])
 
     def encode(self) -> bytes:
-        head = {"quota": self.quota, "counts": self.counts, "used": self._used}
-        return json.dumps(head, sort_keys=True).encode() + b"\n" + self.artifact
+        return self.head.encode() + b"\n" + self.artifact
+
+    @property
+    def head(self) -> str:
+        """All but the calibrator."""
+        return json.dumps({"quota": self.quota, "counts": self.counts, "used": self._used}, sort_keys=True)
 
     @property
     def artifact(self) -> bytes:
@@ -125,18 +134,24 @@ class Progress:
         return rows.chosen(usable), held_out(part)[usable]
 
     def _within_quota(self, rows: Rows) -> Rows:
-        allowed = np.ones(len(rows.labels), bool)
-        for producer in np.unique(rows.producers).tolist():
-            own = np.flatnonzero(rows.producers == producer)
-            hour, used = self._used.get(str(producer), [0, 0])
-            hours = np.maximum.accumulate(np.maximum(rows.times_ms[own] // QUOTA_MS, hour))
-            for begun in np.unique(hours).tolist():
-                within = own[hours == begun]
-                used = used if begun == hour else 0
-                allowed[within[max(0, self.quota - used) :]] = False
-                self._used[str(producer)] = [hour, used] = [begun, min(self.quota, used + len(within))]
+        allowed = within_quota(self.quota, self._used, rows.producers, rows.times_ms)
         self.counts["over_quota"] += int((~allowed).sum())
         return rows.chosen(allowed)
+
+
+def within_quota(quota: int, used_of: dict[str, list[int]], producers: Array, times_ms: Array) -> Array:
+    """Which rows are not beyond their producer's labels an hour; `used_of`, of each its hour and labels, goes along."""
+    allowed: Array = np.ones(len(producers), bool)
+    for producer in np.unique(producers).tolist():
+        own = np.flatnonzero(producers == producer)
+        hour, used = used_of.get(str(producer), [0, 0])
+        hours = np.maximum.accumulate(np.maximum(times_ms[own] // QUOTA_MS, hour))
+        for begun in np.unique(hours).tolist():
+            within = own[hours == begun]
+            used = used if begun == hour else 0
+            allowed[within[max(0, quota - used) :]] = False
+            used_of[str(producer)] = [hour, used] = [begun, min(quota, used + len(within))]
+    return allowed
 
 
 def rows_apart(pairs: list[Pairs], digest: str, calibrator: OnlineCalibrator) -> Rows:

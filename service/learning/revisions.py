@@ -20,7 +20,8 @@ import safetensors.numpy
 import calibrators
 from calibrators import Calibrator
 from calibrators.graph import stage
-from service.errors import CalserveError, Damaged, InvalidRequest, Refused, shown
+from calibrators.kinds.identity import Identity
+from service.errors import CalserveError, Damaged, InvalidRequest, Refused, Stale, shown
 from service.inference import datatypes
 from service.inference.model import NO_REVISION, ServedModel, Snapshot
 from service.inference.repository import Repository
@@ -102,13 +103,20 @@ class Revisions:
     async def calibrator(self, row: RevisionRow) -> Calibrator:
         return await asyncio.to_thread(self._read, row)
 
+    async def challenger(self, model: ServedModel, revision: str) -> Calibrator:
+        """A revision as it was fitted, `none` as what changes nothing. Refused if it is not for this model."""
+        if revision == NO_REVISION:
+            return Identity.of(model.n_classes)
+        row = await self.get(model.name, revision)
+        return await asyncio.to_thread(self._load, model, row)
+
     async def export(self, model_name: str, revision: str) -> bytes:
         """The model with a revision (default: the active one; `none`: the model's own) inside, as plain ONNX."""
         model = self._repository.get(model_name)
         revision = revision or model.active.revision
         if revision == NO_REVISION:
             return await asyncio.to_thread(model.export, None)
-        model = await self._model_for(model_name, revision, "")
+        model = await self.model_for(model_name, revision)
         row = await self.get(model_name, revision)
         return await asyncio.to_thread(
             lambda: model.export(self._online.calibrator(model_name, revision, self._load(model, row)))
@@ -148,19 +156,31 @@ class Revisions:
         self._preparing.pop(model, None)
         self._snapshots.pop(model, None)
 
-    async def activate(self, model_name: str, revision: str, version: str = "") -> tuple[str, str]:
-        """Make a revision (or `none`) serve; return (active now, active before). A failure changes nothing."""
+    async def activate(
+        self, model_name: str, revision: str, version: str = "", *, instead_of: str | None = None
+    ) -> tuple[str, str]:
+        """Make a revision (or `none`) serve; return (active now, active before). A failure changes nothing.
+
+        Stale if another is active than the one that it is to serve `instead_of`.
+        """
         async with self._lock:
-            model = await self._model_for(model_name, revision, version)
+            model = await self.model_for(model_name, revision, version)
+            if instead_of not in (None, model.active.revision):
+                raise Stale(f"model {shown(model_name)}: {model.active.revision} is active, no longer {instead_of}")
             snapshot = await self._prepare(model, revision)
             row = ActivationRow(model.name, model.digest, revision, time.time())
             await asyncio.to_thread(self._catalogue.record_activation, row)
             return self._swap(model, snapshot)
 
-    async def roll_back(self, model_name: str, version: str = "") -> tuple[str, str]:
-        """Activate what was active before the present one; return (active now, active before)."""
+    async def roll_back(self, model_name: str, version: str = "", *, only: str = "") -> tuple[str, str]:
+        """Activate what was active before the present one; return (active now, active before).
+
+        Stale if the present one is not the `only` one that is to be left.
+        """
         async with self._lock:
             model = self._repository.get(model_name, version)
+            if only not in ("", model.active.revision):
+                raise Stale(f"{model.active.revision} is active on model {shown(model_name)}, no longer {only}")
             history = await asyncio.to_thread(self._catalogue.activations, model.name, model.digest)
             if not history:
                 raise Refused(f"model {shown(model_name)}: nothing was ever activated, there is nothing to roll back")
@@ -170,7 +190,7 @@ class Revisions:
             return self._swap(model, snapshot)
 
     async def delete(self, model_name: str, revision: str) -> None:
-        """Forget a revision. Refused while it is active, or while rolling back would activate it."""
+        """Forget a revision and what it learned. Refused while it is active, or rolling back would activate it."""
         async with self._lock:
             row = await self.get(model_name, revision)
             history = await asyncio.to_thread(self._catalogue.activations, model_name, row.model_digest)
@@ -178,6 +198,7 @@ class Revisions:
                 raise Refused(
                     f"revision {shown(revision)} is active or would be after a roll-back; activate others first"
                 )
+            await self._online.forget(model_name, revision)
             for digest in await asyncio.to_thread(self._catalogue.delete_revision, row):
                 await asyncio.to_thread(self._blobs.delete, digest)
             for model in self._models_of(row):
@@ -195,7 +216,7 @@ class Revisions:
     def _models_of(self, row: RevisionRow) -> list[ServedModel]:
         return [m for m in self._repository.models() if m.name == row.model and m.digest == row.model_digest]
 
-    async def _model_for(self, name: str, revision: str, version: str) -> ServedModel:
+    async def model_for(self, name: str, revision: str, version: str = "") -> ServedModel:
         """The loaded version that the revision was fitted on."""
         model = self._repository.get(name, version)
         if revision == NO_REVISION:

@@ -67,12 +67,30 @@ _ROLES = {
         "ImportLabels": LABEL,
         "GetPrediction": LABEL | OPERATE,
     },
+    "calserve.v1.MonitorService": {
+        "CreateMonitor": OPERATE,
+        "GetMonitor": OPERATE,
+        "ListMonitors": OPERATE,
+        "UpdateMonitor": OPERATE,
+        "DeleteMonitor": OPERATE,
+        "ListAlarms": OPERATE,
+        "WatchAlarms": OPERATE,
+        "AcknowledgeAlarm": OPERATE,
+        "GetReport": OPERATE,
+    },
     "calserve.v1.OnlineService": {
         "GetOnlineState": OPERATE,
         "RollBackOnlineState": OPERATE,
         "SuspendLearning": OPERATE,
         "ResumeLearning": OPERATE,
         "ReplayLearning": OPERATE,
+    },
+    "calserve.v1.ShadowService": {
+        "StartShadow": OPERATE,  # it costs what it runs, and may activate
+        "GetShadow": FIT_OR_OPERATE,
+        "ListShadows": FIT_OR_OPERATE,
+        "StopShadow": OPERATE,
+        "PromoteShadow": OPERATE,
     },
 }
 ROLES = {f"/{service}/{name}": roles for service, methods in _ROLES.items() for name, roles in methods.items()}

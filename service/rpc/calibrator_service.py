@@ -25,6 +25,7 @@ from service.inference.repository import Repository
 from service.learning.job import ARTIFACT, AUTO, INPUT, MODEL, JobSpec, RowWriter
 from service.learning.operations import Operation, Operations
 from service.learning.revisions import Revisions
+from service.learning.shadows import Shadows
 from service.rpc import infer_request, tensors
 from service.rpc.methods import Call, Method, methods_of
 from service.rpc.wire import CALIBRATOR_SERVICE
@@ -51,6 +52,7 @@ class CalibratorService:
     repository: Repository
     revisions: Revisions
     operations: Operations
+    shadows: Shadows
 
     def methods(self) -> list[Method]:
         return methods_of(CALIBRATOR_SERVICE, self)
@@ -155,7 +157,7 @@ class CalibratorService:
             yield pb.ExportModelResponse(piece=exported[start : start + EXPORT_PIECE_BYTES])
 
     async def delete_revision(self, request: pb.DeleteRevisionRequest, call: Call) -> pb.DeleteRevisionResponse:
-        await self.revisions.delete(request.model, request.revision)
+        await self.shadows.delete_revision(request.model, request.revision)
         return pb.DeleteRevisionResponse()
 
     async def activate_revision(self, request: pb.ActivateRevisionRequest, call: Call) -> pb.ActivateRevisionResponse:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -168,7 +169,7 @@ class Inference:
         deadline = call.deadline or time.monotonic() + self._default_deadline_seconds
         if plan.revision is not None or plan.divided:
             return self._run(reading, deadline, call.peer)
-        return plan.model.batcher.submit(plan.lane, reading.feeds, plan.rows, deadline, call.peer)
+        return plan.model.batcher.submit(plan.lane, reading.feeds, plan.rows, deadline, call.peer, more=call.more)
 
     async def _run(self, reading: Reading, deadline: float, caller: Callable[[], str]) -> Answer:
         """A request that names a revision, or has more rows than a run takes."""
@@ -187,6 +188,9 @@ def _keep(journal: ModelJournal, answer: Answer, reading: Reading) -> bytes:
     prediction_id, receipt = journal.keep(answer, own_id(reading.id_field), plan.segment, inputs, receipt=plan.receipt)
     if not prediction_id:
         return b""
+    if journal.shadows:
+        size = sum(feed.nbytes if hasattr(feed, "nbytes") else len(feed) for feed in reading.feeds)
+        journal.offer(answer, partial(plan.arrays, reading.feeds), size)
     return PREDICTION_ID + prediction_id + (parameter(RECEIPT, receipt) if receipt else b"")
 
 

@@ -31,11 +31,11 @@ class OnlineService:
         return _message(await self.online.suspend(request.model, suspended=True))
 
     async def resume_learning(self, request: pb.ResumeLearningRequest, call: Call) -> pb.OnlineState:
-        return _message(await self.online.suspend(request.model, suspended=False))
+        return _message(await self.online.suspend(request.model, suspended=False, skip_waiting=request.skip_waiting))
 
     async def replay_learning(self, request: pb.ReplayLearningRequest, call: Call) -> pb.ReplayLearningResponse:
-        steps, learned, equal = await self.online.replay(request.model)
-        return pb.ReplayLearningResponse(step_count=steps, learned_count=learned, equal=equal)
+        steps, learned, equal, since = await self.online.replay(request.model)
+        return pb.ReplayLearningResponse(step_count=steps, learned_count=learned, equal=equal, since=since)
 
 
 def _message(state: OnlineState) -> pb.OnlineState:

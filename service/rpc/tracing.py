@@ -13,8 +13,6 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import grpc
-
 from service import __version__
 from service.errors import Refused
 from service.inference.batcher import Run
@@ -27,14 +25,7 @@ if TYPE_CHECKING:
 HEADERS = ("traceparent", "tracestate")
 CLOSE_MS = 2000
 """How long a drain waits for the collector to take the last spans."""
-SERVERS_FAULT = {
-    grpc.StatusCode.UNKNOWN,
-    grpc.StatusCode.DEADLINE_EXCEEDED,
-    grpc.StatusCode.UNIMPLEMENTED,
-    grpc.StatusCode.INTERNAL,
-    grpc.StatusCode.UNAVAILABLE,
-    grpc.StatusCode.DATA_LOSS,
-}
+SERVERS_FAULT = {"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"}
 """Codes that make a span an error, by OpenTelemetry's conventions for servers."""
 
 
@@ -86,7 +77,7 @@ class Tracing:
         if span.is_recording():
             status = status_of(error, call.id)
             span.set_attribute("rpc.grpc.status_code", status.code.value[0])
-            if status.code in SERVERS_FAULT:
+            if status.code.name in SERVERS_FAULT:
                 span.set_status(self._api.StatusCode.ERROR, status.message)
         span.end(time.time_ns())
 

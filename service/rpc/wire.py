@@ -8,7 +8,14 @@ from typing import Any
 
 import grpc
 from calserve import open_inference
-from calserve.v1 import calibrator_service_pb2, feedback_service_pb2, online_service_pb2, resources_pb2
+from calserve.v1 import (
+    calibrator_service_pb2,
+    feedback_service_pb2,
+    monitor_service_pb2,
+    online_service_pb2,
+    resources_pb2,
+    shadow_service_pb2,
+)
 from google.protobuf import descriptor_pb2, message_factory
 from google.protobuf.descriptor import FileDescriptor, MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import Message
@@ -19,7 +26,9 @@ INFERENCE_SERVICE = open_inference.SERVICE
 HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"]
 CALIBRATOR_SERVICE = calibrator_service_pb2.DESCRIPTOR.services_by_name["CalibratorService"]
 FEEDBACK_SERVICE = feedback_service_pb2.DESCRIPTOR.services_by_name["FeedbackService"]
+MONITOR_SERVICE = monitor_service_pb2.DESCRIPTOR.services_by_name["MonitorService"]
 ONLINE_SERVICE = online_service_pb2.DESCRIPTOR.services_by_name["OnlineService"]
+SHADOW_SERVICE = shadow_service_pb2.DESCRIPTOR.services_by_name["ShadowService"]
 
 
 def method_path(method: MethodDescriptor) -> str:
@@ -51,7 +60,15 @@ def file_descriptors() -> Iterator[descriptor_pb2.FileDescriptorProto]:
             seen.add(file.name)
             yield descriptor_pb2.FileDescriptorProto.FromString(file.serialized_pb)
 
-    for module in (resources_pb2, calibrator_service_pb2, feedback_service_pb2, online_service_pb2):
+    own = (
+        resources_pb2,
+        calibrator_service_pb2,
+        feedback_service_pb2,
+        monitor_service_pb2,
+        online_service_pb2,
+        shadow_service_pb2,
+    )
+    for module in own:
         yield from with_imports(module.DESCRIPTOR)
 
 

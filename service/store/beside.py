@@ -48,12 +48,18 @@ class Beside:
         names = tuple(dict.fromkeys(segments))
         places = {name: place for place, name in enumerate(names)}
         known = dict.fromkeys(name for one in signals for name in one)
-        none = [np.full(rows, np.nan, np.float32) for rows in row_counts]
-        columns = {
-            name: np.concatenate([one.get(name, nan) for one, nan in zip(signals, none, strict=True)], dtype=np.float32)
-            for name in known
-        }
-        return cls(names, np.array([places[name] for name in segments], np.uint32), columns)
+
+        def column(name: str) -> Floats:
+            return np.concatenate(
+                [
+                    one[name] if name in one else np.full(rows, np.nan)
+                    for one, rows in zip(signals, row_counts, strict=True)
+                ],
+                dtype=np.float32,
+            )
+
+        indices = np.array([places[name] for name in segments], np.uint32)
+        return cls(names, indices, {name: column(name) for name in known})
 
     def __bool__(self) -> bool:
         return bool(self.signals) or self.segments != (NO_SEGMENT,)

@@ -55,8 +55,8 @@ Read: TypeAlias = Callable[[Sequence[Any]], list[Answered]]
 class OpenStream:
     """The requests of one served model on their way to the journal. `append` is for one thread.
 
-    `read` makes of what is appended what is kept: in the writer's thread, since every line in the path of a request
-    costs several times what it does in a loop.
+    `read` makes of what is appended, many at once, what is kept: in the writer's thread, since every line in the path
+    of a request costs several times what it does in a loop.
     """
 
     def __init__(self, journal: Journal, row: StreamRow, read: Read, more_bytes: int) -> None:
@@ -85,9 +85,14 @@ class OpenStream:
             self._ids = [self._maker.make(later) for later in range(number + IDS_AHEAD - 1, number - 1, -1)]
         return self._ids.pop()
 
+    @property
+    def newest(self) -> int:
+        """The number of what was appended last."""
+        return self._next - 1
+
     def receipt(self, request: Any) -> bytes:
         """The receipt of what was appended last."""
-        return receipts.issue(self._maker.key, self.row, self._next - 1, self.read([request])[0])
+        return receipts.issue(self._maker.key, self.row, self.newest, self.read([request])[0])
 
 
 class _Flight(NamedTuple):
@@ -232,7 +237,7 @@ class Journal:
             if self._read_connection is None:
                 self._read_connection = self.connect()
                 self._read_connection.execute("PRAGMA query_only=ON")
-            with reading_errors("journal"):
+            with reading_errors("journal"):  # of a damaged file even the end of reading may fail
                 self._read_connection.execute("BEGIN")
                 try:
                     yield self._read_connection

@@ -16,7 +16,7 @@ from service.errors import Damaged
 from service.store.database import Connection
 from service.store.packs import Pack
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 SCHEMA = """
 CREATE TABLE streams (
     stream INTEGER PRIMARY KEY, model TEXT NOT NULL, version TEXT NOT NULL, digest TEXT NOT NULL,
@@ -79,8 +79,23 @@ CREATE TABLE alarms (
     row TEXT NOT NULL, crc INTEGER NOT NULL
 ) STRICT;
 CREATE INDEX alarms_by_change ON alarms (change);
+CREATE INDEX alarms_by_monitor ON alarms (model, monitor, alarm);
 """
-LATER_SCHEMAS = (SCHEMA_OF_MONITORS,)
+SCHEMA_OF_SHADOWS = """
+CREATE TABLE online_heads (
+    model TEXT NOT NULL, revision TEXT NOT NULL, number INTEGER NOT NULL, head TEXT NOT NULL, crc INTEGER NOT NULL,
+    PRIMARY KEY (model, revision, number)
+) STRICT;
+CREATE TABLE shadows (
+    model TEXT NOT NULL, revision TEXT NOT NULL, row TEXT NOT NULL, crc INTEGER NOT NULL, PRIMARY KEY (model, revision)
+) STRICT;
+CREATE TABLE shadow_packs (
+    pack INTEGER PRIMARY KEY, model TEXT NOT NULL, revision TEXT NOT NULL, stream INTEGER NOT NULL,
+    first INTEGER NOT NULL, last INTEGER NOT NULL, payload BLOB NOT NULL, crc INTEGER NOT NULL
+) STRICT;
+CREATE INDEX shadow_packs_by_place ON shadow_packs (stream, revision, last);
+"""
+LATER_SCHEMAS = (SCHEMA_OF_MONITORS, SCHEMA_OF_SHADOWS)
 """What each version has more than the one before."""
 
 PRUNED_TOGETHER = 16
@@ -140,6 +155,10 @@ _FORGET_RELEASES = """
     )
 """
 """The last one stays, as the place where a replay begins."""
+
+
+_OF_REVISIONS = ("online_states", "online_heads", "online_serving", "online_setbacks", "shadows", "shadow_packs")
+_READERS_OF_REVISIONS = ("online", "coverage", "shadow")
 
 
 def checksum(*values: object) -> int:
@@ -229,10 +248,21 @@ def forget_pack(connection: Connection, pack: PackRow) -> None:
     range_of = (pack.stream, pack.last)
     forgotten = connection.execute("DELETE FROM labels WHERE stream = ? AND number <= ?", range_of).rowcount
     connection.execute("DELETE FROM conflicts WHERE stream = ? AND number <= ?", range_of)
+    connection.execute("DELETE FROM shadow_packs WHERE stream = ? AND last <= ?", range_of)
     connection.execute("DELETE FROM packs WHERE pack = ?", (pack.pack,))
     connection.execute("UPDATE streams SET pruned = ? WHERE stream = ?", (pack.last + 1, pack.stream))
     change_counter(connection, "packs", -1)
     change_counter(connection, "labels", -forgotten)
+
+
+def forget_revision(connection: Connection, model: str, revision: str) -> None:
+    """Delete what was learned by a revision, how it was compared, and how far those who followed it have read."""
+    for table in _OF_REVISIONS:
+        connection.execute(f"DELETE FROM {table} WHERE model = ? AND revision = ?", (model, revision))  # noqa: S608
+    for table in ("readers", "releases"):
+        for name in _READERS_OF_REVISIONS:
+            query = f"DELETE FROM {table} WHERE model = ? AND reader = ?"  # noqa: S608
+            connection.execute(query, (model, f"{name}/{revision}"))
 
 
 def _hashes(stream: StreamRow, pack: Pack) -> list[tuple[int, int, int]]:

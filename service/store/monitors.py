@@ -83,6 +83,11 @@ def read_alarm(connection: Connection, number: int) -> AlarmRow | None:
     return found[0] if found else None
 
 
+def alarms_of(connection: Connection, model: str, monitor: str, most: int) -> list[AlarmRow]:
+    """The last of one monitor, newest first."""
+    return _alarms(connection, "model = ? AND monitor = ? ORDER BY alarm DESC LIMIT ?", (model, monitor, most))
+
+
 def alarms_before(connection: Connection, model: str, number: int, most: int) -> list[AlarmRow]:
     """The last alarms of a model (empty: of all) with smaller numbers, newest first."""
     return _alarms(connection, "alarm < ? AND ? IN (model, '') ORDER BY alarm DESC LIMIT ?", (number, model, most))

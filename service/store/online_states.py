@@ -12,7 +12,7 @@ from typing import NamedTuple
 from service.errors import Damaged, NotFound
 from service.store.database import Connection
 from service.store.journal import Journal
-from service.store.journal_tables import checksum
+from service.store.journal_tables import checksum, forget_revision
 
 START = 0
 """The number of a revision's state before any label."""
@@ -58,6 +58,22 @@ class OnlineStates:
         with self._journal.reading() as connection:
             return [KeptState(*found) for found in connection.execute(query, (model, revision))]
 
+    async def forget(self, model: str, revision: str) -> None:
+        """Delete all that was learned by a revision, and how it was compared."""
+        await self._journal.writer.write(lambda connection: forget_revision(connection, model, revision))
+
+    def heads(self, model: str, revision: str) -> dict[int, str]:
+        """Of the kept states from which a replay can go on, oldest first, what it needs besides."""
+        query = (
+            "SELECT model, revision, number, head, crc FROM online_heads WHERE model = ? AND revision = ? "
+            "ORDER BY number"
+        )
+        with self._journal.reading() as connection:
+            found = connection.execute(query, (model, revision)).fetchall()
+        for *values, crc in found:
+            _check(values, crc)
+        return {number: head for _, _, number, head, _ in found}
+
     def setbacks(self, model: str, revision: str) -> dict[int, int]:
         """After which steps learning went on from an earlier state, and from which."""
         query = "SELECT model, revision, step, number, crc FROM online_setbacks WHERE model = ? AND revision = ?"
@@ -99,11 +115,13 @@ def write_serving(connection: Connection, model: str, revision: str, serving: Se
 
 
 def keep_state(
-    connection: Connection, model: str, revision: str, serving: Serving, learned: int, artifact: bytes
+    connection: Connection, model: str, revision: str, serving: Serving, learned: int, artifact: bytes, head: str
 ) -> None:
-    """Make a new state serve, and thin out the earlier ones."""
+    """Make a new state serve, and thin out the earlier ones. `head` is what a replay needs to go on from it."""
     values = (model, revision, serving.number, learned, time.time(), artifact)
     connection.execute("INSERT INTO online_states VALUES (?, ?, ?, ?, ?, ?, ?)", (*values, checksum(*values)))
+    values_of_head = (model, revision, serving.number, head)
+    connection.execute("INSERT INTO online_heads VALUES (?, ?, ?, ?, ?)", (*values_of_head, checksum(*values_of_head)))
     write_serving(connection, model, revision, serving)
     query = "SELECT number, time FROM online_states WHERE model = ? AND revision = ? ORDER BY number"
     last = 0.0
@@ -127,9 +145,9 @@ def set_back(connection: Connection, model: str, revision: str, step: int, numbe
 
 
 def _forget(connection: Connection, model: str, revision: str, number: int) -> None:
-    connection.execute(
-        "DELETE FROM online_states WHERE model = ? AND revision = ? AND number = ?", (model, revision, number)
-    )
+    for table in ("online_states", "online_heads"):
+        query = f"DELETE FROM {table} WHERE model = ? AND revision = ? AND number = ?"  # noqa: S608
+        connection.execute(query, (model, revision, number))
 
 
 def _check(values: object, crc: int) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -129,11 +130,23 @@ class Cohort:
 class Reader:
     """A named reader of one model's journal. Its methods are for any thread but the event loop's, one at a time.
 
-    `wait_seconds` is how long a label is waited for.
+    `wait_seconds` is how long a label is waited for; nothing younger than `hold_seconds` is passed at all. One that
+    reads no labels is given none, and is faster.
     """
 
-    def __init__(self, journal: Journal, model: str, name: str, wait_seconds: float) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        model: str,
+        name: str,
+        wait_seconds: float,
+        hold_seconds: float = 0.0,
+        *,
+        reads_labels: bool = True,
+    ) -> None:
+        self._reads_labels = reads_labels
         self._journal, self._model, self._name, self._wait_ms = journal, model, name, int(1000 * wait_seconds)
+        self._hold_ms = int(1000 * hold_seconds)
         self._nothing_late: tuple[Position, int] = Position(), 0
 
     def state(self) -> tuple[Position, int, bytes]:
@@ -145,7 +158,7 @@ class Reader:
         """The next step, empty if nothing can be passed. It is read again until it is committed."""
         with self._journal.reading() as connection:
             begin, number, _ = _state(connection, self._model, self._name)
-            (record,) = connection.execute("SELECT coalesce(max(record), 0) FROM records").fetchone()
+            record = self._newest_record(connection)
             end = self._watermark(connection, begin, max(record, begin.record), most_rows)
             searched = self._nothing_late[1] if self._nothing_late[0] == begin else begin.record
             cohort = self._cohort(connection, number + 1, begin, end, searched)
@@ -185,8 +198,7 @@ class Reader:
         self.forget(connection)
         query = "SELECT pack, rows FROM packs JOIN streams ON streams.stream = packs.stream WHERE model = ?"
         end = connection.execute(f"{query} ORDER BY pack DESC LIMIT 1", (self._model,)).fetchone() or (0, 0)
-        (record,) = connection.execute("SELECT coalesce(max(record), 0) FROM records").fetchone()
-        place = (self._model, self._name, 0, *end, record)
+        place = (self._model, self._name, 0, *end, self._newest_record(connection))
         values = (*place, b"", checksum(*place, b""))
         connection.execute("INSERT INTO readers VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
         connection.execute("INSERT INTO releases VALUES (?, ?, ?, ?, ?, ?, ?)", (*place, checksum(*place)))
@@ -197,16 +209,20 @@ class Reader:
             query = f"DELETE FROM {table} WHERE model = ? AND reader = ?"  # noqa: S608
             connection.execute(query, (self._model, self._name))
 
-    def passed(self, most_packs: int) -> list[Pairs]:
-        """What the last packs before the position have, with the labels that were there."""
+    def passed(self, most_packs: int, most_rows: int = LAST) -> list[Pairs]:
+        """What the last packs before the position have, with the labels that were there; packs of so many rows."""
         with self._journal.reading() as connection:
             position, _, _ = _state(connection, self._model, self._name)
+            record = position.record if self._reads_labels else LAST
             query = f"{_PACKS} ORDER BY pack DESC LIMIT ?"
             found = connection.execute(query, (self._model, 0, position.pack, most_packs)).fetchall()
+            packs = list(map(PackRow._make, found))
+            rows = accumulate(row.rows for row in packs)
+            packs = [row for row, so_far in zip(packs, rows, strict=True) if so_far - row.rows < most_rows]
             pairs: list[Pairs] = []
-            for row in map(PackRow._make, reversed(found)):
+            for row in reversed(packs):
                 stop = position.row if row.pack == position.pack else row.rows
-                pairs += pairs_of(connection, row, 0, position.record, slice(0, stop))
+                pairs += pairs_of(connection, row, 0, record, slice(0, stop))
             return pairs
 
     def is_whole(self) -> bool:
@@ -232,18 +248,26 @@ class Reader:
             begin = Position() if number == 1 and begin is None else begin
             if begin is not None:  # else what came before it is forgotten
                 with self._journal.reading() as connection:
-                    yield self._cohort(connection, number, begin, end, begin.record)
+                    cohort = self._cohort(connection, number, begin, end, begin.record)
+                yield cohort
             begin = end
+
+    def _newest_record(self, connection: Connection) -> int:
+        """Labels up to this record are there to be read."""
+        query = "SELECT coalesce(max(record), 0) FROM records"
+        return int(connection.execute(query).fetchone()[0]) if self._reads_labels else 0
 
     def _watermark(self, connection: Connection, begin: Position, record: int, most_rows: int) -> Position:
         """The position after the last row that may be passed, of labels up to `record`."""
-        oldest_ms = int(1000 * time.time()) - self._wait_ms
+        now_ms = int(1000 * time.time())
+        oldest_ms, held_ms = now_ms - self._wait_ms, now_ms - self._hold_ms if self._hold_ms else LAST
         at, left = Position(begin.pack, begin.row, record), most_rows
         for row in self._packs(connection, begin, None):
             pack = load_pack(connection, row)
             start = begin.row if row.pack == begin.pack else 0
             labels, _ = _labels_of(connection, row, pack, 0, record)
-            waited_for = (labels == NO_LABEL) & (np.repeat(pack.times_ms, pack.row_counts) > oldest_ms)
+            times_ms = np.repeat(pack.times_ms, pack.row_counts)
+            waited_for = ((labels == NO_LABEL) & (times_ms > oldest_ms)) | (times_ms > held_ms)
             waited_for[:start] = False
             passed = int(np.argmax(waited_for)) if waited_for.any() else len(labels)
             passed = min(passed, start + left)
@@ -266,6 +290,8 @@ class Reader:
 
     def _late(self, connection: Connection, begin: Position, after: int, record: int) -> list[Pairs]:
         """Labels of the records after the one and up to the other, for rows that were passed at `begin`."""
+        if record <= after:
+            return []
         query = (
             "SELECT DISTINCT labels.stream, number FROM labels JOIN streams ON streams.stream = labels.stream "
             "WHERE record > ? AND record <= ? AND model = ? ORDER BY labels.stream, number"
@@ -294,6 +320,48 @@ class Reader:
             yield PackRow(*found)
 
 
+class Follower(Reader):
+    """A reader that waits for no label and keeps no position: a row comes when it was answered, its label when it came.
+
+    It begins `most_rows` rows before the end of the journal at most, and is for sums that the order of labels does not
+    change: nothing is held back behind a watermark.
+    """
+
+    def __init__(self, journal: Journal, model: str, most_rows: int) -> None:
+        super().__init__(journal, model, "", 0.0)
+        self._most_rows = most_rows
+        self._at: Position | None = None
+        self._seen = 0, 0
+
+    def read(self, most_rows: int = MOST_ROWS) -> Cohort:
+        """The next rows, with the labels that are there, and labels that came for rows read before."""
+        with self._journal.reading() as connection:
+            record, pack = connection.execute(
+                "SELECT coalesce((SELECT max(record) FROM records), 0), coalesce((SELECT max(pack) FROM packs), 0)"
+            ).fetchone()
+            begin = self._at or Position(self._first_pack(connection), 0, record)
+            if self._seen == (record, pack):
+                return Cohort(0, begin, begin, (), (), 0)
+            end = self._watermark(connection, begin, record, most_rows)
+            cohort = self._cohort(connection, 0, begin, end, begin.record)
+        self._at = end
+        if not cohort:
+            self._seen = record, pack
+        return cohort
+
+    def commit(self, cohort: Cohort, state: bytes = b"") -> None:
+        raise NotImplementedError("a follower keeps no position")
+
+    def _first_pack(self, connection: Connection) -> int:
+        first, left = 0, self._most_rows
+        for row in map(PackRow._make, connection.execute(f"{_PACKS} ORDER BY pack DESC", (self._model, 0, LAST))):
+            left -= row.rows
+            if left < 0:
+                break
+            first = row.pack
+        return first
+
+
 def _state(connection: Connection, model: str, name: str) -> tuple[Position, int, bytes]:
     query = "SELECT model, reader, number, pack, row, record, state, crc FROM readers WHERE model = ? AND reader = ?"
     found = connection.execute(query, (model, name)).fetchone()
@@ -310,6 +378,8 @@ def _labels_of(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Label and producer of each row of a pack, of labels after the one record and up to the other."""
     labels, producers = np.full(len(pack.kept), NO_LABEL, np.int64), np.zeros(len(pack.kept), np.int64)
+    if record <= after:
+        return labels, producers
     query = (
         "SELECT number, row, label, producer FROM labels "
         "WHERE stream = ? AND number BETWEEN ? AND ? AND record > ? AND record <= ?"

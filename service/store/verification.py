@@ -22,6 +22,9 @@ ROWS = {
     "monitors": "SELECT model, monitor, row, crc FROM monitors",
     "monitor_turns": "SELECT turn, model, monitor, number, row, crc FROM monitor_turns",
     "alarms": "SELECT alarm, model, monitor, change, row, crc FROM alarms",
+    "online_heads": "SELECT model, revision, number, head, crc FROM online_heads",
+    "shadows": "SELECT model, revision, row, crc FROM shadows",
+    "shadow_packs": "SELECT model, revision, stream, first, last, payload, crc FROM shadow_packs",
     "streams": "SELECT stream, model, version, digest, class_count, start_time, crc FROM streams",
 }
 

@@ -130,6 +130,36 @@ class SetCoverage:
 
 
 @dataclass(frozen=True)
+class ShadowStanding:
+    """How a challenger stands against what serves.
+
+    Attributes
+    ----------
+    labels : that were judged, by what became of rows -> how many
+    gain, low, high : of half the Brier score, and its bounds
+    verdict : 1 better, -1 worse, 0 undecided
+    """
+
+    model: str
+    revision: str
+    labels: Mapping[str, int]
+    gain: float
+    low: float
+    high: float
+    verdict: int
+
+
+@dataclass(frozen=True)
+class ShadowRunning:
+    """What this process runs in shadow: rows by what became of them, and the seconds that runs took."""
+
+    model: str
+    revision: str
+    rows: Mapping[str, int]
+    seconds: float
+
+
+@dataclass(frozen=True)
 class MonitorMetrics:
     """One monitor.
 
@@ -187,6 +217,8 @@ class Metrics:
         monitors: Callable[[], Iterable[MonitorMetrics]] = tuple,
         nowcasts: Callable[[], Iterable[NowcastMetrics]] = tuple,
         webhook: Callable[[], WebhookMetrics | None] = lambda: None,
+        shadows: Callable[[], Iterable[ShadowStanding]] = tuple,
+        shadow_runs: Callable[[], Iterable[ShadowRunning]] = tuple,
     ) -> None:
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
@@ -195,6 +227,7 @@ class Metrics:
         self._registry.register(_Journal(journal))
         self._registry.register(_Online(online))
         self._registry.register(_Coverage(coverage))
+        self._registry.register(_Shadows(shadows, shadow_runs))
         self._registry.register(_Monitors(monitors, nowcasts, webhook))
         self._registry.register(_State(models, ready, device_lost))
 
@@ -281,16 +314,8 @@ class _State(Collector):
         requests = CounterMetricFamily(
             "calserve_requests", "Requests for inference, by result.", labels=[*of_model, "result"]
         )
-        batches = HistogramMetricFamily("calserve_batch_rows", "Rows of a run.", labels=of_model)
-        durations = {
-            name: HistogramMetricFamily(f"calserve_{name}_seconds", text, labels=of_model)
-            for name, text in (
-                ("request", "From a request's arrival to its answer, of those that were answered."),
-                ("queue", "What a request waited for its run."),
-                ("run", "What a run took."),
-            )
-        }
-        for state in self._models():
+        states = list(self._models())
+        for state in states:
             name = [state.model, state.version]
             active.add_metric([*name, state.revision, state.provider], 1.0)
             queued.add_metric(name, state.queued)
@@ -300,12 +325,29 @@ class _State(Collector):
                 dropped.add_metric([*name, why], count)
             for result, count in state.requests.items():
                 requests.add_metric([*name, result], count)
-            in_runs = sum(rows * runs for rows, runs in state.batches.items())
-            batches.add_metric(name, _runs_by_rows(state.batches), in_runs)
-            for what, family in durations.items():
-                spread: Durations = getattr(state, what)
-                family.add_metric(name, buckets(spread.bounds, spread.counts), spread.seconds)
-        yield from (active, queued, rows, runs, requests, dropped, batches, *durations.values())
+        yield from (active, queued, rows, runs, requests, dropped)
+        yield from _histograms(states)
+
+
+def _histograms(states: Sequence[ModelState]) -> Iterator[Metric]:
+    of_model = ["model", "version"]
+    batches = HistogramMetricFamily("calserve_batch_rows", "Rows of a run.", labels=of_model)
+    durations = {
+        name: HistogramMetricFamily(f"calserve_{name}_seconds", text, labels=of_model)
+        for name, text in (
+            ("request", "From a request's arrival to its answer, of those that were answered."),
+            ("queue", "What a request waited for its run."),
+            ("run", "What a run took."),
+        )
+    }
+    for state in states:
+        name = [state.model, state.version]
+        in_runs = sum(rows * runs for rows, runs in state.batches.items())
+        batches.add_metric(name, _runs_by_rows(state.batches), in_runs)
+        for what, family in durations.items():
+            spread: Durations = getattr(state, what)
+            family.add_metric(name, buckets(spread.bounds, spread.counts), spread.seconds)
+    yield from (batches, *durations.values())
 
 
 class _Journal(Collector):
@@ -372,6 +414,46 @@ class _Coverage(Collector):
         yield from (level, recent, labels)
 
 
+class _Shadows(Collector):
+    def __init__(
+        self, standings: Callable[[], Iterable[ShadowStanding]], running: Callable[[], Iterable[ShadowRunning]]
+    ) -> None:
+        self._standings, self._running = standings, running
+
+    def collect(self) -> Iterator[Metric]:
+        of_revision = ["model", "revision"]
+        labels = CounterMetricFamily(
+            "calserve_shadow_labels",
+            "Labels that a challenger in shadow was compared on, and rows that it was not, by why.",
+            labels=[*of_revision, "what"],
+        )
+        gain = GaugeMetricFamily(
+            "calserve_shadow_gain",
+            "Half the Brier score of what serves less that of the challenger, and its bounds.",
+            labels=[*of_revision, "bound"],
+        )
+        verdict = GaugeMetricFamily(
+            "calserve_shadow_verdict", "Whether the challenger is better: 1, worse: -1, or 0.", labels=of_revision
+        )
+        for standing in self._standings():
+            name = [standing.model, standing.revision]
+            verdict.add_metric(name, standing.verdict)
+            for bound, value in (("mean", standing.gain), ("low", standing.low), ("high", standing.high)):
+                gain.add_metric([*name, bound], value)
+            for what, count in standing.labels.items():
+                labels.add_metric([*name, what], count)
+        rows = CounterMetricFamily(
+            "calserve_shadow_rows", "Rows that a challenger was to be run on.", labels=[*of_revision, "what"]
+        )
+        seconds = CounterMetricFamily("calserve_shadow_run_seconds", "Time of such runs.", labels=of_revision)
+        for running in self._running():
+            name = [running.model, running.revision]
+            seconds.add_metric(name, running.seconds)
+            for what, count in list(running.rows.items()):
+                rows.add_metric([*name, what], count)
+        yield from (labels, gain, verdict, rows, seconds)
+
+
 class _Monitors(Collector):
     def __init__(
         self,
@@ -391,7 +473,7 @@ class _Monitors(Collector):
         gauges = {
             "statistic": ("calserve_monitor_statistic", "A monitor's statistic: it rings at the threshold."),
             "threshold": ("calserve_monitor_threshold", "What a monitor's statistic must reach for it to ring."),
-            "open_alarms": ("calserve_alarms_open", "Alarms that nobody has acknowledged."),
+            "open_alarms": ("calserve_alarms_open", "Alarms that are not acknowledged yet."),
         }
         counters = {
             "rows": ("calserve_monitor_rows", "Rows that a monitor has read."),

@@ -138,11 +138,25 @@ def test_machine_code_and_python_give_the_same_bits_for_many_classes(monkeypatch
     z, y = stream(120, 5)
     compiled = softmax_experts.start(5)
     wanted = softmax_experts.learn(compiled, z, y, np.ones(120))
-    for name in ("_learn", "_step", "_forecast"):
+    gains, theta = softmax_experts.gains(z, y)
+    for name in ("_learn", "_gains", "_step", "_forecast"):
         monkeypatch.setattr(softmax_experts, name, getattr(softmax_experts, name).py_func)
     plain = softmax_experts.start(5)
     assert (softmax_experts.learn(plain, z, y, np.ones(120)) == wanted).all()
     assert all((a == b).all() for a, b in zip(plain, compiled, strict=True))
+    assert all((a == b).all() for a, b in zip(softmax_experts.gains(z, y), (gains, theta), strict=True))
+    assert (theta == compiled.theta).all()
+
+
+def test_gains_are_what_each_expert_alone_would_have_gained() -> None:
+    """The mixture of the experts, with weights that do not move, is the mixture of their likelihoods."""
+    z, y = stream(800, 4, scale=2.0)
+    gains, _ = softmax_experts.gains(z, y)
+    assert gains[0] == 0
+    assert gains[1:].min() > 20
+    forecasts = softmax_experts.learn(softmax_experts.start(4), z, y, np.ones(800))
+    mixed = float((log_losses(softmax(z, axis=1), y) - log_losses(forecasts, y)).sum())
+    assert mixed == pytest.approx(np.logaddexp.reduce(gains + np.log(softmax_experts.FIRST_SHARES)), abs=0.5)
 
 
 @pytest.mark.parametrize("module", [calibeating, experts, newton, softmax_experts], ids=lambda module: module.__name__)
@@ -157,7 +171,7 @@ def test_machine_code_kept_on_disk_depends_on_its_own_file_alone(module: ModuleT
     assert functions
     for function in functions:
         used = {name for name in function.__code__.co_names if name in function.__globals__}
-        assert used <= own | {"np", "exp", "log1p"}, function.__name__
+        assert used <= own | {"np", "exp", "log", "log1p"}, function.__name__
 
 
 def whole(band: Array) -> Array:

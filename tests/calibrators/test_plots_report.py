@@ -6,8 +6,6 @@ import base64
 import hashlib
 import json
 import re
-import shutil
-import subprocess
 import sys
 from html import unescape
 from html.parser import HTMLParser
@@ -39,8 +37,8 @@ from calibrators.plots import (
 from calibrators.plots._page import COLOURS
 from calibrators.plots.report import Share
 from calibrators.plots.sets import set_quality
+from tests import browser
 
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 EVIL = "<script>alert('x')</script> & \"co\" {title} <b>"
 
 
@@ -204,17 +202,14 @@ def test_the_same_inputs_give_the_same_bytes() -> None:
     assert report(charts=charts) == report(charts=[reliability_chart({"Before": BEFORE}, Y)])
 
 
-@pytest.mark.skipif(BROWSER is None, reason="there is no chromium")
+@pytest.mark.browser
 def test_a_browser_draws_every_chart_and_has_nothing_to_complain_of(tmp_path: Path) -> None:
     charts = every_chart({EVIL: BEFORE, "after": AFTER}, class_names=[EVIL, "b", "c", "d"])
     (tmp_path / "report.html").write_text(report(title=EVIL, charts=charts), encoding="utf-8")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    dump = ["--enable-logging=stderr", "--virtual-time-budget=8000", "--dump-dom", (tmp_path / "report.html").as_uri()]
-    done = subprocess.run([str(BROWSER), *options, *dump], capture_output=True, text=True, timeout=120)
-    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
-    body, _, _ = done.stdout.partition("plotly.js v")
-    assert body.count("svg-container") == sum(len(chart.panels) for chart in charts)
-    assert 'class="point"' in body
+    with browser.page((tmp_path / "report.html").as_uri()) as tab:
+        assert tab.run("document.querySelectorAll('.plot .svg-container').length") == sum(len(c.panels) for c in charts)
+        assert tab.run("document.querySelectorAll('.plot .point').length") > 0
+        assert tab.complaints == []
 
 
 # ------------------------------------------------------------------------------------------------- the charts

@@ -23,6 +23,8 @@ from service.web.metrics import (
     NowcastMetrics,
     OnlineLearning,
     SetCoverage,
+    ShadowRunning,
+    ShadowStanding,
     WebhookMetrics,
 )
 from tests.service import models
@@ -32,7 +34,7 @@ ROOT = Path(__file__).parent.parent.parent
 X, _, _ = models.labelled_rows(20, seed=0)
 SOME = Durations((0.1, 1.0), (3, 2, 1), 4.5)
 LABELS = {
-    "grpc_method", "grpc_code", "model", "version", "revision", "provider", "why", "result", "what", "held", "monitor",
+    "grpc_method", "grpc_code", "model", "version", "revision", "provider", "why", "result", "what", "held", "monitor", "bound",
 }  # fmt: skip
 """Whose values are the server's own words, or names of models, revisions and monitors."""
 
@@ -49,6 +51,8 @@ def everything() -> Metrics:
         lambda: [MonitorMetrics("m", "default", 1.5, 6.0, 100, 2, 1)],
         lambda: [NowcastMetrics("m", 0.9, 0.88, 0.92, True)],
         lambda: WebhookMetrics({"delivered": 1, "failed": 0, "dropped": 0}, 2, 3),
+        lambda: [ShadowStanding("m", "r-2", {"judged": 500}, 0.01, 0.005, 0.015, 1)],
+        lambda: [ShadowRunning("m", "r-2", {"run": 50}, 0.5)],
     )  # fmt: skip
     metrics.recorder("/inference.GRPCInferenceService/ModelInfer")("OK", 0.01)
     return metrics

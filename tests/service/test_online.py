@@ -244,6 +244,13 @@ def test_learning_that_is_suspended_goes_on_later_with_what_has_come(
     assert metrics(server)[f'calserve_online_suspended{{model="mlp",revision="{REVISION}"}}'] == 1
     cli.main(["online", "resume", "mlp", "--address", server.address])
     assert not learned(client, 1000).suspended
+    client.suspend_learning("mlp")
+    probabilities = client.predict("mlp", X[:50]).probabilities
+    teach(client, slice(500, 1000))
+    cli.main(["online", "resume", "mlp", "--skip-waiting", "--address", server.address])
+    assert learned(client, 1500).waiting == 0
+    assert (client.predict("mlp", X[:50]).probabilities == probabilities).all()
+    assert client.replay_learning("mlp").equal
     cli.main(["online", "show", "mlp", "--address", server.address])
     assert f"revision {REVISION}" in " ".join(capsys.readouterr().out.split())
 

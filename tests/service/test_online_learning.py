@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import calibrators
+import service.store.online_states
 from calibrators.numerics import softmax
 from calibrators.online.learner import OnlineCalibrator
 from service.errors import Refused
@@ -21,7 +22,7 @@ from service.learning.progress import Progress, Rows, held_out
 from service.store.catalogue import RevisionRow
 from service.store.journal_tables import Retention, prune
 from service.store.labels import NewLabel, Result
-from service.store.online_states import read_state
+from service.store.online_states import OnlineStates, read_state
 from service.store.packs import MOST_PROBABLE, Answered, Kept, logits_of
 from service.store.reading import Reader
 from tests.service import journals
@@ -197,15 +198,82 @@ def test_labels_behind_one_that_is_waited_for_are_not_learned_yet(kept: journals
     assert dealt_with() == 100
 
 
-def test_a_replay_whose_beginning_is_forgotten_says_so(kept: journals.Kept) -> None:
-    learner, (logits, labels) = learner_of(kept), rows(200, seed=7)
-    for start in (0, 100):
+def heads(kept: journals.Kept) -> dict[int, str]:
+    return OnlineStates(kept.journal).heads(MODEL, "online_platt-1")
+
+
+def forget(kept: journals.Kept, packs: int) -> None:
+    for _ in range(packs):
+        kept.journal.writer.write_now(lambda c: prune(c, Retention(seconds=1e9, bytes=0), most=1))
+
+
+@pytest.fixture
+def every_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every state serves, and is kept."""
+    monkeypatch.setattr(service.store.online_states, "KEEP_SECONDS", 0.0)
+    for bound in ("MARGIN", "MOVED"):
+        monkeypatch.setattr(gate, bound, np.inf)
+
+
+@pytest.mark.usefixtures("every_state")
+def test_a_replay_whose_beginning_is_forgotten_goes_on_from_the_oldest_kept_state_that_it_can(
+    kept: journals.Kept,
+) -> None:
+    learner, (logits, labels) = learner_of(kept, quota=150), rows(800, seed=7)
+    for start in range(0, 800, 100):
         tell(kept, served(kept, logits[start : start + 100]), labels[start : start + 100])
         run(learner)
-    assert learner.replay({}).equal
-    kept.journal.writer.write_now(lambda c: prune(c, Retention(seconds=1e9, bytes=0), most=1))
-    with pytest.raises(Refused, match="the journal no longer has all that online_platt-1 has learned from"):
-        learner.replay({})
+    whole = learner.replay({}, heads(kept))
+    assert (whole.equal, whole.since, whole.steps) == (True, 0, learner.number)
+    forget(kept, 3)
+    part = learner.replay({}, heads(kept))
+    assert (part.equal, part.since, part.steps) == (True, 4, learner.number - 4)
+    forget(kept, 1)
+    assert learner.replay({}, heads(kept)).since == 5
+    assert learner.replay({6: 2}, heads(kept)).since == 7  # set back at 6: what came before it says nothing
+    learner.progress.counts["learned"] += 1  # another number than the journal's labels make
+    with pytest.raises(Refused, match="the journal no longer has what online_platt-1 has learned from since any"):
+        learner.replay({}, heads(kept))
+    learner.progress.counts["learned"] -= 1
+    learner.progress.calibrator.shares_[0] *= 1 + 1e-15
+    assert not learner.replay({}, heads(kept)).equal
+
+
+@pytest.mark.usefixtures("every_state")
+def test_a_replay_goes_on_from_no_state_whose_late_labels_are_forgotten(kept: journals.Kept) -> None:
+    """A label of the first pack is learned in the fourth step; when the pack goes, no state before that will do."""
+    learner, (logits, labels) = learner_of(kept), rows(600, seed=8)
+    first = served(kept, logits[:100])
+    tell(kept, first[:90], labels[:90])
+    run(learner)
+    for start in range(100, 600, 100):
+        ids = served(kept, logits[start : start + 100])
+        late = first[90:] if start == 300 else []
+        tell(kept, ids + late, np.concatenate([labels[start : start + 100], labels[90 : 90 + len(late)]]))
+        run(learner)
+    before = learner.replay({}, heads(kept))
+    assert (before.equal, before.since) == (True, 0)
+    forget(kept, 1)
+    after = learner.replay({}, heads(kept))
+    assert (after.equal, after.since) == (True, 4)
+
+
+@pytest.mark.usefixtures("every_state")
+def test_labels_that_are_skipped_teach_nothing_and_a_replay_skips_them_too(kept: journals.Kept) -> None:
+    learner, (logits, labels) = learner_of(kept), rows(600, seed=9)
+    tell(kept, served(kept, logits[:200]), labels[:200])
+    run(learner)
+    before, served_before = learner.progress.artifact, learner.serving
+    tell(kept, served(kept, logits[200:400]), 1 - labels[200:400])
+    learner.skip()
+    assert (learner.progress.artifact, learner.serving) == (before, served_before)
+    assert not learner.step()
+    tell(kept, served(kept, logits[400:]), labels[400:])
+    run(learner)
+    again = learner_of(kept)
+    assert again.progress.encode() == learner.progress.encode()
+    setbacks = OnlineStates(kept.journal).setbacks(MODEL, learner.revision)
+    assert learner.replay(setbacks, heads(kept)).equal
 
 
 def test_of_many_classes_those_that_are_not_kept_share_what_is_left() -> None:

@@ -305,9 +305,42 @@ def test_a_name_that_leads_to_a_private_address_is_not_followed(
     found = socket.getaddrinfo("127.0.0.1", int(receiver.url.split(":")[2].partition("/")[0]), proto=6)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
     url = receiver.url.replace("localhost", "hooks.example.com")
-    assert sent(tmp_path, url, ALARM, hosts="hooks.example.com").counts == {"failed": 1}
+    assert sent(tmp_path, url, ALARM, hosts="hooks.example.com").counts["failed"] == 1
     assert receiver.posts == []
     assert "hooks.example.com is at 127.0.0.1, which is private and not in webhook_hosts" in caplog.text
+
+
+def test_another_address_of_the_host_is_tried_where_the_first_does_not_answer(
+    tmp_path: Path, receive: Callable[..., Receiver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receiver = receive(200)
+    port = int(receiver.url.split(":")[2].partition("/")[0])
+    found = [socket.getaddrinfo(address, port, proto=6)[0] for address in ("127.0.0.9", "127.0.0.1")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    assert sent(tmp_path, receiver.url, ALARM).counts == {"delivered": 1}
+
+
+def test_a_secret_that_is_gone_for_a_moment_is_read_again(
+    tmp_path: Path, receive: Callable[..., Receiver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receiver, secret = receive(200), tmp_path / "secret"
+    secret.write_text("old")
+
+    def pause(*_: object) -> float:
+        secret.write_text("new")
+        return 0.0
+
+    async def run() -> Webhook:
+        async with posting(tmp_path, receiver.url, secret_file=secret) as hook:
+            secret.unlink()
+            monkeypatch.setattr(webhook.random, "uniform", pause)
+            hook.send(ALARM)
+        return hook
+
+    assert asyncio.run(run()).counts == {"delivered": 1, "retried": 1}
+    ((headers, body),) = receiver.posts
+    time, mac = (part.partition("=")[2] for part in headers["Calserve-Signature"].split(","))
+    assert mac == hmac.new(b"new", f"{time}.".encode() + body, hashlib.sha256).hexdigest()
 
 
 def test_what_json_has_no_number_for_is_null() -> None:

@@ -6,10 +6,12 @@ come in the order of the predictions; how they are divided into batches changes 
 
 from __future__ import annotations
 
+import inspect
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,3 +110,52 @@ class Detector(ABC):
     @abstractmethod
     def restore(self, state: Mapping[str, NDArray[np.generic]]) -> Self:
         """Go on from what `state` gave. ValueError if it is of another detector or other parameters."""
+
+    def parameters(self) -> dict[str, float | str]:
+        """The keywords of the constructor, which keeps each as the attribute of its name, and their values."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+
+    def _packed(self, **arrays: NDArray[np.generic] | float) -> dict[str, NDArray[np.generic]]:
+        """For `state`: copies of the arrays, and under `detector` the kind and its parameters, by which it is known."""
+        return {"detector": self._described(), **{name: np.array(array) for name, array in arrays.items()}}
+
+    def _unpacked(self, state: Mapping[str, NDArray[np.generic]], *names: str) -> dict[str, NDArray[Any]]:
+        """For `restore`: copies of the named arrays of a state that `_packed` made, for this kind and parameters."""
+        described = bytes(np.asarray(state.get("detector", ()), np.uint8)).decode(errors="replace")
+        if described != (own := bytes(self._described()).decode()):
+            raise ValueError(f"the state must be of the detector {own}, it is of {described or 'none'}")
+        if missing := [name for name in names if name not in state]:
+            raise ValueError(f"the state lacks {', '.join(missing)}")
+        return {name: np.array(state[name]) for name in names}
+
+    def _described(self) -> NDArray[np.uint8]:
+        said = json.dumps({"kind": self.kind, **self.parameters()}, sort_keys=True, default=float)
+        return np.frombuffer(said.encode(), np.uint8)
+
+
+def number(
+    name: str, value: float | str, *, above: float = -np.inf, least: float = -np.inf, most: float = np.inf
+) -> float:
+    """A parameter that is a finite number, larger than `above` and within `least` and `most`; else ValueError."""
+    is_number = isinstance(value, int | float | np.number) and np.isfinite(value)
+    if not is_number or not (above < float(value) and least <= float(value) <= most):
+        bounds = f"above {above:g}" if above > -np.inf else f"at least {least:g}"
+        raise ValueError(
+            f"{name} must be a number {bounds}{f', at most {most:g}' if most < np.inf else ''}, got {value!r}"
+        )
+    return float(value)
+
+
+def whole(name: str, value: float | str, *, least: int = 1, most: int = 1 << 53) -> int:
+    """A parameter that is a whole number, which the wire brings as a float; else ValueError."""
+    checked = number(name, value, least=least, most=most)
+    if checked != int(checked):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    return int(checked)
+
+
+def one_of(name: str, value: float | str, choices: Sequence[str]) -> str:
+    """A parameter that is one of some words; else ValueError."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    return str(value)
