@@ -33,6 +33,7 @@ MOST_KEYS = 256
 PRIVATE = 0o600
 _FIELDS = np.dtype([("key", "u1"), ("stream", ">u4"), ("high", "u1"), ("low", ">u4"), ("signature", "u8")])
 NOWHERE = -1
+"""The stream and the number of what is no id."""
 NO_PLACE = np.full((1, 2), NOWHERE, np.int64)
 
 

@@ -38,6 +38,7 @@ ROWS_TOGETHER = (512, 64, 8, 1)
 MOST_ROWS_UNSEEN = 1 << 16
 """Of a prediction that is not here no more rows are believed to be."""
 UNSEEN = -1
+"""The row count of a prediction that is not here."""
 DELAYS_SECONDS = (1.0, 10.0, 60.0, 600.0, 3600.0, 21600.0, 86400.0, 259200.0, 604800.0)
 _MARKS = "(?, ?, ?, ?, ?, ?, ?)"
 
