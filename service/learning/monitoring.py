@@ -41,6 +41,7 @@ from service.inference.model import ServedModel
 from service.inference.repository import Repository
 from service.learning.looking_back import Window, cause_of, window_of
 from service.learning.policies import Policies
+from service.learning.whole import to_its_end
 from service.store import monitors as store
 from service.store.database import Connection
 from service.store.journal import Journal
@@ -154,6 +155,7 @@ class Monitoring:
         """Of what each model serves now, without labels, as of the last look."""
         return list(self._accuracies.items())
 
+    @to_its_end
     async def nowcasts(self, model: str) -> Told:
         """Of what a model serves."""
         async with self._ready():
@@ -161,6 +163,7 @@ class Monitoring:
             rows, labels = (self._watched[model, kind].monitor.watching.detector for kind in nowcasting.KINDS)
             return await asyncio.to_thread(nowcasting.told, rows, labels, ringing=self._is_ringing(model))
 
+    @to_its_end
     async def create(self, spec: MonitorSpec) -> MonitorState:
         async with self._ready():
             self._check(spec)
@@ -170,15 +173,18 @@ class Monitoring:
                 raise Refused(f"a model has {MOST_MONITORS} monitors at most; delete one first")
             return await self._begin(spec)
 
+    @to_its_end
     async def get(self, model: str, name: str) -> MonitorState:
         async with self._ready():
             return self._find(model, name).state
 
+    @to_its_end
     async def of_model(self, model: str) -> list[MonitorState]:
         async with self._ready():
             self._repository.get(model)
             return [watched.state for _, watched in self._of(model)]
 
+    @to_its_end
     async def update(self, spec: MonitorSpec, fields: Iterable[str]) -> MonitorState:
         """Take these fields of the spec. Unless it is only policy and cool-down, the monitor begins anew."""
         async with self._ready():
@@ -199,6 +205,7 @@ class Monitoring:
             self._specs[spec.model, spec.name] = after
             return (await self._load(monitor)).state
 
+    @to_its_end
     async def delete(self, model: str, name: str, by: str) -> None:
         """Forget a monitor; its alarm, if one is open, counts as acknowledged."""
         async with self._ready():
@@ -223,6 +230,7 @@ class Monitoring:
         """The last alarms of a model (empty: of all) before this one, newest first."""
         return await asyncio.to_thread(self.alarms.before, model, before, most)
 
+    @to_its_end
     async def acknowledge(self, model: str, alarm: str, by: str, *, rebaseline: bool = False) -> Alarm:
         """Say that an alarm was seen: its monitor begins anew, with a new reference if asked to. Once is enough."""
         async with self._ready():

@@ -28,6 +28,7 @@ from service.learning.gate import Gate, Verdict
 from service.learning.online_serving import OnlineServing
 from service.learning.progress import Progress, rows_apart
 from service.learning.revisions import Revisions
+from service.learning.whole import to_its_end
 from service.store.catalogue import RevisionRow
 from service.store.database import Connection
 from service.store.journal import Journal
@@ -341,6 +342,7 @@ class Online:
         """Of all learners, without what is kept."""
         return [_said(learner, []) for learner, _ in list(self._learners.values())]
 
+    @to_its_end
     async def _change(self, model: str, work: Callable[[Learner], T]) -> T:
         learner = await self._find(model)
         async with learner.busy:

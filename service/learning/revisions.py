@@ -28,6 +28,7 @@ from service.inference.repository import Repository
 from service.inference.session import Session
 from service.learning.job import INPUT
 from service.learning.online_serving import OnlineServing
+from service.learning.whole import to_its_end
 from service.store.blobs import Blobs
 from service.store.catalogue import ActivationRow, Catalogue, RevisionRow
 
@@ -156,6 +157,7 @@ class Revisions:
         self._preparing.pop(model, None)
         self._snapshots.pop(model, None)
 
+    @to_its_end
     async def activate(
         self, model_name: str, revision: str, version: str = "", *, instead_of: str | None = None
     ) -> tuple[str, str]:
@@ -172,6 +174,7 @@ class Revisions:
             await asyncio.to_thread(self._catalogue.record_activation, row)
             return self._swap(model, snapshot)
 
+    @to_its_end
     async def roll_back(self, model_name: str, version: str = "", *, only: str = "") -> tuple[str, str]:
         """Activate what was active before the present one; return (active now, active before).
 
@@ -189,6 +192,7 @@ class Revisions:
             await asyncio.to_thread(self._catalogue.undo_activation, model.name, model.digest)
             return self._swap(model, snapshot)
 
+    @to_its_end
     async def delete(self, model_name: str, revision: str) -> None:
         """Forget a revision and what it learned. Refused while it is active, or rolling back would activate it."""
         async with self._lock:

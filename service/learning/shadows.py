@@ -27,6 +27,7 @@ from service.learning.online import Online
 from service.learning.revisions import Revisions
 from service.learning.shadow import BETTER, Comparison, Judge, from_journal, reads_logits
 from service.learning.shadow_runs import ShadowRuns
+from service.learning.whole import to_its_end
 from service.store.journal import Journal
 from service.store.shadows import PROMOTED, STOPPED, ShadowRow, read_shadows
 
@@ -87,6 +88,7 @@ class Shadows:
             self._task.cancel()
             await asyncio.wait([self._task])
 
+    @to_its_end
     async def start(
         self,
         model: str,
@@ -151,6 +153,7 @@ class Shadows:
         """Those that are in shadow now."""
         return [ShadowState(judge.row, judge.comparison) for judge in list(self._judges.values())]
 
+    @to_its_end
     async def stop(self, model: str, revision: str, by: str = "") -> ShadowState:
         """End a shadow. What an online challenger has learned stays."""
         async with self._changing:
@@ -159,6 +162,7 @@ class Shadows:
         await self._took_effect()
         return await self.get(model, revision)
 
+    @to_its_end
     async def promote(self, model: str, revision: str, by: str = "") -> ShadowState:
         """Make a challenger serve that is shown better.
 
@@ -182,6 +186,7 @@ class Shadows:
         await self._took_effect()
         return await self.get(model, revision)
 
+    @to_its_end
     async def delete_revision(self, model: str, revision: str) -> None:
         """`Revisions.delete`, of a revision that may be in shadow: nothing follows it any more when its rows go."""
         async with self._changing:
