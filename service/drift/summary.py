@@ -44,7 +44,7 @@ STEPS_MS = tuple(
     1000 * s for s in (2, 10, 20, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10_800, 21_600, 43_200, 86_400, 604_800)
 )
 LEAST_PROBABILITY = float(np.finfo(np.float32).tiny)
-"""What a served probability of zero counts as where its logarithm is taken."""
+"""What a probability of zero counts as where its logarithm is taken."""
 
 _FORECAST = {"answers": FINE_BINS, "labels": FINE_BINS, "said": FINE_BINS, "right": FINE_BINS, "log_loss": 1}
 _FIELDS = {
@@ -290,6 +290,11 @@ class Tally:
         return Summary(since_ms, until_ms, self._counted_ms, total, points, groups, max(groups_since, self._counted_ms))
 
     def _count(self, part: Pairs, sets: ConformalCalibrator | None, *, answered: bool) -> None:
+        """Rows without NaN and +inf, one of which would make a NaN of every sum that it is added to."""
+        whole = np.isfinite(part.kept.probabilities).all(axis=1) & (part.kept.logits < np.inf).all(axis=1)
+        part = part.chosen(np.flatnonzero(whole))
+        if not len(part):
+            return
         rows = Rows.of(part, self.n_classes, sets, self._shares)
         for chosen in _runs(part.times_ms, self._sums):
             rows.add_to(self._sums.at(int(part.times_ms[chosen.start])), chosen, answered=answered)
@@ -330,7 +335,10 @@ class Rows:
             part,
             {RAW: np.exp(largest - normaliser), SERVED: kept.confidence.astype(np.float64)},
             {RAW: first if kept.classes is None else kept.classes[row, first].astype(np.int64), SERVED: kept.label},
-            {RAW: raw, SERVED: np.log(np.maximum(served, LEAST_PROBABILITY))},
+            {
+                RAW: np.maximum(raw, math.log(LEAST_PROBABILITY)),
+                SERVED: np.log(np.maximum(served, LEAST_PROBABILITY)),
+            },
             size,
             covered,
         )

@@ -30,6 +30,7 @@ ALL_UP_TO = 64
 """Classes of which every logit and probability is kept ..."""
 MOST_PROBABLE = 32
 """... and beyond, how many are: those that are served as most probable."""
+LEAST_LOGIT = np.finfo(np.float32).min
 LONGEST_CALLER_ID = 127
 """A caller's own id that is longer is not kept: the server's is there."""
 
@@ -79,8 +80,9 @@ class Kept:
         classes = np.take_along_axis(classes, order, 1)
         others = logits.astype(np.float64)
         np.put_along_axis(others, classes, -np.inf, 1)
-        largest = others.max(axis=1)
-        rest = largest + np.log(np.exp(others - largest[:, None]).sum(axis=1))
+        largest = np.maximum(others.max(axis=1), LEAST_LOGIT)
+        with np.errstate(divide="ignore"):  # of classes that the model rules out nothing is left
+            rest = largest + np.log(np.exp(others - largest[:, None]).sum(axis=1))
         own, served = (np.take_along_axis(values, classes, 1) for values in (logits, probabilities))
         return cls(own, served, classes.astype(np.uint32), rest.astype(np.float32))
 

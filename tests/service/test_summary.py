@@ -40,6 +40,32 @@ def test_the_sums_are_the_metrics_of_the_rows() -> None:
     assert (total.answers, total.labels) == (6000, int(labelled.sum()))
 
 
+def test_rows_that_are_no_numbers_count_for_nothing_and_a_class_ruled_out_costs_what_it_can() -> None:
+    whole = traffic(9, 2000)
+    logits, labels = whole.kept.logits.copy(), np.maximum(whole.labels, 0)
+    odd = np.array([3, 500, 501])
+    logits[odd, [1, 2, 4]] = np.nan, np.inf, -np.inf  # of the last the model itself rules its label out
+    labels[odd] = 4
+    with np.errstate(invalid="ignore"):
+        served = softmax(logits.astype(np.float64))
+    total = tally(pairs(logits, served, labels, whole.times_ms)).summary(NOW_MS - 2 * DAY_MS, NOW_MS + 1).total
+    assert (total.answers, total.labels) == (1998, 1998)
+    good = np.delete(np.arange(2000), odd)
+    for which in (RAW, SERVED):
+        wanted = metrics.log_loss(served[good], labels[good]) * len(good) - math.log(np.finfo(np.float32).tiny)
+        assert total.log_loss(which) == pytest.approx(wanted / 1998, rel=1e-6)
+
+
+def test_of_many_classes_the_model_may_rule_out_all_that_are_not_kept() -> None:
+    logits = np.random.default_rng(6).normal(size=(50, 100))
+    logits[:, 20:] = -np.inf
+    labels = np.arange(50) % 20
+    part = pairs(logits, softmax(logits), labels, np.linspace(NOW_MS - HOUR_MS, NOW_MS - 1, 50))
+    total = tally(part).summary(NOW_MS - DAY_MS, NOW_MS + 1).total
+    for which in (RAW, SERVED):
+        assert total.log_loss(which) == pytest.approx(metrics.log_loss(softmax(logits[:, :20]), labels), rel=1e-5)
+
+
 def test_sets_are_those_that_the_revision_makes() -> None:
     part = traffic(1, 4000)
     calibrator = sets_of(traffic(2, 3000))
