@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from http import HTTPStatus
@@ -13,12 +12,11 @@ from typing import Self
 
 from service.cores import threads_per_run, usable_cores
 from service.drift.summaries import Summaries
-from service.drift.webhook import RESULTS, Target, Webhook
+from service.drift.webhook import Target, Webhook
 from service.inference.batcher import Limits as QueueLimits
 from service.inference.device_loss import DeviceLoss
 from service.inference.repository import Repository, folders
 from service.inference.session import Device
-from service.inference.statistics import BOUNDS_NS, Spread
 from service.learning.coverage import Coverage
 from service.learning.following import Following
 from service.learning.journalling import Journalling
@@ -28,12 +26,11 @@ from service.learning.online import Online
 from service.learning.online_serving import OnlineServing
 from service.learning.operations import Limits, Operations
 from service.learning.policies import Policies
-from service.learning.progress import COUNTED
 from service.learning.revisions import Revisions
-from service.learning.shadow import BETTER, WORSE
 from service.learning.shadow_runs import ShadowRuns
 from service.learning.shadows import Shadows
 from service.lifecycle import Signals, end_process, keep_watchdog, notify
+from service.measured import Measured
 from service.page import PageFacts
 from service.rpc.access import Access, check_complete
 from service.rpc.calibrator_service import CalibratorService
@@ -61,26 +58,13 @@ from service.rpc.wire import FEEDBACK_SERVICE, INFERENCE_SERVICE
 from service.settings import Settings, is_local
 from service.store.blobs import Blobs
 from service.store.catalogue import Catalogue
-from service.store.journal import LOST, Journal
+from service.store.journal import Journal
 from service.store.journal_tables import Retention
-from service.store.labels import DELAYS_SECONDS, Labels, Result
+from service.store.labels import Labels
 from service.store.lock import lock_store
 from service.store.online_states import OnlineStates
 from service.supervisor import Member
 from service.web.http import HttpServer, Page, text
-from service.web.metrics import (
-    Durations,
-    JournalState,
-    Metrics,
-    ModelState,
-    MonitorMetrics,
-    NowcastMetrics,
-    OnlineLearning,
-    SetCoverage,
-    ShadowRunning,
-    ShadowStanding,
-    WebhookMetrics,
-)
 from service.web.site import Site
 
 log = logging.getLogger(__name__)
@@ -155,25 +139,19 @@ class App:
             mode=settings.monitors,
             wait_seconds=settings.monitor_wait_seconds,
         )
-        self._metrics = Metrics(
-            self._model_states,
-            lambda: self._health.serving(READY),
-            lambda: self._device.loss.lost,
-            self._journal_state,
-            self._online_learning,
-            lambda: [SetCoverage(**vars(state)) for state in self._coverage.states()],
-            self._monitor_metrics,
-            lambda: [
-                NowcastMetrics(model, now.estimate, now.low, now.high, now.valid)
-                for model, now in self._monitoring.accuracies()
-            ],
-            webhook=self._webhook_state,
-            shadows=self._shadow_standings,
-            shadow_runs=lambda: [
-                ShadowRunning(run.row.model, run.row.revision, run.counts, run.seconds)
-                for run in self._shadow_runs.runs()
-            ],
-        )
+        self._metrics = Measured(
+            self.repository,
+            self._health,
+            self._device.loss,
+            self._journal,
+            self._feedback,
+            self._online,
+            self._coverage,
+            self._monitoring,
+            self._shadows,
+            self._shadow_runs,
+            self._webhook,
+        ).metrics()
         facts = PageFacts(self.repository, self._catalogue, settings.journal)
         self._summaries = Summaries(self._journal, facts.names, facts.sets_of, retention.seconds)
         self._site = Site(facts.sources(self._summaries, self._monitoring))
@@ -350,99 +328,6 @@ class App:
         }
         return [*EXTENSIONS, *(name for name, works in optional.items() if works)]
 
-    def _model_states(self) -> list[ModelState]:
-        return [
-            ModelState(
-                model.name,
-                model.version,
-                model.active.revision,
-                model.active.session.provider,
-                model.batcher.queued,
-                said.rows,
-                said.executions,
-                {"answered": said.success.count, "refused": said.fail.count},
-                said.dropped,
-                {rows: runs.count for rows, runs in list(said.batches.items())},
-                _durations(said.success),
-                _durations(said.queue),
-                _durations(said.infer),
-            )
-            for model, said in [(model, model.statistics) for model in self.repository.models()]
-        ]
-
-    def _journal_state(self) -> JournalState:
-        kept: Counter[str] = Counter()
-        other: Counter[str] = Counter()
-        lost: Counter[tuple[str, str]] = Counter()
-        for stream in self._journal.streams():
-            kept[stream.row.model] += stream.kept_rows
-            other[stream.row.model] += stream.other_rows
-            for why in LOST:
-                lost[stream.row.model, why] += stream.lost_rows[why]
-        labels, joined = {str(result): self._feedback.counts[result] for result in Result}, self._feedback.labels
-        writer = self._journal.writer
-        return JournalState(
-            writer.writable,
-            self._journal.bytes(),
-            self._journal.queued_bytes,
-            writer.commits,
-            kept,
-            lost,
-            other,
-            labels,
-            Durations(DELAYS_SECONDS, list(joined.delays), joined.delay_seconds),
-        )
-
-    def _webhook_state(self) -> WebhookMetrics | None:
-        if self._webhook is None:
-            return None
-        counts = self._webhook.counts
-        return WebhookMetrics({name: counts[name] for name in RESULTS}, counts["retried"], self._webhook.waiting)
-
-    def _online_learning(self) -> list[OnlineLearning]:
-        return [
-            OnlineLearning(
-                state.model,
-                state.revision,
-                state.serving.number,
-                bool(state.serving.suspended),
-                {name: state.counts[name] for name in COUNTED},
-                {name: state.counts[name] for name in ("published", "refused")},
-                state.waiting,
-                state.seconds_sum,
-                state.counts["timed"],
-            )
-            for state in self._online.states()
-        ]
-
-    def _shadow_standings(self) -> list[ShadowStanding]:
-        return [
-            ShadowStanding(
-                state.row.model,
-                state.row.revision,
-                state.comparison.counts,
-                state.comparison.gain.mean,
-                *state.comparison.gain.interval(state.row.level),
-                {BETTER: 1, WORSE: -1}.get(state.comparison.verdict, 0),
-            )
-            for state in self._shadows.states()
-        ]
-
-    def _monitor_metrics(self) -> list[MonitorMetrics]:
-        counts = self._monitoring.alarm_counts
-        return [
-            MonitorMetrics(
-                state.spec.model,
-                state.spec.name,
-                state.statistic,
-                state.threshold,
-                rows,
-                counts[state.spec.model, state.spec.name],
-                len(state.alarms),
-            )
-            for state, rows in self._monitoring.states()
-        ]
-
     def _pages(self) -> dict[str, Page]:
         def ready() -> tuple[HTTPStatus, str, bytes]:
             serving = self._health.serving(READY)
@@ -488,10 +373,6 @@ def _certificates(settings: Settings) -> CertificateFiles | None:
     if settings.tls_cert is None or settings.tls_key is None:
         return None
     return CertificateFiles(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
-
-
-def _durations(spread: Spread) -> Durations:
-    return Durations([ns / 1e9 for ns in BOUNDS_NS], list(spread.counts), 1e-9 * spread.ns)
 
 
 def _webhook(settings: Settings) -> Webhook | None:

@@ -166,9 +166,8 @@ class MonitorMetrics:
     Attributes
     ----------
     statistic, threshold : it rings when the first reaches the second
-    rows : read, since the monitor was made
-    alarms : that it gave, since it was made
-    open_alarms : of these, that nobody has acknowledged
+    rows, alarms : that it read and gave since the start
+    open_alarms : that nobody has acknowledged
     """
 
     model: str
