@@ -98,16 +98,17 @@ class Summaries:
             name: self._counted.get(name) or Counted(self._journal, name, self._keep_ms, self._sets_of)
             for name in sorted(names)
         }
-        for counted in list(self._counted.values()):
-            while await asyncio.to_thread(counted.step, int(1000 * time.time())):
-                pass
+        for name, counted in self._counted.items():
+            try:
+                while await asyncio.to_thread(counted.step, int(1000 * time.time())):
+                    pass
+            except CalserveError as error:
+                log.error("the summary of model %s is not kept up now: %s", name, error.message)
 
     async def _run(self) -> None:
         while True:
             try:
                 await self.look()
-            except CalserveError as error:
-                log.error("the summaries are not kept up now: %s", error.message)
             except Exception:
                 log.exception("the summaries could not be kept up; it is tried again")
             await asyncio.sleep(LOOK_SECONDS)

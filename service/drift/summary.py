@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from calibrators.conformal.calibrator import ConformalCalibrator
 from calibrators.metrics import ReliabilityCurve
 from service.drift.states import RAW, SERVED
+from service.store.beside import MOST_SEGMENTS, OTHER_SEGMENT
 from service.store.packs import Kept, probabilities_of
 from service.store.reading import NO_LABEL, Pairs
 
@@ -30,8 +31,6 @@ FINE_BINS = 60
 """Bins of confidence; joined by threes and fours they are the twenty and the fifteen that people know."""
 MOST_SET_SIZE = 11
 """Sets of so many labels or more are counted together."""
-MOST_SEGMENTS = 64
-OTHER_SEGMENTS = "(others)"
 MOST_CELLS = 400_000
 """Counters of classes kept in memory of one model; of many classes the blocks are longer."""
 LEVELS_MS = ((2_000, 600_000), (20_000, 7_200_000), (300_000, 86_400_000))
@@ -145,7 +144,7 @@ class Groups:
 
     def add_to_segment(self, name: str, values: Array) -> None:
         if name not in self.segments:
-            name = name if len(self.segments) < MOST_SEGMENTS else OTHER_SEGMENTS
+            name = name if len(self.segments) <= MOST_SEGMENTS else OTHER_SEGMENT
             self.segments.setdefault(name, np.zeros(len(GROUP_FIELDS)))
         self.segments[name] += values
 

@@ -48,7 +48,6 @@ TRIED_AGAIN = {408, 425, 429}
 """Statuses that say "later", as all from 500 on do; any other but success says "never"."""
 REMEMBERED = 1000
 RESULTS = ("delivered", "failed", "dropped")
-NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -334,9 +333,9 @@ def _address(text: str) -> Address | None:
 
 
 def _is_public(address: Address) -> bool:
-    if isinstance(address, ipaddress.IPv6Address) and (address.sixtofour or address.teredo or address in NAT64):
-        return False  # what they lead to is of IPv4, and may be private
-    return address.is_global and not address.is_multicast
+    if isinstance(address, ipaddress.IPv6Address) and (address.sixtofour or address.teredo):
+        return False  # what they lead to is of IPv4, and may be private; so with NAT64, in ::/8, which is reserved
+    return address.is_global and not (address.is_multicast or address.is_reserved)
 
 
 def _context(authorities: Path | None) -> ssl.SSLContext:

@@ -22,7 +22,7 @@ from service.inference.batcher import Answer
 from service.inference.input_signals import InputSignals, Sample
 from service.inference.model import ServedModel, Snapshot
 from service.inference.prediction_sets import SET_SIZE
-from service.store.beside import NO_SEGMENT, Floats, Signals
+from service.store.beside import MOST_SEGMENTS, NO_SEGMENT, OTHER_SEGMENT, Floats, Signals
 from service.store.database import READ_ONLY
 from service.store.journal import Journal, OpenStream
 from service.store.packs import Answered
@@ -32,8 +32,6 @@ NEEDED = (LOGITS, PROBABILITIES)
 """Outputs that a run must compute for its rows to be kept."""
 NEEDED_IF_THERE = ("density", "ood_score")
 """Likewise, of a snapshot that has them."""
-MOST_SEGMENTS, OTHER_SEGMENT = 64, "other"
-"""Segments of a model that are told from one another; rows of further ones are kept as those of this one."""
 TELLING = {PROBABILITIES, "confidence", "label", *FURTHER_OUTPUTS}
 """An answer without any of these says nothing that a label could prove wrong."""
 

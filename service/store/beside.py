@@ -19,7 +19,10 @@ from numpy.typing import NDArray
 
 from service.store.columns import Whole, read_column, write_column
 
-NO_SEGMENT = ""
+NO_SEGMENT, OTHER_SEGMENT = "", "other"
+"""Of requests that name none; of those whose segment is one more than are told from one another."""
+MOST_SEGMENTS = 64
+"""Of a model, that are."""
 Floats = NDArray[np.float32]
 Signals = Mapping[str, Floats]
 _LENGTH_BYTES = 4

@@ -18,7 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from service import __version__
-from service.errors import NotReady
+from service.errors import NotReady, shown
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class HttpServer:
                 try:
                     response = _answer(path, query)
                 except Exception:
-                    log.exception("%s could not be answered", path.replace("\n", " ")[:200])
+                    log.exception("%s could not be answered", shown(path))
                     response = Response(*text("failed; the log says why\n", HTTPStatus.INTERNAL_SERVER_ERROR))
                 self._send(response)
 

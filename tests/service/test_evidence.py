@@ -19,7 +19,7 @@ from service import cli, errors
 from service.client import AsyncClient, Client
 from service.inference.input_signals import MOST_NUMBERS, InputSignals
 from service.inference.session import TensorSpec
-from service.learning.journalling import MOST_SEGMENTS, OTHER_SEGMENT
+from service.store.beside import MOST_SEGMENTS, OTHER_SEGMENT
 from service.store.reading import Pairs, Reader
 from tests.service import models
 from tests.service.conftest import RunningServer

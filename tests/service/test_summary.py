@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from itertools import pairwise
 from pathlib import Path
@@ -12,10 +13,11 @@ import pytest
 from calibrators import metrics
 from calibrators.numerics import softmax
 from service.drift.states import RAW, SERVED
-from service.drift.summaries import Counted
+from service.drift.summaries import Counted, Summaries
 from service.drift.summary import GROUP_FIELDS, LEVELS_MS, MOST_POINTS, OLDEST_MS, Sums, Tally, Timeline
+from service.errors import Damaged
 from service.store.labels import NewLabel
-from service.store.reading import NO_LABEL
+from service.store.reading import NO_LABEL, Cohort, Follower
 from tests.service.dashboards import HOUR_MS, NOW_MS, pairs, sets_of, tally, traffic
 from tests.service.journals import MODEL, N_CLASSES, Kept, answered
 
@@ -200,6 +202,28 @@ def test_a_follower_counts_rows_when_they_come_and_labels_when_they_come(tmp_pat
             pass
         total = counted.summary(0, now).total  # type: ignore[union-attr]
         assert (total.answers, total.labels) == (61, 42)
+    finally:
+        kept.close()
+
+
+def test_a_model_whose_journal_is_damaged_keeps_no_other_from_its_summary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Follower.read
+
+    def damaged(self: Follower, most_rows: int) -> Cohort:
+        if self._model == "first":
+            raise Damaged("a pack is damaged")
+        return read(self, most_rows)
+
+    monkeypatch.setattr(Follower, "read", damaged)
+    kept = Kept(tmp_path)
+    summaries = Summaries(kept.journal, lambda: ["first", MODEL], lambda *_: None, 7 * DAY_MS / 1000)
+    try:
+        kept.predict(answered(0))
+        kept.flush()
+        asyncio.run(summaries.look())
+        assert summaries.summary(MODEL, 0, 2 * NOW_MS).total.answers == 1  # type: ignore[union-attr]
     finally:
         kept.close()
 
