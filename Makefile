@@ -3,13 +3,18 @@
 PYTHON ?= python3
 PIP = .venv/bin/pip --disable-pip-version-check install --quiet -c constraints.txt
 
+WIRE = $(addprefix tests/service/test_,$(addsuffix .py,access async_client feedback health inference lifecycle limits \
+	refusals repository_control shared_memory tls triton_extensions workers))
+
 .PHONY: demo test lint clean
 
 demo: .venv/demo.done
 	.venv/bin/python -m examples.demo
 
+# The fast front is the default; what speaks to a server is told again to the other.
 test: .venv/test.done lint
 	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --front grpc $(WIRE)
 
 lint: .venv/test.done
 	.venv/bin/ruff check .

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
@@ -75,6 +75,12 @@ def calserve(place: Place) -> Start:
     }
     flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
     return Start([place.python, "-m", "service", "serve", *flags, *place.extra])
+
+
+def calserve_grpc(place: Place) -> Start:
+    """calserve with its other front."""
+    start = calserve(place)
+    return replace(start, arguments=[*start.arguments, "--front", "grpc"])
 
 
 def reference(place: Place) -> Start:
@@ -159,6 +165,7 @@ SERVERS = {
     for server in (
         Server("reference", reference),
         Server("calserve", calserve),
+        Server("calserve-grpc", calserve_grpc),
         Server("triton", triton),
         Server("triton-batching", triton_batching),
         Server("mlserver", mlserver, streams=False),

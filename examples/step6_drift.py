@@ -58,13 +58,14 @@ class Window(NamedTuple):
 
 @dataclass
 class Story:
-    """What happened: the alarm as it stands at the end, and how many labels after the change it rang; the revision
-    that its policy made, empty while there is none."""
+    """What happened: the alarm as it stands at the end, and how many labels after the change it rang; the other
+    monitors that rang; the revision that the alarm's policy made, empty while there is none."""
 
     promise: str
     windows: list[Window] = field(default_factory=list)
     alarm: Alarm | None = None
     delay: int = 0
+    others: list[str] = field(default_factory=list)
     challenger: str = ""
     is_promoted: bool = False
 
@@ -123,6 +124,7 @@ class _Stream:
             window = self._send(drifted=number >= CALM)
             self._story.windows.append(window._replace(happened=next(turns, "")))
         self._story.alarm = next(iter(self._alarms()), None)
+        self._acknowledge_the_rest()
         return self._story
 
     def _send(self, *, drifted: bool) -> Window:
@@ -186,6 +188,13 @@ class _Stream:
         """How the challenger stands when so many labels were compared."""
         self._until(lambda: self._client.shadow(MODEL, self._story.challenger).labels >= labels)
         return self._client.shadow(MODEL, self._story.challenger)
+
+    def _acknowledge_the_rest(self) -> None:
+        """What the model itself says has changed for good: its monitors take that for what is usual from now on."""
+        for alarm in self._client.alarms(MODEL):
+            if alarm.monitor != MONITOR and alarm.acknowledge_time is None:
+                self._client.acknowledge(MODEL, alarm.alarm, rebaseline=True)
+                self._story.others.append(alarm.monitor)
 
     def _alarms(self) -> list[Alarm]:
         """Of the monitor that acts, newest first."""

@@ -39,9 +39,10 @@ from service.rpc.access import Access, check_complete
 from service.rpc.calibrator_service import CalibratorService
 from service.rpc.feedback_service import FeedbackService
 from service.rpc.forward import Forward
-from service.rpc.grpc_front import ConnectionLimits, GrpcFront
+from service.rpc.fronts import front_of
 from service.rpc.health import PROCESS, READY, Health
 from service.rpc.inference_service import Inference
+from service.rpc.limits import ConnectionLimits
 from service.rpc.methods import Method, methods_of
 from service.rpc.monitor_service import MonitorService
 from service.rpc.observed import observed
@@ -178,7 +179,7 @@ class App:
         self._site = Site(facts.sources(self._summaries, self._monitoring))
         self._streams = Streams(_stream_limits(settings))
         limits = replace(_connection_limits(settings), shared_port=member is not None)
-        self._front = GrpcFront(self._guarded_methods(), limits, certificates)
+        self._front = front_of(settings.front, self._guarded_methods(), limits, certificates)
         metrics_port = settings.metrics_port + (member.index if member and settings.metrics_port else 0)
         has_page = self._learns and not settings.no_page
         self._http = HttpServer(settings.metrics_host, metrics_port, self._pages(), self._site if has_page else None)
@@ -226,8 +227,8 @@ class App:
             socket = self._member.learner_socket if self._learns else None
             self.port = await self._front.start(self.settings.host, self._member.port, socket)
         log.info(
-            "gRPC on %s:%d, metrics on %s:%d",
-            self.settings.host, self.port, self.settings.metrics_host, self.metrics_port,
+            "gRPC on %s:%d, metrics on %s:%d, front %s",
+            self.settings.host, self.port, self.settings.metrics_host, self.metrics_port, self._front.name,
         )  # fmt: skip
 
     async def stop(self) -> None:

@@ -18,6 +18,7 @@ ENVIRONMENT_PREFIX = "CALSERVE_"
 MODEL_CONTROLS = ("none", "explicit", "poll")
 JOURNAL_MODES = ("off", "async", "sync")
 MONITOR_MODES = ("default", "own", "off")
+FRONTS = ("auto", "h2", "grpc")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Settings:
     data_dir: Path | None = None
     host: str = "127.0.0.1"
     port: int = 8001
+    front: str = "auto"
     metrics_host: str = "127.0.0.1"
     metrics_port: int = 8002
     no_page: bool = False
@@ -90,6 +92,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.model_control not in MODEL_CONTROLS:
             raise Refused(f"model_control must be one of {', '.join(MODEL_CONTROLS)}, got {self.model_control!r}")
+        if self.front not in FRONTS:
+            raise Refused(f"front must be one of {', '.join(FRONTS)}, got {self.front!r}")
         if self.journal not in JOURNAL_MODES:
             raise Refused(f"journal must be one of {', '.join(JOURNAL_MODES)}, got {self.journal!r}")
         if self.monitors not in MONITOR_MODES:
@@ -186,6 +190,7 @@ HELP = {
     "data_dir": "where revisions and operations are kept (default: <model repository>.calserve beside it)",
     "host": "address to listen on; one that other machines reach wants TLS and a token file",
     "port": "gRPC port; 0 lets the system choose",
+    "front": "what speaks gRPC: h2 (on libnghttp2, fast), grpc (grpc-core), or auto: h2 if the package ngh2 is there",
     "metrics_host": "address of the HTTP port, which has neither TLS nor tokens",
     "tls_cert": "certificate chain (PEM); new files are served to new connections",
     "tls_key": "its private key (PEM)",

@@ -21,9 +21,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shared-data", type=Path, default=default, help="folder of recorded logits and labels")
     text = "fail what looks at pages in a browser where there is none, which else is left out"
     parser.addoption("--need-browser", action="store_true", help=text)
+    parser.addoption("--front", choices=("auto", "h2", "grpc"), help="the front of every server that a test starts")
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--front"):
+        os.environ["CALSERVE_FRONT"] = config.getoption("--front")
     onnxruntime.set_default_logger_severity(ONLY_ERRORS)
 
 

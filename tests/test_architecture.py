@@ -30,6 +30,7 @@ ONLY_HERE = {
     "sqlite3": {
         f"service/store/{name}.py" for name in ("catalogue", "database", "maintenance", "verification", "writer")
     },
+    "ngh2": {"service/rpc/h2_connection.py"},
     "grpc": {
         *(f"service/client/{name}.py" for name in ("asynchronous", "blocking", "connection", "failures", "stream")),
         *(f"service/rpc/{name}.py" for name in ("forward", "grpc_front", "status", "wire")),

@@ -205,11 +205,19 @@ class Batcher:
         return self._queued
 
     def submit(
-        self, lane: Lane, feeds: Sequence[Any], rows: int, deadline: float, caller: Callable[[], str] = str
+        self,
+        lane: Lane,
+        feeds: Sequence[Any],
+        rows: int,
+        deadline: float,
+        caller: Callable[[], str] = str,
+        *,
+        more: bool = False,
     ) -> Answer | asyncio.Future[Answer]:
         """Run one request or queue it: its answer, or the future of it.
 
-        `deadline` is on time.monotonic(); `caller` gives the name under which it takes its turn. A request whose
+        `deadline` is on time.monotonic(); `caller` gives the name under which it takes its turn; `more` says that other
+        requests are about to be submitted, so that this one waits for the end of the loop's turn. A request whose
         deadline passes, or whose future is cancelled, before its run is made is not run; a run in the thread that
         is for no others is ended.
 
@@ -233,7 +241,7 @@ class Batcher:
         costs = self.costs.of(lane.inputs)
         expected_ns = costs.expected_ns(rows)
         hold = self._hold_seconds(lane, rows, expected_ns)
-        if not hold and self._in_loop and expected_ns < SHORT_RUN_NS:
+        if not (hold or more) and self._in_loop and expected_ns < SHORT_RUN_NS:
             return self._run_now(lane, feeds, rows, costs)
         pending = self._queue(lane, feeds, rows, deadline, caller())
         self._wait(hold)

@@ -17,21 +17,14 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
-import numpy as np
-
 from service.drift import alarms as alarm_rows
 from service.drift import nowcasting
 from service.drift.alarms import PAGE, PENDING, Alarms
-from service.drift.attribution import cause
 from service.drift.defaults import default_monitors
-from service.drift.detectors.base import Batch
 from service.drift.monitors import (
     CHANGED,
     FRESH,
-    INPUTS,
-    MOST_PACKS,
     RESET,
-    SCORES,
     STEP_ROWS,
     Cohorts,
     Monitor,
@@ -46,13 +39,12 @@ from service.drift.states import RAW, REFIT, ROLL_BACK, SERVED, SUSPEND, TELL, A
 from service.errors import AlreadyExists, CalserveError, InvalidRequest, NotFound, Refused, shown
 from service.inference.model import ServedModel
 from service.inference.repository import Repository
-from service.learning.policies import Policies, Window
+from service.learning.looking_back import Window, cause_of, window_of
+from service.learning.policies import Policies
 from service.store import monitors as store
 from service.store.database import Connection
 from service.store.journal import Journal
 from service.store.monitors import forget_monitor, read_monitors, write_monitor
-from service.store.packs import logits_of
-from service.store.reading import NO_LABEL
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +58,6 @@ MOST_BUSY = 0.3
 """Of the time, while there is more to read: what is served comes first."""
 REST_SECONDS = 60.0
 """How long a monitor that failed is left alone."""
-WINDOW_VALUES = 5_000_000
-"""Logits of the last rows that a cause is looked for in and a calibrator is fitted on."""
 EXPLAINED_AFTER = (0, 200, 400, 800, 1600)
 """Rows that a monitor reads after its alarm before the cause is told, and told again by more labels."""
 MOST_MONITORS = 32
@@ -392,7 +382,7 @@ class Monitoring:
         if monitor.rows < asked.rows + EXPLAINED_AFTER[asked.turn]:
             return
         async with self._busy:
-            found = await asyncio.to_thread(self._cause, watched, alarm)
+            found = await asyncio.to_thread(self._cause, monitor, alarm)
             if found is not None:
                 alarm = await self._write(partial(_write_changes, alarm, {"cause": found}))
                 self._tell_watchers()
@@ -400,40 +390,15 @@ class Monitoring:
         if asked.turn == 1:
             self._pass_on(alarm)
 
-    def _cause(self, watched: _Watched, alarm: Alarm) -> Cause | None:
-        """None if it cannot be told, which is no reason to stop."""
-        model, monitor = self._repository.get(alarm.model), watched.monitor
-        rang = [w.monitor for (name, _), w in self._watched.items() if name == alarm.model and w.open]
-        try:
-            evidence = monitor.watching.numbered(alarm.evidence)
-            before, since = monitor.around(alarm.since_ms, WINDOW_VALUES)
-            found = cause(
-                evidence,
-                _with_inputs(before),
-                _with_inputs(since),
-                scores_rang=any(one.reads == SCORES for one in rang),
-                inputs_rang=any(one.reads == INPUTS for one in rang),
-                class_names=model.class_names,
-            )
-        except Exception:
-            log.exception("the cause of %s of model %s could not be told", alarm.id, alarm.model)
-            return None
-        named = monitor.watching.named
-        return replace(found, where=named(found.where), evidence=[named(sentence) for sentence in found.evidence])
+    def _cause(self, monitor: Monitor, alarm: Alarm) -> Cause | None:
+        ringing = [one.monitor for _, one in self._of(alarm.model) if one.open]
+        return cause_of(alarm, monitor, self._repository.get(alarm.model), ringing)
 
     def _window(self, alarm: Alarm) -> Window:
-        """The labelled rows since the change that an alarm told, of the model file that is served."""
-        watched = self._watched.get((alarm.model, alarm.monitor))
-        model = self._repository.get(alarm.model)
-        logits = [np.empty((0, model.n_classes), np.float32)]
-        labels = [np.empty(0, np.int64)]
-        most_rows = WINDOW_VALUES // model.n_classes
-        for part in watched.monitor.reader.passed(MOST_PACKS, most_rows) if watched else ():
-            rows = np.flatnonzero((part.times_ms >= alarm.since_ms) & (part.labels != NO_LABEL))
-            if part.stream.digest == model.digest:
-                logits.append(logits_of(part.kept.rows(rows), model.n_classes).astype(np.float32))
-                labels.append(part.labels[rows])
-        return Window(np.concatenate(logits)[-most_rows:], np.concatenate(labels)[-most_rows:])
+        watched, model = self._watched.get((alarm.model, alarm.monitor)), self._repository.get(alarm.model)
+        if watched is None:
+            raise NotFound(f"monitor {alarm.monitor} of model {shown(alarm.model)} is no more")
+        return window_of(alarm, watched.monitor.reader, model)
 
     @asynccontextmanager
     async def _ready(self) -> AsyncIterator[None]:
@@ -601,11 +566,6 @@ def _write_spec(connection: Connection, spec: MonitorSpec) -> None:
 
 def _write_changes(alarm: Alarm, changes: dict[str, Any], connection: Connection) -> Alarm:
     return alarm_rows.change(connection, alarm.model, alarm.id, **changes)
-
-
-def _with_inputs(batch: Batch) -> Batch:
-    """The rows with what is known of the inputs alone."""
-    return replace(batch, signals={name: values for name, values in batch.signals.items() if name.startswith("input")})
 
 
 def _now_ms() -> int:

@@ -11,10 +11,9 @@ import asyncio
 import json
 import logging
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 import calibrators
 from service.drift.alarms import PENDING
@@ -23,6 +22,7 @@ from service.errors import AlreadyExists, CalserveError, NotFound, NotReady, Ove
 from service.inference.model import NO_REVISION, ServedModel
 from service.inference.repository import Repository
 from service.learning.job import JobSpec
+from service.learning.looking_back import Window
 from service.learning.online import Online
 from service.learning.operations import Operations
 from service.learning.revisions import Revisions
@@ -34,13 +34,6 @@ REFIT_ROWS = 500
 HELD_OUT_FRACTION = 0.2
 DEFAULT_KIND = "temperature"
 """What is fitted where no revision is active, or one that reads more than logits, which is all that the journal has."""
-
-
-class Window(NamedTuple):
-    """Labelled rows since a change, in their order."""
-
-    logits: NDArray[np.float32]
-    labels: NDArray[np.int64]
 
 
 class Shadows(Protocol):

@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import AsyncIterator, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
 
 from service.errors import CalserveError, NotReady
+from service.rpc.limits import ConnectionLimits
 from service.rpc.methods import Call, Method
 from service.rpc.status import DETAILS_KEY, Relayed, status_of
 from service.rpc.tls import CertificateFiles, Certificates
@@ -23,53 +23,16 @@ from service.rpc.tls import CertificateFiles, Certificates
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class ConnectionLimits:
-    """What one connection may take. At its age it is asked to go, and cut when the grace is over."""
-
-    message_bytes: int = 64 << 20
-    metadata_bytes: int = 8 << 10
-    streams: int = 1024
-    handshake_seconds: float = 5.0
-    idle_seconds: float = 300.0
-    age_seconds: float = 3600.0
-    age_grace_seconds: float = 60.0
-    keepalive_seconds: float = 60.0
-    keepalive_timeout_seconds: float = 20.0
-    ping_interval_seconds: float = 10.0
-    ping_strikes: int = 2
-    shared_port: bool = False  # two servers that do not know of each other would share a port in silence
-
-    def options(self) -> list[tuple[str, int]]:
-        """The same, as grpc-core names them."""
-        return [
-            ("grpc.max_receive_message_length", self.message_bytes),
-            ("grpc.max_send_message_length", self.message_bytes),
-            ("grpc.max_metadata_size", self.metadata_bytes),
-            # Between the two sizes grpc-core refuses at random; equal, there is one limit.
-            ("grpc.absolute_max_metadata_size", self.metadata_bytes),
-            ("grpc.max_concurrent_streams", self.streams),
-            ("grpc.server_handshake_timeout_ms", int(1000 * self.handshake_seconds)),
-            ("grpc.max_connection_idle_ms", int(1000 * self.idle_seconds)),
-            ("grpc.max_connection_age_ms", int(1000 * self.age_seconds)),
-            ("grpc.max_connection_age_grace_ms", int(1000 * self.age_grace_seconds)),
-            ("grpc.keepalive_time_ms", int(1000 * self.keepalive_seconds)),
-            ("grpc.keepalive_timeout_ms", int(1000 * self.keepalive_timeout_seconds)),
-            ("grpc.keepalive_permit_without_calls", 1),  # callers ping idle connections through proxies that forget
-            ("grpc.http2.min_ping_interval_without_data_ms", int(1000 * self.ping_interval_seconds)),
-            ("grpc.http2.max_ping_strikes", self.ping_strikes),
-            ("grpc.so_reuseport", int(self.shared_port)),
-        ]
-
-
 class GrpcFront:
     """Serves a table of methods on one address, over TLS if there are certificates."""
+
+    name = "grpc"
 
     def __init__(
         self, methods: Iterable[Method], limits: ConnectionLimits, certificates: CertificateFiles | None = None
     ) -> None:
         self._certificates = certificates
-        self._server = grpc.aio.server(options=limits.options())
+        self._server = grpc.aio.server(options=_options(limits))
         self._server.add_generic_rpc_handlers((_Table({method.path: method for method in methods}),))
 
     async def start(self, host: str, port: int, socket: Path | None = None) -> int:
@@ -95,6 +58,28 @@ class GrpcFront:
         if self._certificates is None:
             return int(self._server.add_insecure_port(address))
         return int(self._server.add_secure_port(address, _credentials(self._certificates)))
+
+
+def _options(limits: ConnectionLimits) -> list[tuple[str, int]]:
+    """The limits, as grpc-core names them; of a message that is sent slowly it knows none."""
+    return [
+        ("grpc.max_receive_message_length", limits.message_bytes),
+        ("grpc.max_send_message_length", limits.message_bytes),
+        ("grpc.max_metadata_size", limits.metadata_bytes),
+        # Between the two sizes grpc-core refuses at random; equal, there is one limit.
+        ("grpc.absolute_max_metadata_size", limits.metadata_bytes),
+        ("grpc.max_concurrent_streams", limits.streams),
+        ("grpc.server_handshake_timeout_ms", int(1000 * limits.handshake_seconds)),
+        ("grpc.max_connection_idle_ms", int(1000 * limits.idle_seconds)),
+        ("grpc.max_connection_age_ms", int(1000 * limits.age_seconds)),
+        ("grpc.max_connection_age_grace_ms", int(1000 * limits.age_grace_seconds)),
+        ("grpc.keepalive_time_ms", int(1000 * limits.keepalive_seconds)),
+        ("grpc.keepalive_timeout_ms", int(1000 * limits.keepalive_timeout_seconds)),
+        ("grpc.keepalive_permit_without_calls", 1),  # callers ping idle connections through proxies that forget
+        ("grpc.http2.min_ping_interval_without_data_ms", int(1000 * limits.ping_interval_seconds)),
+        ("grpc.http2.max_ping_strikes", limits.ping_strikes),
+        ("grpc.so_reuseport", int(limits.shared_port)),
+    ]
 
 
 def _credentials(files: CertificateFiles) -> grpc.ServerCredentials:

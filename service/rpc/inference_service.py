@@ -169,7 +169,7 @@ class Inference:
         deadline = call.deadline or time.monotonic() + self._default_deadline_seconds
         if plan.revision is not None or plan.divided:
             return self._run(reading, deadline, call.peer)
-        return plan.model.batcher.submit(plan.lane, reading.feeds, plan.rows, deadline, call.peer)
+        return plan.model.batcher.submit(plan.lane, reading.feeds, plan.rows, deadline, call.peer, more=call.more)
 
     async def _run(self, reading: Reading, deadline: float, caller: Callable[[], str]) -> Answer:
         """A request that names a revision, or has more rows than a run takes."""

@@ -36,10 +36,11 @@ class Call:
     metadata : gives the call's metadata, keys in lower case
     peer : gives the caller's address
     grant : what the caller's token allows, None on a server without tokens
+    more : whether other requests have come already and are about to be run: they may share a run with this one
     id : names the call in the log and in an INTERNAL error; made when first asked for
     """
 
-    __slots__ = ("__dict__", "deadline", "grant", "metadata", "peer")
+    __slots__ = ("__dict__", "deadline", "grant", "metadata", "more", "peer")
 
     def __init__(
         self,
@@ -49,6 +50,7 @@ class Call:
     ) -> None:
         self.deadline, self.metadata, self.peer = deadline, metadata, peer
         self.grant: Token | None = None
+        self.more = False
 
     @cached_property
     def id(self) -> str:

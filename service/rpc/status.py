@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -11,6 +12,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from service import errors
 
+Code: TypeAlias = grpc.StatusCode
 DOMAIN = "calserve"
 DETAILS_KEY = "grpc-status-details-bin"
 MAX_MESSAGE_CHARACTERS = 2000
@@ -61,6 +63,11 @@ def status_of(error: BaseException, request_id: str) -> Status:
         wait.FromMilliseconds(int(1000 * error.retry_after_seconds))
         details.append(error_details_pb2.RetryInfo(retry_delay=wait))
     return _status(CODES[type(error)], error.message[:MAX_MESSAGE_CHARACTERS], error.detail_reason, details)
+
+
+def transport_status(code: Code, message: str, reason: str) -> Status:
+    """The status of a call that no handler has seen, or that its front ends."""
+    return _status(code, message, reason, [])
 
 
 def _status(code: grpc.StatusCode, message: str, reason: str, details: list[Message]) -> Status:

@@ -16,11 +16,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Certificates:
-    """PEM bytes. With `client_ca` a caller must show a certificate that it signed."""
+    """PEM bytes, and the same as a context. With `client_ca` a caller must show a certificate that it signed."""
 
     key: bytes
     chain: bytes
     client_ca: bytes | None
+    context: ssl.SSLContext
 
 
 class CertificateFiles:
@@ -53,11 +54,15 @@ class CertificateFiles:
     def _read(self) -> Certificates:
         try:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.minimum_version = ssl.TLSVersion.TLSv1_2
+            context.num_tickets = 0  # a session that is resumed is not asked for its certificate again
+            context.set_alpn_protocols(["h2"])
             context.load_cert_chain(self._chain, self._key, password=_no_password)
             if self._client_ca is not None:
                 context.load_verify_locations(self._client_ca)
+                context.verify_mode = ssl.CERT_REQUIRED
             client_ca = None if self._client_ca is None else self._client_ca.read_bytes()
-            return Certificates(self._key.read_bytes(), self._chain.read_bytes(), client_ca)
+            return Certificates(self._key.read_bytes(), self._chain.read_bytes(), client_ca, context)
         except ssl.SSLError as error:
             raise Refused(f"{self._shown()}: not a certificate and its key ({error.reason or 'not PEM'})") from None
         except OSError as error:

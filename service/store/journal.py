@@ -237,12 +237,12 @@ class Journal:
             if self._read_connection is None:
                 self._read_connection = self.connect()
                 self._read_connection.execute("PRAGMA query_only=ON")
-            self._read_connection.execute("BEGIN")
-            try:
-                with reading_errors("journal"):
+            with reading_errors("journal"):  # of a damaged file even the end of reading may fail
+                self._read_connection.execute("BEGIN")
+                try:
                     yield self._read_connection
-            finally:
-                self._read_connection.execute("COMMIT")
+                finally:
+                    self._read_connection.execute("COMMIT")
 
     def _write_packs(self, connection: Connection, stream: OpenStream, requests: list[Any]) -> None:
         before = [flight for flight in self._in_flight if flight.stream is stream]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,7 +75,9 @@ class RunningServer:
 
 
 def settings_for(root: Path, **values: object) -> Settings:
-    return Settings(model_repository=root, port=0, metrics_port=0, device="cpu", threads=1, drain_seconds=5, **values)
+    common = {"port": 0, "metrics_port": 0, "device": "cpu", "threads": 1, "drain_seconds": 5}
+    front = os.environ.get("CALSERVE_FRONT", "auto")  # see the option --front
+    return Settings(model_repository=root, **{**common, "front": front, **values})
 
 
 def write_models(root: Path) -> None:

@@ -215,7 +215,7 @@ def test_a_journal_found_damaged_after_an_error_of_the_disk_stays_refused(
 def filled(folder: Path) -> None:
     """Packs, labels, a conflict and a reader, all in the file itself."""
     kept = Kept(folder)
-    ids = kept.predict(*(answered(seed, rows=3, caller_id=b"own-%d" % seed) for seed in range(120)))
+    ids = kept.predict(*(answered(seed, rows=3, caller_id=b"own-%d" % seed) for seed in range(300)))
     kept.label([NewLabel(prediction_id, row, row) for prediction_id in ids for row in range(3)], producer="somebody")
     kept.label_one(ids[0], 3)
     reader = Reader(kept.journal, MODEL, "learner", 1.0)

@@ -14,7 +14,7 @@ import pytest
 from calserve.open_inference import messages
 
 import service.app
-from service.rpc.grpc_front import ConnectionLimits
+from service.rpc.limits import ConnectionLimits
 from tests.service.conftest import RunningServer, settings_for
 from tests.service.test_access import CALIBRATORS, INFER, STREAM_INFER, infer
 

@@ -26,7 +26,7 @@ SHARES = {"temperature": 0.65, "class_bias": 0.17, "top_label": 0.17, "adaptive"
 """Of the weight, by family; those that are chosen are brought to the sum of one."""
 
 SCALES = {0.5: 0.12, 0.65: 0.6, 0.85: 0.1, 1.2: 0.07, 1.5: 0.11}
-BIASES = {-1.3: 0.25, -0.5: 0.25, 0.5: 0.25, 1.3: 0.25}
+BIASES = {-1.3: 0.35, -0.5: 0.15, 0.5: 0.15, 1.3: 0.35}
 MEMORIES = {300.0: 1.0}
 SLOPES, SHIFTS = (0.4, 0.6, 0.8, 1.3, 1.7), (-1.0, -0.5, -0.25, 0.25, 0.5, 1.0)
 TOP_LABEL = dict.fromkeys([*((slope, 0.0) for slope in SLOPES), *((1.0, shift) for shift in SHIFTS)], 1 / 11)

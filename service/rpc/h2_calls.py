@@ -1,0 +1,411 @@
+"""The calls of an HTTP/2 connection: requests gathered, handlers run, answers given back.
+
+A handler that never waits costs no task: its coroutine is driven here, and one of `TASKLESS` is driven by hand even
+when it waits. A stream has a task of its own (see `streams`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine
+from contextlib import aclosing
+from typing import Any, Protocol, Self
+
+from service.errors import CalserveError
+from service.rpc.h2_framing import OK_TRAILERS, Header, Messages, Opening, fail, inflate, trailers
+from service.rpc.limits import ConnectionLimits
+from service.rpc.methods import Call, Method
+from service.rpc.status import Code, Relayed, Status, status_of, transport_status
+
+log = logging.getLogger(__name__)
+
+TASKLESS = frozenset({"/inference.GRPCInferenceService/ModelInfer"})
+"""Methods whose handlers ask for no current task (asyncio.timeout does): they are run without one."""
+UNREAD_BYTES = 1 << 20
+"""Of one stream's messages that its handler has not read; beyond that the caller's window is not opened again."""
+UNTAKEN_BYTES = 1 << 20
+"""Of one stream's answers that its caller has not taken; beyond that its handler waits."""
+INFLATED_IN_LOOP = 1 << 10
+"""Longer messages are decompressed in a thread: a thousandfold of them is too much for the loop."""
+
+
+class Connection(Protocol):
+    """What a call asks of its connection."""
+
+    limits: ConnectionLimits
+    loop: asyncio.AbstractEventLoop
+    now: float
+    """Of the latest read, on the loop's clock."""
+
+    def peer(self) -> str: ...
+
+    def start(self, call: Exchange) -> None: ...
+    def answer(self, call: Exchange, message: bytes) -> None: ...
+    def send(self, call: Exchange, message: bytes) -> None: ...
+    def end(self, call: Exchange, fields: list[Header] = OK_TRAILERS) -> None: ...
+    def reset(self, call: Exchange) -> None: ...
+    def acknowledge(self, call: Exchange, size: int) -> None: ...
+    def hold(self, size: int) -> None: ...
+    def has_room(self, call: Exchange, size: int) -> bool: ...
+    async def room(self, call: Exchange) -> None: ...
+    def keep(self, task: asyncio.Task[None]) -> asyncio.Task[None]: ...
+    async def in_thread(self, work: Callable[..., bytes], *arguments: Any) -> bytes: ...
+
+
+class Exchange:
+    """One call: what came of it, what runs for it, what was said.
+
+    Attributes
+    ----------
+    owed : bytes that came and that the caller's window was not opened for again
+    responding : whether the answer's headers were sent
+    said : whether all of the answer was handed over, or there will be none
+    heard : whether the caller has sent its last
+    """
+
+    __slots__ = (
+        "_begun",
+        "_connection",
+        "_held",
+        "_messages",
+        "_method",
+        "_runner",
+        "_single",
+        "_stuck",
+        "_timer",
+        "call",
+        "heard",
+        "id",
+        "opening",
+        "owed",
+        "responding",
+        "said",
+    )
+
+    def __init__(self, connection: Connection, number: int, opening: Opening, method: Method) -> None:
+        self.id, self.opening = number, opening
+        self._connection, self._method = connection, method
+        timeout = opening.timeout
+        deadline = None if timeout is None else time.monotonic() + timeout
+        self.call = Call(deadline, opening.metadata, connection.peer)
+        self._messages: Messages | None = None
+        self._runner: asyncio.Task[None] | _Driven | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._single = not method.client_streaming
+        self._begun = connection.now if self._single else None
+        self._stuck: tuple[int, float] | None = None
+        self._held = self.owed = 0
+        self.responding = self.said = self.heard = False
+
+    def received(self, data: bytes) -> None:
+        """Bytes of the request."""
+        raise NotImplementedError
+
+    def ended(self) -> None:
+        """The caller has sent its last."""
+        raise NotImplementedError
+
+    def run(self, *, more: bool) -> None:
+        """What was asked for with `connection.start`. `more`: other calls are about to be run."""
+        raise NotImplementedError
+
+    def gone(self) -> None:
+        """The stream is closed: nobody waits any more."""
+        self.said = self.heard = True
+        self._let_go()
+        self._stop()
+
+    def fail(self, error: BaseException) -> None:
+        """End the call with an error's status."""
+        if not isinstance(error, CalserveError | Relayed):
+            log.error("call %s of %s failed", self.call.id, self._method.path, exc_info=error)
+        self.refuse(status_of(error, self.call.id))
+
+    def refuse(self, status: Status) -> None:
+        """End the call with a status."""
+        if not self.said:
+            self._let_go()
+            self._connection.end(self, trailers(status))
+
+    def cut(self, status: Status) -> None:
+        """The same from outside, whatever runs for it."""
+        self.refuse(status)
+        self._stop()
+
+    def check(self, now: float, queued: int) -> None:
+        """Cut a call that has passed a bound of time; `queued` bytes of its answer wait for the caller."""
+        limits = self._connection.limits
+        if not self.said and self.call.deadline is not None and time.monotonic() >= self.call.deadline:
+            self.expire()
+        elif not self.heard and self._begun is not None:
+            most = limits.seconds_for(self._messages.wanted if self._messages else 0)
+            if now - self._begun > most:
+                text = f"a message was not sent whole within {most:.0f} seconds"
+                self.cut(transport_status(Code.DEADLINE_EXCEEDED, text, "MESSAGE_TOO_SLOW"))
+        if not queued:
+            self._stuck = None
+        elif self._stuck is None or (not self.said and queued != self._stuck[0]):
+            self._stuck = queued, now
+        elif now - self._stuck[1] > limits.seconds_for(self._stuck[0] if self.said else 0):
+            self._connection.reset(self)
+
+    def expire(self) -> None:
+        """The caller's time is up."""
+        self.cut(transport_status(Code.DEADLINE_EXCEEDED, "Deadline Exceeded", "DEADLINE_PASSED"))
+
+    def _stop(self) -> None:
+        if self._runner is not None:
+            self._runner.cancel()
+
+    def _feed(self, data: bytes) -> list[tuple[bytes, bool]]:
+        """The messages that are whole now; what is held of the next is counted."""
+        messages = self._messages
+        if messages is None:
+            messages = self._begin_messages()
+        found = messages.feed(data)
+        if messages.held != self._held:
+            self._connection.hold(messages.held - self._held)
+            self._held = messages.held
+        if found or self._begun is None:
+            self._begun = None if messages.is_whole and not self._single else self._connection.now
+        return found
+
+    def _begin_messages(self) -> Messages:
+        most = self._connection.limits.message_bytes
+        self._messages = Messages(most, may_be_compressed=bool(self.opening.encoding))
+        return self._messages
+
+    def _let_go(self) -> None:
+        """Give back what is held of a message that nobody wants any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._held:
+            self._connection.hold(-self._held)
+            self._held = 0
+        self._messages = self._begun = None
+
+    def _set_timer(self) -> None:
+        seconds = self.call.seconds_left()
+        if seconds is not None and not self.said:
+            self._timer = self._connection.loop.call_later(seconds, self.expire)
+
+    async def _plain(self, message: bytes, compressed: bool) -> bytes:
+        if not compressed:
+            return message
+        arguments = message, self.opening.encoding, self._connection.limits.message_bytes
+        if len(message) <= INFLATED_IN_LOOP:
+            return inflate(*arguments)
+        return await self._connection.in_thread(inflate, *arguments)
+
+
+class Unary(Exchange):
+    """One request, one answer."""
+
+    __slots__ = ("_compressed", "_count", "_request")
+
+    def __init__(self, connection: Connection, number: int, opening: Opening, method: Method) -> None:
+        super().__init__(connection, number, opening, method)
+        self._request, self._compressed, self._count = b"", False, 0
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether a part of the request came already."""
+        return self._messages is not None
+
+    def received(self, data: bytes) -> None:
+        for request, compressed in self._feed(data):
+            self._request, self._compressed = request, compressed
+            self._count += 1
+            if self._count > 1:
+                fail(Code.UNIMPLEMENTED, f"{self._method.path} takes one message", "ONE_MESSAGE")
+
+    def received_whole(self, message: bytes) -> None:
+        """All of the request at once, as most come."""
+        self._request, self.heard = message, True
+        self._connection.start(self)
+
+    def ended(self) -> None:
+        self.heard = True
+        if self._messages is None or not self._messages.is_whole or not self._count:
+            fail(Code.UNIMPLEMENTED, f"{self._method.path} takes one message, and it did not come whole", "ONE_MESSAGE")
+        self._messages = None
+        self._connection.start(self)
+
+    def run(self, *, more: bool) -> None:
+        call, request = self.call, self._request
+        self._request = b""
+        call.more = more
+        if self._compressed or self._method.path not in TASKLESS:
+            self._runner = self._connection.keep(self._connection.loop.create_task(self._in_task(request)))
+            self._set_timer()
+            return
+        driven = _Driven(self._method.handler(request, call), self._done)
+        if driven.step():
+            self._runner = driven
+
+    async def _in_task(self, request: bytes) -> None:
+        try:
+            answer = await self._method.handler(await self._plain(request, self._compressed), self.call)
+        except asyncio.CancelledError as error:
+            self._done(b"", error)
+            raise
+        except Exception as error:
+            self._done(b"", error)
+        else:
+            self._done(answer, None)
+
+    def _done(self, answer: bytes, error: BaseException | None) -> None:
+        self._runner = None
+        if self.said:
+            return  # it was ended from outside
+        if self._timer is not None:
+            self._let_go()
+        if error is None:
+            self._connection.answer(self, answer)
+        elif isinstance(error, asyncio.CancelledError):
+            self._connection.reset(self)
+        else:
+            self.fail(error)
+
+
+class Streaming(Exchange):
+    """A stream of requests, of answers, or of both."""
+
+    __slots__ = ("_ready", "_unread", "_waiter", "_wrong")
+
+    def __init__(self, connection: Connection, number: int, opening: Opening, method: Method) -> None:
+        super().__init__(connection, number, opening, method)
+        self._ready: deque[tuple[bytes, bool]] = deque()
+        self._unread = 0
+        self._waiter: asyncio.Future[None] | None = None
+        self._wrong: Exception | None = None
+        self._begin_messages()
+        connection.start(self)
+
+    def received(self, data: bytes) -> None:
+        for message, compressed in self._feed(data):
+            self._ready.append((message, compressed))
+            self._unread += len(message)
+        if self._unread > UNREAD_BYTES:
+            self.owed += len(data)
+        self._wake()
+
+    def ended(self) -> None:
+        self.heard = True
+        if self._messages is not None and not self._messages.is_whole:
+            self._wrong = Relayed(transport_status(Code.INTERNAL, "the last message did not come whole", "BAD_FRAMING"))
+        self._wake()
+
+    def run(self, *, more: bool) -> None:
+        self._runner = self._connection.keep(self._connection.loop.create_task(self._serve()))
+        self._set_timer()
+
+    def gone(self) -> None:
+        super().gone()
+        self._ready.clear()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        while not self._ready:
+            if self._wrong is not None:
+                raise self._wrong
+            if self.heard:
+                raise StopAsyncIteration
+            self._waiter = self._connection.loop.create_future()
+            await self._waiter
+        message, compressed = self._ready.popleft()
+        self._unread -= len(message)
+        if self.owed and self._unread <= UNREAD_BYTES // 2:
+            self._connection.acknowledge(self, self.owed)
+            self.owed = 0
+        self.call.more = bool(self._ready)
+        return await self._plain(message, compressed) if compressed else message
+
+    async def _serve(self) -> None:
+        try:
+            if self._method.server_streaming:
+                await self._answer_many()
+            else:
+                request: Any = self if self._method.client_streaming else await self._only_request()
+                self._connection.send(self, await self._method.handler(request, self.call))
+        except asyncio.CancelledError:
+            if not self.said:
+                self._connection.reset(self)  # by the server itself: the caller takes not even an error
+            raise
+        except Exception as error:
+            self.fail(error)
+        else:
+            if not self.said:
+                self._let_go()
+                self._connection.end(self)
+
+    async def _answer_many(self) -> None:
+        request: Any = self if self._method.client_streaming else await self._only_request()
+        async with aclosing(self._method.handler(request, self.call)) as answers:
+            async for answer in answers:
+                if self.said:
+                    return
+                self._connection.send(self, answer)
+                if not self._connection.has_room(self, UNTAKEN_BYTES):
+                    await self._connection.room(self)
+
+    async def _only_request(self) -> bytes:
+        only: bytes | None = None
+        async for request in self:
+            if only is not None:
+                only = None
+                break
+            only = request
+        if only is None:
+            fail(Code.UNIMPLEMENTED, f"{self._method.path} takes one message", "ONE_MESSAGE")
+        return only
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class _Driven:
+    """A coroutine run by hand, as a task would: one that never waits is over before a task could be made."""
+
+    __slots__ = ("_coroutine", "_done", "_must_cancel", "_waits_for")
+
+    def __init__(
+        self, coroutine: Coroutine[Any, Any, bytes], done: Callable[[bytes, BaseException | None], None]
+    ) -> None:
+        self._coroutine, self._done = coroutine, done
+        self._waits_for: asyncio.Future[Any] | None = None
+        self._must_cancel = False
+
+    def step(self, _: object = None) -> bool:
+        """Run on to the next wait; whether there is one."""
+        self._waits_for = None
+        try:
+            if self._must_cancel:
+                self._must_cancel = False
+                waits_for = self._coroutine.throw(asyncio.CancelledError())
+            else:
+                waits_for = self._coroutine.send(None)
+        except StopIteration as over:
+            self._done(over.value, None)
+            return False
+        except (Exception, asyncio.CancelledError) as error:
+            self._done(b"", error)
+            return False
+        if waits_for is None:  # asyncio.sleep(0)
+            asyncio.get_running_loop().call_soon(self.step)
+        else:
+            waits_for._asyncio_future_blocking = False  # what a task does to say that it has seen it
+            waits_for.add_done_callback(self.step)
+            self._waits_for = waits_for
+        return True
+
+    def cancel(self) -> None:
+        if self._waits_for is None or not self._waits_for.cancel():
+            self._must_cancel = True
