@@ -33,8 +33,8 @@ from service.client import Alarm, Client, Shadow
 
 MODEL, MONITOR, KIND = "scanner", "served_calibration", "vector"
 MOST_FORMATS = 20
-WINDOW_ROWS, BATCH = 1000, 25
-CALM, DRIFTED = 3, 7
+WINDOW_ROWS, BATCH = 500, 25
+CALM, DRIFTED = 4, 7
 PUSH = 4.0
 REFIT_ROWS = 500  # that the policy waits for
 SETTLE_SECONDS, PAUSE_SECONDS = 20.0, 0.05
@@ -58,10 +58,11 @@ class Window(NamedTuple):
 
 @dataclass
 class Story:
-    """What happened: the alarm as it stands at the end, and how many labels after the change it rang; the other
-    monitors that rang; the revision that the alarm's policy made, empty while there is none."""
+    """What happened: windows, the first `calm` of them before the change; the alarm as it stands at the end, and how
+    many labels after the change it rang; the other monitors that rang; the revision that the alarm's policy made."""
 
     promise: str
+    calm: int
     windows: list[Window] = field(default_factory=list)
     alarm: Alarm | None = None
     delay: int = 0
@@ -96,7 +97,7 @@ def pushed(met: Rows) -> int:
     return int(np.bincount(met.logits.argmax(axis=1)).argmax())
 
 
-def watch(client: Client, met: Rows, seed: int = 0) -> Story:
+def watch(client: Client, met: Rows, *, calm: int = CALM, drifted: int = DRIFTED, seed: int = 0) -> Story:
     """Fit on what the model meets, so that it is true; then predictions come and their labels, in windows, and from
     one window on the score of one class is handed over too high.
 
@@ -106,23 +107,25 @@ def watch(client: Client, met: Rows, seed: int = 0) -> Story:
     revision = client.fit(MODEL, KIND, logits=met.logits, labels=met.labels)
     client.activate(MODEL, revision.revision)
     client.update_monitor(MODEL, MONITOR, policy="refit")
-    return _Stream(client, met, np.random.default_rng(seed)).story()
+    return _Stream(client, met, calm, np.random.default_rng(seed)).story(drifted)
 
 
 class _Stream:
     """Sends windows, and waits after each for what comes of it."""
 
-    def __init__(self, client: Client, met: Rows, rng: np.random.Generator) -> None:
+    def __init__(self, client: Client, met: Rows, calm: int, rng: np.random.Generator) -> None:
         self._client, self._met, self._rng = client, met, rng
         self._sent: list[str] = []  # ids of the predictions, of BATCH rows each
         self._before = {alarm.alarm for alarm in client.alarms(MODEL)}
-        self._story = Story(client.monitor_report(MODEL).false_alarms)
+        self._story = Story(client.monitor_report(MODEL).false_alarms, calm)
 
-    def story(self) -> Story:
+    def story(self, drifted: int) -> Story:
         turns = self._turns()
-        for number in track(range(CALM + DRIFTED), description="predictions, then their labels, in windows"):
-            window = self._send(drifted=number >= CALM)
-            self._story.windows.append(window._replace(happened=next(turns, "")))
+        for number in track(
+            range(self._story.calm + drifted), description="predictions, then their labels, in windows"
+        ):
+            window = self._send(drifted=number >= self._story.calm)
+            self._story.windows.append(window._replace(happened=next(turns)))
         self._story.alarm = next(iter(self._alarms()), None)
         self._acknowledge_the_rest()
         return self._story
@@ -158,22 +161,27 @@ class _Stream:
         self._client.promote(MODEL, shadow.revision)
         self._story.is_promoted = True
         yield f"{gain}: promoted"
+        promoted_at = len(self._sent)
+        while True:
+            yield "another alarm" if self._has_rung(promoted_at, 2) else "silence"
 
-    def _has_rung(self) -> bool:
-        """As soon as the monitor has read what was sent."""
-        rows = BATCH * len(self._sent)
-        self._until(lambda: bool(self._alarms()) or self._client.monitor(MODEL, MONITOR).rows >= rows)
-        return bool(self._alarms())
+    def _has_rung(self, since: int = 0, times: int = 1) -> bool:
+        """As soon as the monitor has read what was sent since then."""
+        rows = BATCH * (len(self._sent) - since)
+        self._until(lambda: len(self._alarms()) >= times or self._client.monitor(MODEL, MONITOR).rows >= rows)
+        return len(self._alarms()) >= times
 
     def _alarm(self) -> str:
-        alarm, drifted = self._alarms()[0], self._sent[CALM * WINDOW_ROWS // BATCH :]
+        alarm, drifted = self._alarms()[0], self._sent[self._story.calm * WINDOW_ROWS // BATCH :]
         rang_after = bisect_right(drifted, alarm.time, key=lambda name: self._client.get_prediction(MODEL, name).time)
         self._story.delay = BATCH * rang_after
         return f"the alarm, {self._story.delay} labels after the change" if rang_after else "an alarm too many"
 
     def _has_enough_to_fit(self) -> bool:
         """As the alarm dates the change."""
-        rows = BATCH * len(self._sent) - CALM * WINDOW_ROWS - self._story.delay + self._alarms()[0].change_rows
+        rows = (
+            BATCH * len(self._sent) - self._story.calm * WINDOW_ROWS - self._story.delay + self._alarms()[0].change_rows
+        )
         return rows >= REFIT_ROWS
 
     def _fit(self) -> str:
@@ -197,8 +205,8 @@ class _Stream:
                 self._story.others.append(alarm.monitor)
 
     def _alarms(self) -> list[Alarm]:
-        """Of the monitor that acts, newest first."""
-        alarms = self._client.alarms(MODEL)
+        """Of the monitor that acts, in their order."""
+        alarms = self._client.alarms(MODEL)[::-1]
         return [alarm for alarm in alarms if alarm.monitor == MONITOR and alarm.alarm not in self._before]
 
     def _until(self, condition: Callable[[], bool]) -> None:
@@ -210,25 +218,39 @@ class _Stream:
 
 
 def table(story: Story) -> Table:
-    title = f"calibration error in windows of {WINDOW_ROWS} labels; the scores change before window {CALM}"
+    title = f"calibration error in windows of {WINDOW_ROWS} labels; the scores change before window {story.calm}"
     shown = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("window", "the model itself", "served", "by"):
         shown.add_column(heading, justify="right", no_wrap=True)
     shown.add_column("what came of it")
     for number, window in enumerate(story.windows):
         cells = f"{window.raw:.3f}", f"{window.served:.3f}", window.revision, window.happened
-        is_wrong = number >= CALM and window.revision != story.challenger
+        is_wrong = number >= story.calm and window.revision != story.challenger
         shown.add_row(str(number), *cells, style="red" if is_wrong else None)
     return shown
 
 
-def cause(story: Story) -> str:
-    """Why the alarm rang, in words: what happened, what says so, and what to do."""
+def told(story: Story) -> Iterator[str]:
+    """What was promised, what rang, why, and what became of it, in words."""
     if story.alarm is None or story.alarm.cause is None:
-        return "No cause was told."
-    told = story.alarm.cause
-    where = f" in {told.where}" if told.where else ""
-    return "\n".join((f"{told.kind.replace('_', ' ')}{where}:", *(f"  · {line}" for line in told.evidence), told.action))
+        yield "No alarm came with a cause."
+        return
+    if story.delay:
+        calm = f"{story.calm * WINDOW_ROWS:,} labels"
+        yield f"{MONITOR} was silent for {calm}, and rang {story.delay} after the change."
+    else:
+        yield f"{MONITOR} rang before anything had changed, which is rare."
+    yield f"What is promised: {story.promise}."
+    cause = story.alarm.cause
+    where = f" in {cause.where}" if cause.where else ""
+    yield f"The cause: {cause.kind.replace('_', ' ')}{where}."
+    yield from (f"  · {sentence}" for sentence in cause.evidence)
+    yield f"What to do: {cause.action}"
+    if story.others:
+        others = " and ".join(story.others)
+        yield f"{others} rang too, which watch the model itself, and were told that this is usual from now on."
+    if story.is_promoted:
+        yield f"{story.challenger}, fitted on the labels since, was shown better in shadow, and serves."
 
 
 def save_page(client: Client, out: Path) -> Path:
@@ -244,16 +266,17 @@ def main() -> None:
     parser.add_argument("--address", default="127.0.0.1:8001", help="the server")
     parser.add_argument("--write", action="store_true", help=f"only put the model {MODEL!r} in the repository")
     arguments = parser.parse_args()
-    data = load(arguments.out)
+    console, data = Console(), load(arguments.out)
     if arguments.write:
         write(data)
         return
     with Client(arguments.address) as client:
         logits = client.logits(step2_fit.MODEL, data.inputs)
         story = watch(client, rows(data, logits, data.labels))
-        Console().print(table(story))
-        Console().print(cause(story), highlight=False)
-        Console().print(f"the page as it is now: {save_page(client, arguments.out)}")
+        console.print(table(story))
+        for line in told(story):
+            console.print(line, highlight=False)
+        console.print(f"the page as it is now: {save_page(client, arguments.out)}")
 
 
 if __name__ == "__main__":
