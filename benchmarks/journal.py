@@ -22,21 +22,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
+from calserve.v1.feedback_service_pb2 import LabelResult, RecordLabelsResponse
 
 from benchmarks.load import Load
 from benchmarks.serving import Bench, Case, in_turn, say, show
 from benchmarks.serving_models import MODELS
+from benchmarks.serving_peers import Running
 from service.client import AsyncClient, Client
+from service.client.requests import label_requests
 from service.store.journal import Journal
-from service.store.labels import Labels, NewLabel, Result
+from service.store.labels import Labels, NewLabel, NewLabels, Result
 from service.store.packs import Answered
 from service.store.reading import Reader
 
 MODES = ("off", "async", "sync")
 CASES = (Case("unary", 1), Case("unary", 16), Case("unary", 64), Case("stream", 16))
 SINGLE_CALLERS, SINGLE_SECONDS = 128, 4.0
-BATCH, ROWS_EACH = 10_000, 500
+BATCH, ROWS_EACH, LONE = 10_000, 500, 20_000
 
 
 def cost(bench: Bench) -> list[list[str]]:
@@ -74,11 +78,30 @@ def labels(bench: Bench) -> Iterator[list[str]]:
         acknowledged, pauses = asyncio.run(singly(running.address, model.name, single))
         yield ["single labels acknowledged/s over the wire", f"{acknowledged / SINGLE_SECONDS:,.0f}"]
         yield ["their p50 and p99, ms", " / ".join(f"{1000 * np.percentile(pauses, q):.1f}" for q in (50, 99))]
-        batch = places[len(places) // 2 :]
+        prepared, plain = places[len(places) // 2 : -len(places) // 4], places[-len(places) // 4 :]
+        yield from in_messages(running, model.name, prepared, f"{ROWS_EACH} rows a prediction")
+        lone = [(client.predict(model.name, inputs[:1]).prediction_id, 0) for _ in range(LONE)]
+        yield from in_messages(running, model.name, lone, "a row a prediction")
         begun = time.perf_counter()
-        names, rows = zip(*batch, strict=True)
-        results = Counter(client.label(model.name, names, [1] * len(batch), rows=rows))
-        yield ["labels/s over the wire, in batches", f"{results['recorded'] / (time.perf_counter() - begun):,.0f}"]
+        names, rows = zip(*plain, strict=True)
+        results = Counter(client.label(model.name, names, [1] * len(plain), rows=rows))
+        yield ["labels/s over the wire by Client.label", f"{results['recorded'] / (time.perf_counter() - begun):,.0f}"]
+
+
+def in_messages(running: Running, model: str, places: Sequence[tuple[str, int]], of: str) -> Iterator[list[str]]:
+    """Batches in messages that were made before, so that what a client costs is not taken for the server's."""
+    names, rows = zip(*places, strict=True)
+    requests = label_requests(model, names, [1] * len(places), rows, None)
+    messages = [request.SerializeToString() for request in requests]
+    with grpc.insecure_channel(running.address) as channel:
+        record = channel.unary_unary("/calserve.v1.FeedbackService/RecordLabels")
+        begun, used = time.perf_counter(), running.cpu_seconds()
+        answers = [record(message) for message in messages]
+        seconds, cpu = time.perf_counter() - begun, running.cpu_seconds() - used
+    results = Counter(result for answer in answers for result in RecordLabelsResponse.FromString(answer).results)
+    count = results[LabelResult.Value("LABEL_RESULT_RECORDED")]
+    yield [f"labels/s over the wire, in batches, messages made before: {of}", f"{count / seconds:,.0f}"]
+    yield ["processor us of the server a label", f"{1e6 * cpu / count:.1f}"]
 
 
 async def singly(address: str, model: str, places: Iterator[tuple[str, int]]) -> tuple[int, list[float]]:
@@ -132,7 +155,7 @@ def record_all(opened: Journal, ids: Sequence[str]) -> tuple[int, float, float]:
     """A label for each prediction, in batches: how many were recorded, in how many seconds, of the processor too."""
     joined, recorded, seconds, cpu = Labels(opened), 0, 0.0, 0.0
     for start in range(0, len(ids), BATCH):
-        batch = [NewLabel(prediction_id, 0, 1) for prediction_id in ids[start : start + BATCH]]
+        batch = NewLabels.of([NewLabel(prediction_id, 0, 1) for prediction_id in ids[start : start + BATCH]])
         begun, used = time.perf_counter(), time.process_time()
         became = opened.writer.write_now(partial(joined.record, model="m", producer="", labels=batch))
         seconds, cpu = seconds + time.perf_counter() - begun, cpu + time.process_time() - used

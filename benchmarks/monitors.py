@@ -28,7 +28,7 @@ from service.drift.defaults import default_monitors
 from service.drift.monitors import Cohorts, Monitor, Step, subject_of
 from service.store.database import Connection
 from service.store.journal import Journal
-from service.store.labels import Labels, NewLabel
+from service.store.labels import Labels, NewLabel, NewLabels
 from service.store.packs import Answered
 
 N_CLASSES, ROWS_EACH, DIGEST, REVISION = 10, 64, "digest", "temperature-1"
@@ -52,7 +52,7 @@ def filled(journal: Journal, count: int) -> None:
 
 
 def _record(labels: Labels, told: Sequence[NewLabel], connection: Connection) -> None:
-    labels.record(connection, "m", "", told)
+    labels.record(connection, "m", "", NewLabels.of(told))
 
 
 def read_all(journal: Journal, monitors: Sequence[Monitor]) -> float:

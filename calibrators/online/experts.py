@@ -15,6 +15,8 @@ badly wrong, so that no single label can throw the curve. Two shapes of curve, o
   square of each change of slope and `LEVEL_RIDGE` for each value at -1, 0 and 1. Only the two nodes next to s have a
   phi, so H has two diagonals beside its own, and a step costs as many operations as there are nodes.
 
+Time goes where one division waits for another: H = L D L' has one a row, and the lines are solved side by side.
+
 Expert 0 is the identity: the model's own probability. The forecast served is the mixture sum_e w_e p_e by fixed share
 (Herbster, Warmuth, "Tracking the best expert", Machine Learning 32, 1998) under the log loss,
 
@@ -46,13 +48,27 @@ RIDGE, BEND_RIDGE, LEVEL_RIDGE = 3.0, 5.0, 1.0
 MEMORIES = (60.0, 150.0, 400.0, 1000.0, 4000.0, np.inf)
 BENT_MEMORIES = (3000.0, np.inf)
 SHARE = 2e-5
-IDENTITY = 0.5
-"""The first weight of the identity; the others share the rest alike."""
+IDENTITY, STEADY = 0.5, 0.2
+"""First weights of the identity and of the line that never forgets; the others share the rest alike."""
 
-N_EXPERTS = 1 + len(MEMORIES) + len(BENT_MEMORIES)
+
+def _bend_ridge() -> Array:
+    """H_0 of a bent line: its five diagonals, (len(NODES), 5), with zeros where they end."""
+    change = np.zeros((len(KNOTS), len(NODES)))  # of slope, at each knot
+    for j, (before, after) in enumerate(zip(np.diff(NODES)[:-1], np.diff(NODES)[1:], strict=True)):
+        change[j, j : j + 3] = 1 / before, -1 / before - 1 / after, 1 / after
+    whole = np.pad(BEND_RIDGE * change.T @ change + np.diag(LEVEL_RIDGE * (np.abs(NODES) <= 1)), ((0, 0), (2, 2)))
+    return np.stack([row[i : i + 5] for i, row in enumerate(whole)])
+
+
+BEND = _bend_ridge()
+N_LINES, N_BENT = len(MEMORIES), len(BENT_MEMORIES)
+FIRST_BENT = 1 + N_LINES
+N_EXPERTS = FIRST_BENT + N_BENT
 MEMORY = np.array([np.inf, *MEMORIES, *BENT_MEMORIES])
 BENT = np.array([False] * (1 + len(MEMORIES)) + [True] * len(BENT_MEMORIES))
-FIRST_SHARES = np.array([IDENTITY] + [(1 - IDENTITY) / (N_EXPERTS - 1)] * (N_EXPERTS - 1))
+FIRST_SHARES = np.full(N_EXPERTS, (1 - IDENTITY - STEADY) / (N_EXPERTS - 2))
+FIRST_SHARES[0], FIRST_SHARES[N_LINES] = IDENTITY, STEADY
 
 
 class State(NamedTuple):
@@ -72,33 +88,18 @@ class State(NamedTuple):
 
 def start(beta: bool) -> State:
     """The state before the first label: every expert says what the model says."""
-    theta, ridge = _start(beta)
-    return State(theta.copy(), ridge.copy(), FIRST_SHARES.copy())
-
-
-def n_line(beta: bool) -> int:
-    """Features of a line."""
-    return 3 if beta else 2
-
-
-def _start(beta: bool) -> tuple[Array, Array]:
-    """theta_0 and H_0 of all experts."""
     theta, ridge = np.zeros((N_EXPERTS, len(NODES))), np.zeros((N_EXPERTS, len(NODES), 3))
     theta[~BENT, 0] = 1.0
     if beta:
         theta[~BENT, 2] = 1.0
     ridge[~BENT, : n_line(beta), 0] = RIDGE
-    theta[BENT], ridge[BENT] = NODES, _bend_ridge()
-    return theta, ridge
+    theta[BENT], ridge[BENT] = NODES, BEND[:, 2:]
+    return State(theta, ridge, FIRST_SHARES.copy())
 
 
-def _bend_ridge() -> Array:
-    """H_0 of a bent line, (len(NODES), 3)."""
-    change = np.zeros((len(KNOTS), len(NODES)))  # of slope, at each knot
-    for j, (before, after) in enumerate(zip(np.diff(NODES)[:-1], np.diff(NODES)[1:], strict=True)):
-        change[j, j : j + 3] = 1 / before, -1 / before - 1 / after, 1 / after
-    whole = BEND_RIDGE * change.T @ change + np.diag(LEVEL_RIDGE * (np.abs(NODES) <= 1))
-    return np.column_stack([np.pad(np.diag(whole, -k), (0, k)) for k in range(3)])
+def n_line(beta: bool) -> int:
+    """Features of a line."""
+    return 3 if beta else 2
 
 
 def features(scores: Array, beta: bool) -> Array:
@@ -137,7 +138,7 @@ def learn(state: State, scores: Array, y: Array, weight: Array, beta: bool) -> A
     y : (n_samples,) float64, 0 or 1
     weight : (n_samples,) float64, positive. A weight of two is the row twice; what is left of one counts by its part
     """
-    return _learn(*state, scores, y, weight, beta, *_start(beta), MEMORY, BENT, FIRST_SHARES, NODES)
+    return _learn(*state, scores, y, weight, beta, MEMORY, FIRST_SHARES, NODES, BEND)
 
 
 @compiled
@@ -149,67 +150,114 @@ def _fill_line(s: float, beta: bool, phi: Array) -> None:
 
 
 @compiled
-def _solve(band: Array, n: int, x: Array, lower: Array) -> None:
-    """x <- H^-1 x, H of n rows and positive. H = L D L', of which `lower` takes D and the two diagonals of L."""
-    for i in range(n):
-        pivot, near, value = band[i, 0], 0.0, x[i]
-        if i > 0:
-            near = band[i - 1, 1]
-        if i > 1:
-            far = band[i - 2, 2]
-            near -= far * lower[i - 2, 1]
-            lower[i - 2, 2] = far / lower[i - 2, 0]
-            pivot -= far * lower[i - 2, 2]
-            value -= lower[i - 2, 2] * x[i - 2]
-        if i > 0:
-            lower[i - 1, 1] = near / lower[i - 1, 0]
-            pivot -= near * lower[i - 1, 1]
-            value -= lower[i - 1, 1] * x[i - 1]
-        lower[i, 0], x[i] = pivot, value
-    for i in range(n - 1, -1, -1):
-        x[i] /= lower[i, 0]
-        if i < n - 1:
-            x[i] -= lower[i, 1] * x[i + 1]
-        if i < n - 2:
-            x[i] -= lower[i, 2] * x[i + 2]
+def _step_lines(
+    theta: Array, band: Array, phi: Array, said: Array, y: float, weight: float, memory: Array, beta: bool
+) -> None:
+    """One step of every line. H = L D L', of two rows or three."""
+    for e in range(1, 1 + N_LINES):
+        p = said[e]
+        new, error = weight / memory[e], weight * (p - y)
+        information = weight * 0.5 * (p * (1.0 - p) + (p - y) * (p - y))
+        kept, ridge = 1.0 - new, new * RIDGE
+        h00 = kept * band[e, 0, 0] + ridge + information * phi[0] * phi[0]
+        h10 = kept * band[e, 0, 1] + information * phi[0] * phi[1]
+        h11 = kept * band[e, 1, 0] + ridge + information * phi[1] * phi[1]
+        band[e, 0, 0], band[e, 0, 1], band[e, 1, 0] = h00, h10, h11
+        x0 = error * phi[0] + ridge * (theta[e, 0] - 1.0)
+        x1 = error * phi[1] + ridge * theta[e, 1]
+        l10 = h10 / h00
+        d1 = h11 - l10 * h10
+        x1 -= l10 * x0
+        if beta:
+            h20 = kept * band[e, 0, 2] + information * phi[0] * phi[2]
+            h21 = kept * band[e, 1, 1] + information * phi[1] * phi[2]
+            h22 = kept * band[e, 2, 0] + ridge + information * phi[2] * phi[2]
+            band[e, 0, 2], band[e, 1, 1], band[e, 2, 0] = h20, h21, h22
+            x2 = error * phi[2] + ridge * (theta[e, 2] - 1.0)
+            l20 = h20 / h00
+            near = h21 - l20 * h10
+            l21 = near / d1
+            x2 = (x2 - l20 * x0 - l21 * x1) / (h22 - l20 * h20 - l21 * near)
+            theta[e, 2] -= x2
+            x1 = x1 / d1 - l21 * x2
+            x0 = x0 / h00 - l10 * x1 - l20 * x2
+        else:
+            x1 /= d1
+            x0 = x0 / h00 - l10 * x1
+        theta[e, 0] -= x0
+        theta[e, 1] -= x1
 
 
 @compiled
-def _newton_step(
-    theta: Array, band: Array, n: int, at: int, phi: Array, p: float, y: float, weight: float, memory: float,
-    theta_0: Array, ridge: Array, step: Array, lower: Array,
+def _step_bent(
+    theta: Array, band: Array, at: int, hats: Array, said: Array, y: float, weight: float, memory: Array,
+    nodes: Array, bend: Array, off: Array, x: Array, inverse: Array, near: Array, far: Array,
 ) -> None:  # fmt: skip
-    """One step of n coefficients, where phi holds the features from number `at` on and the others are zero."""
-    step[:n] = 0.0
-    new = weight / memory
-    if new > 0.0:
-        for i in range(n):
-            off = theta[i] - theta_0[i]
-            step[i] += new * ridge[i, 0] * off
-            band[i, 0] += new * (ridge[i, 0] - band[i, 0])
-            for k in range(1, min(3, n - i)):
-                step[i + k] += new * ridge[i, k] * off
-                step[i] += new * ridge[i, k] * (theta[i + k] - theta_0[i + k])
-                band[i, k] += new * (ridge[i, k] - band[i, k])
-    information = weight * 0.5 * (p * (1.0 - p) + (p - y) * (p - y))
-    for i in range(len(phi)):
-        step[at + i] += weight * (p - y) * phi[i]
-        for k in range(len(phi) - i):
-            band[at + i, k] += information * phi[i] * phi[i + k]
-    _solve(band, n, step, lower)
+    """One step of every bent line, of which s lies between nodes `at` and `at + 1`. H = L D L': the last four arrays
+    take the step, 1/D and the two diagonals of L, (len(NODES), N_BENT) each; `off`, two zeros at either end, a line's
+    distance from `nodes`. The lines go side by side, row by row: each row waits for the one above, and a processor does
+    the other line's meanwhile."""
+    n = len(x)
+    for b in range(N_BENT):
+        e = FIRST_BENT + b
+        new = weight / memory[e]
+        if new > 0.0:
+            for i in range(n):
+                off[i + 2] = theta[e, i] - nodes[i]
+            for i in range(n):
+                pull = 0.0
+                for k in range(5):
+                    pull += bend[i, k] * off[i + k]
+                x[i, b] = new * pull
+                for k in range(3):
+                    band[e, i, k] += new * (bend[i, 2 + k] - band[e, i, k])
+        else:
+            for i in range(n):
+                x[i, b] = 0.0
+        error = weight * (said[e] - y)
+        information = weight * 0.5 * (said[e] * (1.0 - said[e]) + (said[e] - y) * (said[e] - y))
+        x[at, b] += error * hats[0]
+        x[at + 1, b] += error * hats[1]
+        band[e, at, 0] += information * hats[0] * hats[0]
+        band[e, at, 1] += information * hats[0] * hats[1]
+        band[e, at + 1, 0] += information * hats[1] * hats[1]
     for i in range(n):
-        theta[i] -= step[i]
+        for b in range(N_BENT):
+            e = FIRST_BENT + b
+            pivot = band[e, i, 0]
+            if i > 1:
+                pivot -= far[i - 2, b] * band[e, i - 2, 2]
+                x[i, b] -= far[i - 2, b] * x[i - 2, b]
+            if i > 0:
+                below = band[e, i - 1, 1]
+                if i > 1:
+                    below -= band[e, i - 2, 2] * near[i - 2, b]
+                near[i - 1, b] = below * inverse[i - 1, b]
+                pivot -= below * near[i - 1, b]
+                x[i, b] -= near[i - 1, b] * x[i - 1, b]
+            inverse[i, b] = 1.0 / pivot
+            far[i, b] = band[e, i, 2] * inverse[i, b]
+    for i in range(n - 1, -1, -1):
+        for b in range(N_BENT):
+            step = x[i, b] * inverse[i, b]
+            if i < n - 1:
+                step -= near[i, b] * x[i + 1, b]
+            if i < n - 2:
+                step -= far[i, b] * x[i + 2, b]
+            x[i, b] = step
+            theta[FIRST_BENT + b, i] -= step
 
 
 @compiled
 def _learn(
     theta: Array, curvature: Array, shares: Array, scores: Array, y: Array, weight: Array, beta: bool,
-    theta_0: Array, ridge: Array, memory: Array, bent: Array, first_shares: Array, nodes: Array,
+    memory: Array, first_shares: Array, nodes: Array, bend: Array,
 ) -> Array:  # fmt: skip
     n_experts, n_nodes = theta.shape
-    line, hats = np.zeros(3 if beta else 2), np.zeros(2)
-    step, lower, said = np.zeros(n_nodes), np.zeros((n_nodes, 3)), np.zeros(n_experts)
-    forecasts = np.empty(len(scores))
+    line, hats, off = np.zeros(3 if beta else 2), np.zeros(2), np.zeros(n_nodes + 4)
+    x, inverse = np.zeros((n_nodes, N_BENT)), np.zeros((n_nodes, N_BENT))
+    near, far = np.zeros((n_nodes, N_BENT)), np.zeros((n_nodes, N_BENT))
+    said, forecasts = np.zeros(n_experts), np.empty(len(scores))
     for t in range(len(scores)):
         s = min(max(scores[t], -WITHIN), WITHIN)
         _fill_line(s, beta, line)
@@ -223,18 +271,20 @@ def _learn(
             part = min(left, 1.0)
             mixed = total = 0.0
             for e in range(n_experts):
-                z = scores[t]
-                if bent[e]:
+                if e == 0:
+                    z = scores[t]
+                elif e >= FIRST_BENT:
                     z = theta[e, at] * hats[0] + theta[e, at + 1] * hats[1]
-                elif e > 0:
-                    z = 0.0
-                    for i in range(len(line)):
-                        z += theta[e, i] * line[i]
+                else:
+                    z = theta[e, 0] * line[0] + theta[e, 1] * line[1]
+                    if beta:
+                        z += theta[e, 2] * line[2]
                 z = min(max(z, -MOST), MOST)
                 decay = exp(-abs(z))
-                low = decay / (1.0 + decay)  # exact, where one less the other's probability is not
-                said[e] = low if z < 0 else 1.0 / (1.0 + decay)
-                likelihood = low if (z < 0) == (y[t] > 0.5) else 1.0 / (1.0 + decay)
+                high = 1.0 / (1.0 + decay)
+                low = decay * high  # exact, where one less the other's probability is not
+                said[e] = low if z < 0 else high
+                likelihood = low if (z < 0) == (y[t] > 0.5) else high
                 mixed += shares[e] * said[e]
                 shares[e] *= likelihood if part == 1.0 else likelihood**part
                 total += shares[e]
@@ -242,18 +292,13 @@ def _learn(
                 forecasts[t] = mixed
             if part == 0.0:
                 break
+            kept = (1.0 - part * SHARE) / total
             for e in range(n_experts):
-                shares[e] = (1.0 - part * SHARE) * shares[e] / total + part * SHARE * first_shares[e]
-                if bent[e]:
-                    _newton_step(
-                        theta[e], curvature[e], n_nodes, at, hats, said[e], y[t], part, memory[e],
-                        theta_0[e], ridge[e], step, lower,
-                    )  # fmt: skip
-                elif e > 0:
-                    _newton_step(
-                        theta[e], curvature[e], len(line), 0, line, said[e], y[t], part, memory[e],
-                        theta_0[e], ridge[e], step, lower,
-                    )  # fmt: skip
+                shares[e] = kept * shares[e] + part * SHARE * first_shares[e]
+            _step_lines(theta, curvature, line, said, y[t], part, memory, beta)
+            _step_bent(
+                theta, curvature, at, hats, said, y[t], part, memory, nodes, bend, off, x, inverse, near, far
+            )  # fmt: skip
             left -= part
             if left <= 0.0:
                 break

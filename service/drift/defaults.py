@@ -16,11 +16,8 @@ raw_calibration it holds while what the fit of its baseline misses, and what the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 
-from service.drift.detectors import registry
 from service.drift.missing_labels import MissingLabels
-from service.drift.monitors import budget_names
 from service.drift.states import RAW, SERVED, MonitorSpec
 
 FALSE_ALARM, HORIZON_ROWS = 0.1, 100_000
@@ -49,14 +46,14 @@ _DETECTORS: dict[str, tuple[str, str, dict[str, float | str], int]] = {
 
 def default_monitors(model: str, inputs: Sequence[str] = ()) -> list[MonitorSpec]:
     """Of one model, of whose inputs these signals are kept."""
-    share = FALSE_ALARM / len(_DETECTORS)
+    budget = {"horizon": HORIZON_ROWS, "false_alarm_probability": FALSE_ALARM / len(_DETECTORS)}
     return [
         MonitorSpec(
             model,
             name,
             detector,
             watched,
-            {**parameters, **_budget(detector, share), **({"signals": ",".join(inputs)} if name == INPUTS else {})},
+            {**parameters, **budget, **({"signals": ",".join(inputs)} if name == INPUTS else {})},
             cooldown_rows=COOLDOWN_ROWS,
             is_default=True,
             baseline_rows=baseline,
@@ -64,10 +61,3 @@ def default_monitors(model: str, inputs: Sequence[str] = ()) -> list[MonitorSpec
         for name, (detector, watched, parameters, baseline) in _DETECTORS.items()
         if inputs or name != INPUTS
     ]
-
-
-@cache
-def _budget(detector: str, share: float) -> dict[str, float | str]:
-    known = MissingLabels().parameters() if detector == MissingLabels.kind else registry.parameters_of(detector)
-    horizon, probability = budget_names(known)
-    return {horizon: HORIZON_ROWS, probability: share}

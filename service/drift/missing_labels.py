@@ -10,7 +10,7 @@ which rises with the label's being missing, so that its mean is at most 1 while 
 most p0, whatever is known of the past. Four bets, q a tenth to nine tenths of the way from p0 to 1, each of weight 1/4,
 make a Shiryaev-Roberts e-detector (Shin, Ramdas, Rinaldo, "E-detectors", NEJSDS 2023)
 
-    M_j <- L_j (M_j + w_j)     R = sum_j M_j     rings when R >= c = horizon_rows / false_alarm
+    M_j <- L_j (M_j + w_j)     R = sum_j M_j     rings when R >= c = horizon / false_alarm_probability
 
 With rows as independent as those of the reference, P(it rings within N rows) <= N / c + reference_error. Where few
 labels ever came it hardly rings. It is no detector of drift: it says that the others are blind.
@@ -42,7 +42,8 @@ class MissingLabels(Detector):
     reference_rows : rows of the reference
     tolerance : by how much more labels may be missing
     reference_error : probability that the reference says too little
-    false_alarm, horizon_rows : it rings with at most this probability within so many rows, but for a bad reference
+    horizon, false_alarm_probability : within so many rows it rings falsely with at most this probability, but for a bad
+        reference
 
     Examples
     --------
@@ -64,14 +65,14 @@ class MissingLabels(Detector):
         reference_rows: int = 1000,
         tolerance: float = 0.05,
         reference_error: float = 0.005,
-        false_alarm: float = 0.1,
-        horizon_rows: float = 100_000,
+        false_alarm_probability: float = 0.1,
+        horizon: float = 100_000,
     ) -> None:
         self.reference_rows = whole("reference_rows", reference_rows, least=1)
         self.tolerance = number("tolerance", tolerance, least=0.0, most=1.0)
         self.reference_error = number("reference_error", reference_error, above=0.0, most=0.5)
-        self.false_alarm = number("false_alarm", false_alarm, above=0.0, most=1.0)
-        self.horizon_rows = number("horizon_rows", horizon_rows, least=1.0)
+        self.false_alarm_probability = number("false_alarm_probability", false_alarm_probability, above=0.0, most=1.0)
+        self.horizon = number("horizon", horizon, least=1.0)
         self._reference = np.zeros(2, np.int64)  # rows, missing ones
         self.reset()
 
@@ -85,7 +86,7 @@ class MissingLabels(Detector):
 
     @property
     def threshold(self) -> float:
-        return log10(self.horizon_rows / self.false_alarm)
+        return log10(self.horizon / self.false_alarm_probability)
 
     @property
     def expected(self) -> float:
@@ -103,7 +104,7 @@ class MissingLabels(Detector):
         p0 = self.expected
         q = p0 + WAYS * (1 - p0)
         factors = np.array([(1 - q) / (1 - p0), q / p0])
-        limit = self.horizon_rows / self.false_alarm
+        limit = self.horizon / self.false_alarm_probability
         read = int(_bet(missing[first:], factors, np.log(factors), self._wealth, self._since, self._gain, limit))
         self.n_rows += read
         return None if self._wealth.sum() < limit else first + read - 1

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple, Self
 
@@ -121,22 +121,13 @@ def reads_of(spec: MonitorSpec) -> str:
 def promise(detector: Detector) -> str:
     """In words, how seldom it rings while nothing has changed."""
     said = detector.parameters()
-    horizon, probability = (said.get(name) for name in budget_names(said))
+    horizon, probability = said.get("horizon"), said.get("false_alarm_probability")
     if not isinstance(horizon, int | float) or not isinstance(probability, int | float):
         return "none: nothing is promised of how often this detector rings falsely"
     rows = "labelled rows" if detector.labelled else "rows"
     error = said.get("reference_error", 0)
     beside = f", and {error:g} for a reference unlike its source" if error else ""
     return f"rings falsely within {horizon:,.0f} {rows} with probability {probability:g} at most{beside}"
-
-
-def budget_names(parameters: Iterable[str]) -> tuple[str, str]:
-    """What a kind calls the rows of its promise, and the probability that it rings within them."""
-    named = set(parameters)
-    return tuple(  # type: ignore[return-value]
-        next((name for name in names if name in named), "")
-        for names in (("horizon_rows", "horizon"), ("false_alarm", "false_alarm_probability"))
-    )
 
 
 class Watching:

@@ -8,15 +8,15 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from calserve.v1 import feedback_service_pb2 as pb
 
 from service.errors import InvalidRequest, NotFound
 from service.inference.repository import Repository
 from service.rpc.methods import Call, Method, methods_of
 from service.rpc.wire import FEEDBACK_SERVICE
-from service.store.database import Connection
 from service.store.journal import Journal
-from service.store.labels import Labels, NewLabel, Result
+from service.store.labels import Labels, Message, NewLabels, Result
 from service.store.reading import NO_LABEL, Pairs
 
 MOST_LABELS = 100_000
@@ -70,11 +70,8 @@ class FeedbackService:
             raise InvalidRequest(f"a message holds at most {MOST_LABELS} labels, got {len(request.labels)}")
         labels = _labels(request.labels, self._class_indices(request.model))
         producer = call.grant.name if call.grant else ""
-
-        def record(connection: Connection) -> list[Result]:
-            return self.labels.record(connection, request.model, producer, labels)
-
-        results = await self.journal.writer.write(record)
+        message = Message(request.model, producer, labels)
+        results = await self.journal.writer.write_piece(self.labels.record_all, message)
         self.counts.update(results)
         self.recorded(request.model, results.count(Result.RECORDED))
         return [_RESULTS[result] for result in results]
@@ -85,19 +82,22 @@ class FeedbackService:
         return {name: index for index, name in enumerate(names)}
 
 
-def _labels(messages: Sequence[pb.Label], classes: Mapping[str, int]) -> list[NewLabel]:
-    return [NewLabel(label.prediction_id, label.row, _class_of(label, classes), label.receipt) for label in messages]
+def _labels(messages: Sequence[pb.Label], classes: Mapping[str, int]) -> NewLabels:
+    labels = list(messages)  # each look into a message makes an object
+    indices = [label.class_index or _class_of(label, classes) for label in labels]
+    return NewLabels(
+        [label.prediction_id for label in labels],
+        np.array([label.row for label in labels], np.int64),
+        np.array(indices, np.int64),
+        [label.receipt for label in labels],
+    )
 
 
 def _class_of(label: pb.Label, classes: Mapping[str, int]) -> int:
-    if label.class_index:
-        return int(label.class_index)
-    match label.WhichOneof("class"):
-        case "class_index":
-            return 0
-        case "class_name":
-            return classes.get(label.class_name, NO_CLASS)
-    return NO_CLASS
+    """The class of a label whose index is zero: it may have none, or a name."""
+    if label.HasField("class_index"):
+        return 0
+    return classes.get(label.class_name, NO_CLASS)
 
 
 def _message(found: Pairs) -> pb.StoredPrediction:

@@ -6,10 +6,13 @@ import sqlite3
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from service.errors import Damaged
 from service.store.database import Connection
-from service.store.journal_tables import PACK_COLUMNS, PackRow, checksum, label_checksum
+from service.store.journal_tables import PACK_COLUMNS, PackRow, checksum, label_checksums
 
+ROWS_TOGETHER = 4096
 ROWS = {
     "readers": "SELECT model, reader, number, pack, row, record, state, crc FROM readers",
     "releases": "SELECT model, reader, number, pack, row, record, crc FROM releases",
@@ -66,9 +69,18 @@ def damaged_labels(connection: Connection) -> Iterator[tuple[str, tuple[int, int
     """Which table each is in, and its key there: stream, number, row."""
     for table in ("labels", "conflicts"):
         query = f"SELECT stream, number, row, label, producer, record, crc FROM {table}"  # noqa: S608
-        for *values, crc in connection.execute(query):
-            if label_checksum(*values) != crc:
-                yield table, (values[0], values[1], values[2])
+        cursor = connection.execute(query)
+        while found := cursor.fetchmany(ROWS_TOGETHER):
+            yield from ((table, (row[0], row[1], row[2])) for row in _damaged(found))
+
+
+def _damaged(labels: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
+    try:
+        rows = np.array(labels, np.int64)
+    except (TypeError, ValueError, OverflowError):  # one of them is no whole number any more
+        half = len(labels) // 2
+        return _damaged(labels[:half]) + _damaged(labels[half:]) if half else list(labels)
+    return [labels[index] for index in np.flatnonzero(label_checksums(rows[:, :6]) != rows[:, 6]).tolist()]
 
 
 def _in_packs(connection: Connection) -> Iterator[str]:

@@ -12,9 +12,11 @@ import logging
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import attrgetter
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
@@ -23,9 +25,12 @@ from service.store.database import READ_ONLY, Connection
 
 log = logging.getLogger(__name__)
 
+P = TypeVar("P")
 T = TypeVar("T")
 Work = Callable[[Connection], T]
 """What is done inside a transaction. It may raise an error of ours, then nothing of it is written."""
+WorkOnPieces = Callable[[Connection, Sequence[P]], Sequence[T]]
+"""What is done for several callers at once: a result for each piece."""
 
 MOST_TOGETHER = 4096
 MOST_WAITING = 20_000
@@ -37,7 +42,8 @@ RETRY_SECONDS = 1.0
 
 @dataclass(eq=False)
 class _Job:
-    work: Work[Any]
+    work: Callable[..., Any]
+    piece: Any = None
     future: Future[Any] = field(default_factory=Future)
     loop: asyncio.AbstractEventLoop | None = None
     waiter: asyncio.Future[Any] | None = None
@@ -105,10 +111,19 @@ class Writer:
         Overloaded
             if too much waits
         """
-        loop = asyncio.get_running_loop()
-        waiter: asyncio.Future[T] = loop.create_future()
-        self._put(_Job(work, loop=loop, waiter=waiter))
-        return await waiter
+        result: T = await self._write(_Job(work))
+        return result
+
+    async def write_piece(self, work: WorkOnPieces[P, T], piece: P) -> T:
+        """The same, of work that is done once for the pieces of all who wait; alone for each if it raises."""
+        result: T = await self._write(_Job(work, piece))
+        return result
+
+    async def _write(self, job: _Job) -> Any:
+        job.loop = asyncio.get_running_loop()
+        job.waiter = job.loop.create_future()
+        self._put(job)
+        return await job.waiter
 
     def write_now(self, work: Work[T]) -> T:
         """The same for a caller without an event loop, who waits."""
@@ -191,7 +206,7 @@ class Writer:
             connection.execute("BEGIN IMMEDIATE")
             if self._is_due():
                 self._due(connection)
-            results = [job.work(connection) for job in jobs]
+            results = list(_results(connection, jobs))
             connection.execute("COMMIT")
         except BaseException:
             if connection.in_transaction:
@@ -241,6 +256,12 @@ class Writer:
         else:
             self._connection, self.writable = connection, True
             log.info("the %s is written again, verified in %.1f s", self._name, time.monotonic() - begun)
+
+
+def _results(connection: Connection, jobs: Iterable[_Job]) -> Iterator[Any]:
+    for work, group in groupby(jobs, key=attrgetter("work")):
+        pieces = [job.piece for job in group]
+        yield from (work(connection) for _ in pieces) if pieces[0] is None else work(connection, pieces)
 
 
 def _settle_all(settled: Iterable[tuple[_Job, Any]]) -> None:

@@ -127,7 +127,7 @@ def test_machine_code_and_python_give_the_same_bits(beta: bool, monkeypatch: pyt
     weight = np.random.default_rng(0).choice([0.0, 0.3, 1.0, 2.0], size=150)
     compiled = experts.start(beta)
     wanted = experts.learn(compiled, scores, y.astype(np.float64), weight, beta)
-    for name in ("_learn", "_newton_step", "_solve", "_fill_line"):
+    for name in ("_learn", "_step_lines", "_step_bent", "_fill_line"):
         monkeypatch.setattr(experts, name, getattr(experts, name).py_func)
     plain = experts.start(beta)
     assert (experts.learn(plain, scores, y.astype(np.float64), weight, beta) == wanted).all()
@@ -174,17 +174,36 @@ def test_machine_code_kept_on_disk_depends_on_its_own_file_alone(module: ModuleT
         assert used <= own | {"np", "exp", "log", "log1p"}, function.__name__
 
 
-def test_the_banded_solver_solves() -> None:
-    rng = np.random.default_rng(0)
-    for n in (2, 3, 5, 13):
-        band = np.column_stack([8 + rng.random(n), rng.normal(size=n), rng.normal(size=n)])
-        whole = np.diag(band[:, 0])
-        for k in (1, 2):
-            whole += np.diag(band[: n - k, k], k) + np.diag(band[: n - k, k], -k)
-        x = right = rng.normal(size=n)
-        x = right.copy()
-        experts._solve(band, n, x, np.zeros((n, 3)))
-        np.testing.assert_allclose(whole @ x, right, atol=1e-12)
+def whole(band: Array) -> Array:
+    """A symmetric matrix from its diagonal and the two below."""
+    return sum(
+        (np.diag(band[: len(band) - k, k], k) + np.diag(band[: len(band) - k, k], -k)) / (1 + (k == 0))
+        for k in range(3)
+    )
+
+
+@pytest.mark.parametrize("beta", [False, True])
+def test_every_expert_takes_the_step_that_is_written_in_matrices(beta: bool) -> None:
+    scores, y, _ = binary(60, 4, lambda s, t: 0.5 * s + t)
+    weight = np.random.default_rng(0).choice([0.3, 1.0], size=60)
+    scores[:3] = -14.0, 14.0, 0.0  # beyond the nodes, and on one
+    state, fresh = experts.start(beta), experts.start(beta)
+    for t in range(60):
+        before = experts.State(*(array.copy() for array in state))
+        experts.learn(state, scores[t : t + 1], y[t : t + 1].astype(np.float64), weight[t : t + 1], beta)
+        s = np.clip(scores[t], -experts.WITHIN, experts.WITHIN)
+        hats = np.array([np.interp(s, experts.NODES, unit) for unit in np.eye(len(experts.NODES))])
+        line = [np.log(expit(s)), 1, -np.log(expit(-s))] if beta else [s, 1]
+        for e in range(1, experts.N_EXPERTS):
+            phi = hats if experts.BENT[e] else np.array(line)
+            n, kept = len(phi), 1 - weight[t] / experts.MEMORY[e]
+            theta, theta_0, ridge = before.theta[e, :n], fresh.theta[e, :n], whole(fresh.curvature[e, :n])
+            p = expit(np.clip(theta @ phi, -experts.MOST, experts.MOST))
+            information = weight[t] * (p * (1 - p) + (p - y[t]) ** 2) / 2
+            hessian = kept * whole(before.curvature[e, :n]) + information * np.outer(phi, phi) + (1 - kept) * ridge
+            gradient = weight[t] * (p - y[t]) * phi + (1 - kept) * ridge @ (theta - theta_0)
+            np.testing.assert_allclose(whole(state.curvature[e, :n]), hessian, atol=1e-12)
+            np.testing.assert_allclose(state.theta[e, :n], theta - np.linalg.solve(hessian, gradient), atol=1e-11)
 
 
 @pytest.mark.parametrize("beta", [False, True])

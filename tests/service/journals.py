@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from service.store.journal import Journal, OpenStream
-from service.store.labels import Labels, NewLabel, Result
+from service.store.labels import Labels, NewLabel, NewLabels, Result
 from service.store.packs import Answered
 
 MODEL, N_CLASSES = "m", 4
@@ -46,7 +46,7 @@ class Kept:
         self.journal.writer.write_now(self.journal.write_waiting)
 
     def label(self, labels: Sequence[NewLabel], model: str = MODEL, producer: str = "") -> list[Result]:
-        return self.journal.writer.write_now(lambda c: self.labels.record(c, model, producer, labels))
+        return self.journal.writer.write_now(lambda c: self.labels.record(c, model, producer, NewLabels.of(labels)))
 
     def label_one(self, prediction_id: str, label: int, row: int = 0, **changes: Any) -> Result:
         return self.label([NewLabel(prediction_id, row, label)], **changes)[0]

@@ -34,7 +34,7 @@ def main() -> None:
                 prediction_id = kept.stream.append(answered(seed), 1).decode()
             if not prediction_id:
                 continue
-            number = reader.read([prediction_id])[0].number  # type: ignore[union-attr]
+            number = int(reader.read([prediction_id])[0, 1])
             label = number % 4
             try:
                 (result,) = kept.label([NewLabel(prediction_id, 0, label)])

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import stat
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +20,8 @@ import service.store.journal
 from service.errors import Damaged, Stale
 from service.store.database import Connection
 from service.store.journal_tables import Retention, prune, used_bytes
-from service.store.keys import IdMaker, IdReader, Keys
-from service.store.labels import NewLabel, Result
+from service.store.keys import NOWHERE, IdMaker, IdReader, Keys
+from service.store.labels import Message, NewLabel, NewLabels, Result
 from service.store.packs import ALL_UP_TO, MOST_PROBABLE, Answered, Pack
 from service.store.reading import NO_LABEL, Cohort, Position, Reader
 from service.store.verification import problems
@@ -186,6 +189,43 @@ def test_what_monitors_read_comes_back_with_the_pairs_by_row(kept: Kept) -> None
     assert three.segment_of(0) == ""
 
 
+def test_labels_that_come_together_become_what_they_would_become_one_by_one(tmp_path: Path) -> None:
+    """Of several keys, streams and packs; ids of the server's, of the caller's and of nobody's; said twice and wrongly."""
+    together, singly = Kept(tmp_path / "together"), Kept(tmp_path / "singly")
+    names: list[list[str]] = []
+    for kept in (together, singly):
+        other, own = kept.open_stream("other"), [f"own-{index // 2}" for index in range(12)]  # each given twice
+        ids = kept.predict(*(answered(seed, rows=1 + seed % 3, caller_id=b"%d" % seed) for seed in range(90)))
+        kept.flush()
+        assert kept.journal.keys.rotate()
+        kept.flush()
+        ids += kept.predict(*(answered(seed, rows=2) for seed in range(60)))
+        kept.predict(*(answered(seed, caller_id=name.encode()) for seed, name in enumerate(own)))
+        ids += kept.predict(answered(0), stream=other)
+        kept.flush()
+        ids += kept.predict(*(answered(seed) for seed in range(5)))  # not written yet
+        names.append([*ids, *map(str, range(90)), *own, "nobody's", "", ids[0][:-1] + "!"])
+    rng = np.random.default_rng(0)
+    count = len(names[0])
+    chosen = rng.permutation(np.r_[np.arange(count), rng.integers(0, count, size=300)])
+    said = [(int(index), int(rng.integers(-1, 3)), int(rng.integers(-1, 5))) for index in chosen]
+    messages, rest = [], [NewLabel(names[0][index], row, label) for index, row, label in said]
+    while rest:
+        size = int(rng.choice([1, 2, 40]))
+        messages.append(Message(MODEL, str(rng.choice(["a", "b"])), NewLabels.of(rest[:size])))
+        rest = rest[size:]
+    each = together.journal.writer.write_now(lambda c: together.labels.record_all(c, messages))
+    assert list(map(len, each)) == [len(message.labels.rows) for message in messages]
+    became = list(itertools.chain(*each))
+    assert became == [singly.label_one(names[1][index], label, row) for index, row, label in said]
+    assert set(became) == {result for result in Result if result is not Result.EXPIRED}
+    assert together.recorded() == singly.recorded()
+    for kept in (together, singly):
+        with contextlib.closing(kept.journal.connect()) as connection:
+            assert list(problems(connection)) == []
+        kept.close()
+
+
 def test_an_id_is_read_with_the_key_that_made_it_and_nobody_can_make_one_up(tmp_path: Path) -> None:
     keys = Keys(tmp_path / "keys")
     old = IdMaker(keys.newest, 7).make(2**33 + 5).decode()
@@ -193,12 +233,19 @@ def test_an_id_is_read_with_the_key_that_made_it_and_nobody_can_make_one_up(tmp_
     assert keys.rotate()
     new = IdMaker(keys.newest, 8).make(1).decode()
     for known in (keys, other):
-        assert IdReader(known).read([old]) == [(7, 2**33 + 5)]
-        assert IdReader(known).read([old, new, "x", "", old]) == [(7, 2**33 + 5), (8, 1), None, None, (7, 2**33 + 5)]
+        assert IdReader(known).read([old]).tolist() == [[7, 2**33 + 5]]
+        assert IdReader(known).read([old, new, new, old]).tolist() == [[7, 2**33 + 5], [8, 1], [8, 1], [7, 2**33 + 5]]
+        assert IdReader(known).read([old, new, "x", "", old]).tolist() == [
+            [7, 2**33 + 5],
+            [8, 1],
+            [NOWHERE, NOWHERE],
+            [NOWHERE, NOWHERE],
+            [7, 2**33 + 5],
+        ]
     for position in range(len(new)):
         changed = new[:position] + ("A" if new[position] != "A" else "B") + new[position + 1 :]
-        assert IdReader(keys).read([changed, new]) == [None, (8, 1)]
-    assert IdReader(Keys(tmp_path / "elsewhere")).read([old, new]) == [None, None]
+        assert IdReader(keys).read([changed, new, changed]).tolist() == [[NOWHERE, NOWHERE], [8, 1], [NOWHERE, NOWHERE]]
+    assert IdReader(Keys(tmp_path / "elsewhere")).read([old, new]).tolist() == [[NOWHERE, NOWHERE]] * 2
     assert stat.S_IMODE((tmp_path / "keys").stat().st_mode) == 0o600
 
 
@@ -287,8 +334,8 @@ def test_many_callers_share_one_commit(kept: Kept) -> None:
     kept.flush()
 
     async def label(prediction_id: str) -> Result:
-        labels = [NewLabel(prediction_id, 0, 1)]
-        (result,) = await kept.journal.writer.write(lambda c: kept.labels.record(c, MODEL, "", labels))
+        message = Message(MODEL, "", NewLabels.of([NewLabel(prediction_id, 0, 1)]))
+        (result,) = await kept.journal.writer.write_piece(kept.labels.record_all, message)
         return result
 
     async def all_of_them() -> list[Result]:
@@ -307,13 +354,42 @@ def test_work_that_fails_takes_nothing_with_it(kept: Kept) -> None:
         raise KeyError("a defect")
 
     async def together() -> list[object]:
-        good = kept.journal.writer.write(lambda c: kept.labels.record(c, MODEL, "", [NewLabel(one, 0, 1)]))
+        labels = NewLabels.of([NewLabel(one, 0, 1)])
+        good = kept.journal.writer.write(lambda c: kept.labels.record(c, MODEL, "", labels))
         return await asyncio.gather(kept.journal.writer.write(fail), good, return_exceptions=True)
 
     failed, recorded = asyncio.run(together())
     assert isinstance(failed, KeyError)
     assert recorded == [Result.RECORDED]
     assert seen(reader_of(kept).read()) == [(0, 0, 1)]
+
+
+def test_pieces_of_several_callers_are_done_together_and_each_alone_if_one_is_bad(kept: Kept) -> None:
+    calls: list[list[int]] = []
+
+    def invert(_: Connection, pieces: Sequence[int]) -> list[float]:
+        calls.append(list(pieces))
+        return [1 / piece for piece in pieces]
+
+    async def together(*pieces: int) -> list[object]:
+        begun, go_on = threading.Event(), threading.Event()
+
+        def hold(_: Connection) -> None:
+            begun.set()
+            assert go_on.wait(20)
+
+        held = asyncio.ensure_future(kept.journal.writer.write(hold))
+        assert await asyncio.to_thread(begun.wait, 20)
+        waiting = [asyncio.ensure_future(kept.journal.writer.write_piece(invert, piece)) for piece in pieces]
+        asyncio.get_running_loop().call_soon(go_on.set)  # when all of them wait for the writer
+        await held
+        return await asyncio.gather(*waiting, return_exceptions=True)
+
+    assert asyncio.run(together(1, 2, 4)) == [1, 0.5, 0.25]
+    failed, half = asyncio.run(together(0, 2))
+    assert isinstance(failed, ZeroDivisionError)
+    assert half == 0.5
+    assert calls == [[1, 2, 4], [0, 2], [0], [2]]
 
 
 def test_what_does_not_fit_in_the_queue_is_counted_and_told_to_readers(

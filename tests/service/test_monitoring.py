@@ -31,7 +31,7 @@ from tests.service.test_feedback import metrics, serving
 from tests.service.test_lifecycle import Process
 from tests.service.test_workers import Workers, connections
 
-QUICK = {"reference_rows": 500, "false_alarm": 0.1}
+QUICK = {"reference_rows": 500, "false_alarm_probability": 0.1}
 X, LOGITS, LABELS = models.labelled_rows(6000, seed=11)
 
 

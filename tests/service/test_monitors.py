@@ -21,7 +21,6 @@ from service.drift.monitors import (
     STEP_ROWS,
     Monitor,
     Ring,
-    budget_names,
     detector_of,
     subject_of,
 )
@@ -38,7 +37,7 @@ from tests.service import journals
 from tests.service.journals import MODEL
 
 DIGEST, REVISION, K = "digest", "temperature-1", 3
-SHIFT = MonitorSpec(MODEL, "scores", "score_shift", RAW, {"reference_rows": 500, "false_alarm": 0.01})
+SHIFT = MonitorSpec(MODEL, "scores", "score_shift", RAW, {"reference_rows": 500, "false_alarm_probability": 0.01})
 MISSING = MonitorSpec(MODEL, "labels", "missing_labels", RAW, {"reference_rows": 200})
 
 
@@ -365,7 +364,7 @@ def test_the_default_monitors_together_seldom_ring_and_say_so() -> None:
     total = 0.0
     for spec in specs:
         detector = detector_of(spec)
-        horizon, probability = (detector.parameters()[name] for name in budget_names(detector.parameters()))
+        horizon, probability = (detector.parameters()[name] for name in ("horizon", "false_alarm_probability"))
         assert horizon == HORIZON_ROWS
         assert detector.threshold == pytest.approx(np.log10(horizon / probability))
         total += probability

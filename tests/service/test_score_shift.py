@@ -39,7 +39,7 @@ def classes(rng: np.random.Generator, n: int) -> Batch:
 def share_that_rang(made: Stream, signals: str, runs: int, **parameters: float | str) -> float:
     rang = 0
     for seed in range(runs):
-        detector = ScoreShift(signals, reference_rows=REFERENCE, horizon_rows=HORIZON, **parameters)
+        detector = ScoreShift(signals, reference_rows=REFERENCE, horizon=HORIZON, **parameters)
         rang += detector.update(made(np.random.default_rng(seed), REFERENCE + HORIZON)) is not None
     return rang / runs
 
@@ -68,7 +68,7 @@ def test_against_the_law_itself_it_rings_as_often_as_it_may_and_no_oftener() -> 
     law, rang = (np.arange(20_000) + 0.5) / 20_000, 0
     for seed in range(400):
         values = np.concatenate([law, np.random.default_rng(seed).random(HORIZON)])
-        detector = ScoreShift("a", reference_rows=len(law), slack="none", horizon_rows=HORIZON)
+        detector = ScoreShift("a", reference_rows=len(law), slack="none", horizon=HORIZON)
         rang += detector.update(rows(np.zeros((len(values), 2)), a=values)) is not None
     assert 16 <= rang <= 62
 
@@ -197,8 +197,8 @@ def test_of_probabilities_of_zero_the_entropy_is_finite() -> None:
         ({"reference_rows": 20}, "reference_rows"),
         ({"reference_rows": 20.5}, "reference_rows"),
         ({"reference_error": 0}, "reference_error"),
-        ({"false_alarm": 0}, "false_alarm"),
-        ({"horizon_rows": float("inf")}, "horizon_rows"),
+        ({"false_alarm_probability": 0}, "false_alarm_probability"),
+        ({"horizon": float("inf")}, "horizon"),
     ],
 )
 def test_parameters_that_cannot_be_are_refused_by_name(parameters: dict[str, float | str], named: str) -> None:

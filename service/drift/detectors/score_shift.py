@@ -30,7 +30,7 @@ limit theorem. `exact`: for every m and every law, with l = log(6 signals / refe
 
 So, with rows drawn independently as the reference was,
 
-    P(it rings within N rows) <= N / c + reference_error     c = horizon_rows / false_alarm
+    P(it rings within N rows) <= N / c + reference_error     c = horizon / false_alarm_probability
 
 It cannot see a change of what the labels are given the scores. State: reference_rows float32 and 14 bets a signal, of
 the predicted class 6 bets for each of the 32 most frequent classes.
@@ -77,7 +77,8 @@ class ScoreShift(Detector):
     reference_rows : m, rows of the reference
     slack : normal, exact, or none, which holds only where the reference is no sample but the whole
     reference_error : probability that the reference is outside its bounds
-    false_alarm, horizon_rows : it rings with at most this probability within so many rows, but for a bad reference
+    horizon, false_alarm_probability : within so many rows it rings falsely with at most this probability, but for a bad
+        reference
 
     Examples
     --------
@@ -102,8 +103,8 @@ class ScoreShift(Detector):
         reference_rows: int = 2000,
         slack: str = "normal",
         reference_error: float = 0.005,
-        false_alarm: float = 0.1,
-        horizon_rows: float = 100_000,
+        false_alarm_probability: float = 0.1,
+        horizon: float = 100_000,
     ) -> None:
         self.signals, self._names = signals, tuple(name.strip() for name in str(signals).split(","))
         is_names = isinstance(signals, str) and all(name.isidentifier() for name in self._names)
@@ -112,9 +113,9 @@ class ScoreShift(Detector):
         self.reference_rows = whole("reference_rows", reference_rows, most=MOST_REFERENCE_ROWS)
         self.slack = one_of("slack", slack, SLACKS)
         self.reference_error = number("reference_error", reference_error, above=0.0, most=0.5)
-        self.false_alarm = number("false_alarm", false_alarm, above=0.0, most=1.0)
-        self.horizon_rows = number("horizon_rows", horizon_rows, least=1.0)
-        self._most = self.horizon_rows / self.false_alarm
+        self.false_alarm_probability = number("false_alarm_probability", false_alarm_probability, above=0.0, most=1.0)
+        self.horizon = number("horizon", horizon, least=1.0)
+        self._most = self.horizon / self.false_alarm_probability
         self._error = self.reference_error / len(self._names)
         self._deltas = _slacks(self.slack, self.reference_rows, self._error)
         if max(self._deltas) >= MOST_SLACK:
