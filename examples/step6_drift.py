@@ -37,7 +37,7 @@ WINDOW_ROWS, BATCH = 500, 25
 CALM, DRIFTED = 4, 7
 PUSH = 4.0
 REFIT_ROWS = 500  # that the policy waits for
-SETTLE_SECONDS, PAUSE_SECONDS = 20.0, 0.05
+SETTLE_SECONDS, PAUSE_SECONDS = 60.0, 0.05
 
 
 class Rows(NamedTuple):
@@ -121,10 +121,9 @@ class _Stream:
 
     def story(self, drifted: int) -> Story:
         turns = self._turns()
-        for number in track(
-            range(self._story.calm + drifted), description="predictions, then their labels, in windows"
-        ):
-            window = self._send(drifted=number >= self._story.calm)
+        calm = self._story.calm
+        for number in track(range(calm + drifted), description="predictions, then their labels, in windows"):
+            window = self._send(drifted=number >= calm)
             self._story.windows.append(window._replace(happened=next(turns)))
         self._story.alarm = next(iter(self._alarms()), None)
         self._acknowledge_the_rest()
@@ -154,13 +153,13 @@ class _Stream:
         yield self._fit()
         for labels in count(WINDOW_ROWS, WINDOW_ROWS):
             shadow = self._judged(labels)
-            gain = f"it is better by {shadow.gain.value:.3f} ({shadow.gain.low:.3f} to {shadow.gain.high:.3f})"
+            gain = f"in shadow it gains {shadow.gain.value:.3f} ({shadow.gain.low:.3f} to {shadow.gain.high:.3f})"
             if shadow.verdict == "better":
                 break
             yield gain
         self._client.promote(MODEL, shadow.revision)
         self._story.is_promoted = True
-        yield f"{gain}: promoted"
+        yield f"{gain}: it is promoted"
         promoted_at = len(self._sent)
         while True:
             yield "another alarm" if self._has_rung(promoted_at, 2) else "silence"
@@ -179,10 +178,8 @@ class _Stream:
 
     def _has_enough_to_fit(self) -> bool:
         """As the alarm dates the change."""
-        rows = (
-            BATCH * len(self._sent) - self._story.calm * WINDOW_ROWS - self._story.delay + self._alarms()[0].change_rows
-        )
-        return rows >= REFIT_ROWS
+        drifted = BATCH * len(self._sent) - self._story.calm * WINDOW_ROWS
+        return drifted - self._story.delay + self._alarms()[0].change_rows >= REFIT_ROWS
 
     def _fit(self) -> str:
         self._until(lambda: not self._alarms()[0].outcome.startswith("pending"))
@@ -190,7 +187,7 @@ class _Stream:
         if not running:
             raise RuntimeError(f"the alarm's policy came to nothing: {self._alarms()[0].outcome}")
         self._story.challenger = running[0]
-        return f"{self._story.challenger} is fitted on them, and in shadow"
+        return f"{self._story.challenger} is fitted on the labels since"
 
     def _judged(self, labels: int) -> Shadow:
         """How the challenger stands when so many labels were compared."""
@@ -237,7 +234,7 @@ def told(story: Story) -> Iterator[str]:
         return
     if story.delay:
         calm = f"{story.calm * WINDOW_ROWS:,} labels"
-        yield f"{MONITOR} was silent for {calm}, and rang {story.delay} after the change."
+        yield f"{MONITOR} was silent for {calm}, and rang {story.delay} labels after the change."
     else:
         yield f"{MONITOR} rang before anything had changed, which is rare."
     yield f"What is promised: {story.promise}."

@@ -72,7 +72,7 @@ def test_the_alarm_comes_after_the_change_and_names_it_and_what_is_fitted_since_
     assert story.windows[-1].served < 0.5 * story.windows[1].served
     assert {alarm.monitor for alarm in client.alarms(MODEL) if alarm.acknowledge_time is None} == {MONITOR}
     text = "\n".join(step6_drift.told(story))
-    assert f"silent for {WINDOW_ROWS} labels, and rang {story.delay} after the change" in text
+    assert f"silent for {WINDOW_ROWS} labels, and rang {story.delay} labels after the change" in text
     assert "class 2 (dog)" in text
     assert "and serves" in text
 
