@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from calibrators.plots import (
     risk_coverage_chart,
     telling_example,
 )
-from examples import step1_prepare, step2_fit, step3_predict, step4_sets, step5_labels
+from examples import step1_prepare, step2_fit, step3_predict, step4_sets, step5_labels, step6_drift
 from examples.step1_prepare import Prepared
 from examples.step2_fit import ITSELF, MODEL
 from service import passthrough
@@ -37,6 +38,7 @@ from service.console import ranking_table, scores_table
 OUT = Path("demo")
 START_SECONDS = 60
 CHECKED_ROWS = 8 * step3_predict.BATCH
+LISTENING = re.compile(r"gRPC on (\S+), metrics on (\S+)")
 THREADS = len(os.sched_getaffinity(0))
 console = Console()
 
@@ -51,7 +53,8 @@ def main() -> None:
     step(2, "the server wraps the model; calibrators are fitted on half of the rows")
     if not (data.model_repository / step5_labels.MODEL).exists():
         passthrough.write(data.model_repository, step5_labels.MODEL, step5_labels.N_CLASSES)
-    with server(data.model_repository) as address, Client(address, show_progress=True) as client:
+    step6_drift.write(data)
+    with server(data.model_repository) as (address, http), Client(address, show_progress=True) as client:
         client.wait_until_ready()
         logits = client.logits(MODEL, data.inputs[~data.is_test])
         revisions = step2_fit.fit(client, data, logits)
@@ -94,9 +97,28 @@ def main() -> None:
             f"by {gain.low:.4f} to {gain.high:.4f} at 95%, whenever one looks."
         )
 
-    step(7, "pictures")
+        step(7, "what was true stops being true: the alarm, its cause, and what is done about it")
+        drift(address, http, data, np.concatenate([logits, served.logits]))
+
+    step(8, "pictures")
     write_report(data, served, scores, chosen)
     say(f"done in {time.monotonic() - begun:.0f} seconds; the server has stopped")
+
+
+def drift(address: str, http: str, data: Prepared, logits: NDArray[np.float32]) -> None:
+    """Of magika's logits on the calibration half, then on the test half."""
+    say(
+        f"Another model without a network, {step6_drift.MODEL}, is handed magika's scores of "
+        f"{len(step6_drift.formats(data))} formats. Then, by mistake, one of them comes {step6_drift.PUSH:g} too high."
+    )
+    met = step6_drift.rows(data, logits, np.concatenate([data.labels[~data.is_test], data.labels[data.is_test]]))
+    with Client(address, show_progress=False) as client:
+        story = step6_drift.watch(client, met)
+        page = step6_drift.save_page(client, OUT)
+    console.print(step6_drift.table(story))
+    for line in step6_drift.told(story):
+        say(line)
+    say(f"The page at http://{http}/models/{step6_drift.MODEL} shows it; as it is now it is kept: [bold]{page}[/]")
 
 
 def say(text: str) -> None:
@@ -108,8 +130,9 @@ def step(number: int, text: str) -> None:
 
 
 @contextmanager
-def server(model_repository: Path) -> Iterator[str]:
-    """`calserve serve` on free ports, with an empty store; stopped by SIGTERM at the end. Gives the address."""
+def server(model_repository: Path) -> Iterator[tuple[str, str]]:
+    """`calserve serve` on free ports, with an empty store; stopped by SIGTERM at the end. Gives its addresses, gRPC and
+    HTTP."""
     command = ["serve", "--model-repository", str(model_repository), "--port", "0", "--metrics-port", "0"]
     command += ["--threads", str(THREADS)]  # of each model, as only one is asked at a time
     log = OUT / "server.log"
@@ -117,9 +140,9 @@ def server(model_repository: Path) -> Iterator[str]:
     with log.open("w") as file:
         process = subprocess.Popen([sys.executable, "-m", "service", *command, "--data-dir", str(store)], stderr=file)  # noqa: S603
     try:
-        address = _address(process, log)
-        say(f"calserve {' '.join(command)}   [dim]listening on {address}, log in {log}[/]")
-        yield address
+        addresses = _addresses(process, log)
+        say(f"calserve {' '.join(command)}   [dim]listening on {addresses[0]}, log in {log}[/]")
+        yield addresses
     finally:
         process.send_signal(signal.SIGTERM)
         code = process.wait(timeout=START_SECONDS)
@@ -127,13 +150,13 @@ def server(model_repository: Path) -> Iterator[str]:
         sys.exit(f"The server ended with exit code {code}; see {log}.")
 
 
-def _address(process: subprocess.Popen[bytes], log: Path) -> str:
+def _addresses(process: subprocess.Popen[bytes], log: Path) -> tuple[str, str]:
     """Where the server says that it listens."""
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end and process.poll() is None:
         for line in log.read_text().splitlines():
-            if "gRPC on " in line:
-                return line.partition("gRPC on ")[2].split(",")[0]
+            if found := LISTENING.search(line):
+                return found[1], found[2]
         time.sleep(0.05)
     sys.exit(f"The server did not start; see {log}.")
 

@@ -98,7 +98,7 @@ def cause(
     if len(reference) < FEWEST_ROWS:
         sentences.append(f"{len(reference)} rows are known from before the change, {FEWEST_ROWS} are needed.")
         return Cause("unknown", where, sentences, "Wait: there is too little to compare with.")
-    scores, inputs = _scores(reference, recent), _inputs(reference, recent)
+    scores, inputs = _scores(reference, recent, class_names), _inputs(reference, recent)
     sentences += [difference.said() for difference in scores + inputs if difference.sure]
     n_labels = int((since.labels != NO_LABEL).sum())
     if n_labels < LABELS_NEEDED:
@@ -187,7 +187,7 @@ class _Case:
             said.append("No change of the scores is seen: what counts as this class may have changed.")
         return Cause(
             "class_bias",
-            ", ".join(filter(None, (self.where, f"class {k}"))),
+            ", ".join(filter(None, (self.where, self._named(k)))),
             said,
             f"Fit {self._on_labels('class_prior')}, and look at what feeds this class and at who labels it.",
         )
@@ -209,7 +209,7 @@ class _Case:
         )
 
     def _named(self, k: int) -> str:
-        return f"class {k} ({self.class_names[k]})" if k < len(self.class_names) else f"class {k}"
+        return _named(k, self.class_names)
 
     def _on_labels(self, kind: str) -> str:
         return f"`{kind}` on the {self.gains.n_labels} labels since the change"
@@ -315,12 +315,15 @@ class _Difference:
         return f"{self.what} {moved}; the probability that chance does this is {chance}."
 
 
-def _scores(reference: Batch, since: Batch) -> list[_Difference]:
+def _scores(reference: Batch, since: Batch, class_names: Sequence[str]) -> list[_Difference]:
     if len(since) < FEWEST_ROWS:
         return []
     before, after = softmax(reference.logits), softmax(since.logits)
     return _corrected(
-        [_numbers("Mean confidence", before.max(axis=1), after.max(axis=1)), _class_that_moved_most(before, after)]
+        [
+            _numbers("Mean confidence", before.max(axis=1), after.max(axis=1)),
+            _class_that_moved_most(before, after, class_names),
+        ]
     )
 
 
@@ -339,13 +342,18 @@ def _numbers(what: str, before: Array, since: Array) -> _Difference:
     return _Difference(what, float(before.mean()), float(since.mean()), p)
 
 
-def _class_that_moved_most(before: Array, since: Array) -> _Difference:
+def _class_that_moved_most(before: Array, since: Array, class_names: Sequence[str]) -> _Difference:
     """Of the mean probabilities of the classes, by the normal law of a difference of means."""
     variance = before.var(axis=0) / len(before) + since.var(axis=0) / len(since)
     moved = (since.mean(axis=0) - before.mean(axis=0)) / np.sqrt(np.maximum(variance, 1e-300))
     k = int(np.abs(moved).argmax())
     p = 2 * before.shape[1] * float(norm.sf(abs(moved[k])))
-    return _Difference(f"The mean probability of class {k}", float(before[:, k].mean()), float(since[:, k].mean()), p)
+    what = f"The mean probability of {_named(k, class_names)}"
+    return _Difference(what, float(before[:, k].mean()), float(since[:, k].mean()), p)
+
+
+def _named(k: int, class_names: Sequence[str]) -> str:
+    return f"class {k} ({class_names[k]})" if k < len(class_names) else f"class {k}"
 
 
 def _corrected(found: list[_Difference]) -> list[_Difference]:

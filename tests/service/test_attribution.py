@@ -102,7 +102,7 @@ def test_a_class_is_named_by_the_evidence_or_else_by_its_bias() -> None:
     rows = around("one class", 0)
     assert cause({}, *rows).where == "class 3"
     by_evidence = cause({"class 5": 0.8}, *rows, class_names=[f"sort {k}" for k in range(10)])
-    assert by_evidence.where == "class 5"
+    assert by_evidence.where == "class 5 (sort 5)"
     assert any("class 5 (sort 5)" in sentence for sentence in by_evidence.evidence)
 
 
