@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 FIRST_RATE, FACTOR, MOST_STEPS = 500.0, 1.6, 12
 DEADLINE_SECONDS = 2.0
 KEPT_UP, HIGH_MS, LATE_MS = 0.95, 100.0, 2.0
-"""A server has had enough when fewer are answered in time or the median is higher; the client when half of its calls are so late."""
+"""A server has had enough when fewer are answered in time or the median is higher; the client when half its calls are
+so late.
+"""
 COLOURS = {
     "reference": "#7f7f7f",
     "calserve": "#0072b2",
