@@ -5,6 +5,7 @@ One process, commanded by lines of JSON on standard input, one line of JSON back
     unary   `concurrency` calls in flight on each of `channels` connections, for `seconds`
     stream  the same number of requests in flight on one bidirectional stream
     open    calls begun at `rate` a second, answered or not: what overload is
+    poisson the same at random times, by a client that costs less (`benchmarks.arrivals`)
 
 `h2load` does the first of these with nghttp2's generator, which costs a tenth and keeps a fast server busy, but counts
 every gRPC error as a success: what came back must therefore be as long as the answers that `Load` found right.
@@ -32,6 +33,7 @@ from typing import Any, Self
 import grpc
 import numpy as np
 
+from benchmarks.arrivals import poisson
 from service.rpc.wire import inference
 
 INFER, STREAM = "/inference.GRPCInferenceService/ModelInfer", "/inference.GRPCInferenceService/ModelStreamInfer"
@@ -46,7 +48,9 @@ H2LOAD = shutil.which("h2load")
 
 @dataclass(frozen=True)
 class Command:
-    """One measurement. `revision` is what the answers must say computed them; empty: a server that says nothing."""
+    """One measurement. `revision` is what the answers must say computed them; empty: a server that says nothing.
+    `authority`: the file of the certificate that the server shows; empty: no TLS.
+    """
 
     address: str
     payloads: str
@@ -57,11 +61,14 @@ class Command:
     rate: float = 0.0
     deadline_seconds: float = 30.0
     revision: str = ""
+    authority: str = ""
 
 
 @dataclass
 class Result:
-    """What the client saw. Latencies in milliseconds, of the answers that were right and of those refused."""
+    """What the client saw. Latencies in milliseconds, of the answers that were right and of those refused, and how
+    late the client was with half of its calls where their time was given.
+    """
 
     right: int = 0
     wrong: int = 0
@@ -70,6 +77,7 @@ class Result:
     p50: float = float("nan")
     p99: float = float("nan")
     refused_p99: float = float("nan")
+    late: float = float("nan")
     answer_bytes: int = 0
     problem: str = ""
 
@@ -132,9 +140,12 @@ class Answers:
         self.result.answer_bytes = len(data)
 
     def failed(self, error: grpc.RpcError, begun: float) -> None:
+        self.refused(error.code().name, error.details() or "", begun)
+
+    def refused(self, status: str, text: str, begun: float) -> None:
         self._refused.append(time.perf_counter() - begun)
-        self._statuses[error.code().name] += 1
-        self.result.problem = error.details() or ""
+        self._statuses[status] += 1
+        self.result.problem = text
 
     def summary(self, seconds: float) -> Result:
         result = self.result
@@ -178,26 +189,30 @@ def values(tensor: Any, index: int, response: Any) -> Any:
     return flat.reshape(tensor.shape)
 
 
-def channel_to(address: str) -> grpc.aio.Channel:
+def channel_to(address: str, authority: str = "") -> grpc.aio.Channel:
     options = [
         ("grpc.use_local_subchannel_pool", 1),  # channels of one process would share one connection
         ("grpc.max_receive_message_length", -1),
         ("grpc.max_send_message_length", -1),
     ]
+    if authority:
+        return grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(Path(authority).read_bytes()), options)
     return grpc.aio.insecure_channel(address, options=options)
 
 
 def h2load(command: Command, checked: Result, requests: int, cores: set[int]) -> Result:
-    """`requests` unary calls by h2load, one connection, after `checked` was seen on the same server."""
+    """`requests` unary calls by h2load, after `checked` was seen on the same server."""
     with tempfile.TemporaryDirectory() as folder:
         body, log = Path(folder) / "body", Path(folder) / "log"
         with np.load(Path(command.payloads)) as file:
             message = file["requests"][0].tobytes()
         body.write_bytes(b"\0" + len(message).to_bytes(4, "big") + message)
-        calls = ["-n", str(requests), "-c", "1", "-m", str(command.concurrency), "-d", str(body), f"--log-file={log}"]
+        calls = ["-n", str(requests), "-c", str(command.channels), "-m", str(command.concurrency)]
+        calls += ["-d", str(body), f"--log-file={log}"]
         headers = ["-H", "content-type: application/grpc", "-H", "te: trailers"]
+        scheme = "https" if command.authority else "http"
         done = subprocess.run(
-            [H2LOAD or "h2load", *calls, *headers, f"http://{command.address}{INFER}"],
+            [H2LOAD or "h2load", *calls, *headers, f"{scheme}://{command.address}{INFER}"],
             capture_output=True,
             text=True,
             check=True,
@@ -220,7 +235,7 @@ def _found(pattern: str, text: str) -> str:
 
 async def measure(command: Command) -> Result:
     answers = Answers(command)
-    channels = [channel_to(command.address) for _ in range(command.channels)]
+    channels = [channel_to(command.address, command.authority) for _ in range(command.channels)]
     begun = time.perf_counter()
     try:
         for channel in channels:
@@ -303,7 +318,11 @@ async def open_loop(command: Command, channels: list[grpc.aio.Channel], answers:
     await asyncio.gather(*calls)
 
 
-MODES = {"unary": unary, "stream": stream, "open": open_loop}
+async def at_random(command: Command, _: list[grpc.aio.Channel], answers: Answers) -> None:
+    poisson(command, INFER, answers)  # which has the event loop for itself
+
+
+MODES = {"unary": unary, "stream": stream, "open": open_loop, "poisson": at_random}
 
 
 def main() -> None:

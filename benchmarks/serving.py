@@ -1,6 +1,7 @@
 """calserve beside a plain gRPC server and the peers that are installed: what a request costs, and the goals.
 
-    python -m benchmarks.serving [--models mlp,head,resnet18] [--rounds 7] [--quick] [--json FILE]
+    python -m benchmarks.serving [--models mlp,head,wide,resnet18] [--cases TLS,c=16] [--rounds 7] [--quick]
+                                 [--only compare,trials,kinds,open] [--json FILE]
                                  [--peers triton=/path/to/python,mlserver=...,kserve=...]
 
 Each server runs on core 0 with one thread to a run, the load on core 1. They take turns, round by round; a figure is
@@ -29,6 +30,7 @@ from rich.console import Console
 
 from benchmarks import serving_trials as trials
 from benchmarks.load import H2LOAD, Command, Load, Result, h2load
+from benchmarks.open_loop import open_table, plot, steps
 from benchmarks.serving_models import MODELS, BenchmarkModel, write_payloads
 from benchmarks.serving_peers import SERVERS, Absent, Running
 from benchmarks.serving_trials import Row
@@ -39,38 +41,57 @@ from service.errors import CalserveError
 PEERS = {"triton": ("triton", "triton-batching"), "mlserver": ("mlserver",), "kserve": ("kserve",)}
 OWN = ("calserve", "calserve-grpc")
 """The two fronts."""
-FIT_ROWS, REVISION = 500, "temperature-1"
-CPU_GOALS = {
-    ("mlp", "unary c=1"): 0.20,
-    ("mlp", "unary c=16"): 0.10,
-    ("mlp", "unary c=64"): 0.08,
-    ("mlp", "stream c=16"): 0.20,
-    ("mlp", "unary c=16, stock client"): 0.20,
-    ("head", "unary c=64"): 0.08,
-}
-P50_GOALS = {("mlp", "unary c=1"): 0.30}
+FIT_ROWS, FIT_BYTES, REVISION = 500, 64 << 20, "temperature-1"
 ADDED_GOAL = 1.03
-FIGURES: dict[str, tuple[str, dict[tuple[str, str], float]]] = {
-    "cpu_us": ("CPU us a request", CPU_GOALS),
-    "p50_ms": ("p50 ms", P50_GOALS),
-    "per_second": ("requests/s", {}),
+FIGURES = {"cpu_us": "CPU us a request", "p50_ms": "p50 ms", "per_second": "requests/s"}
+GOALS: dict[tuple[str, str], dict[tuple[str, str], float]] = {
+    ("cpu_us", "reference"): {
+        ("mlp", "unary c=1"): 0.20,
+        ("mlp", "unary c=16"): 0.10,
+        ("mlp", "unary c=64"): 0.08,
+        ("mlp", "stream c=16"): 0.20,
+        ("mlp", "unary c=16, stock client"): 0.20,
+        ("mlp", "unary c=16, TLS"): 0.20,
+        ("head", "unary c=64"): 0.08,
+        ("wide", "unary c=1"): 0.90,
+    },
+    ("cpu_us", "triton-batching"): {
+        ("mlp", "unary c=1"): 0.15,
+        ("mlp", "unary c=16"): 0.20,
+        ("mlp", "unary c=64"): 0.20,
+        ("mlp", "stream c=16"): 0.20,
+        ("mlp", "unary c=16, stock client"): 0.30,
+        ("head", "unary c=64"): 0.30,
+    },
+    ("p50_ms", "reference"): {("mlp", "unary c=1"): 0.30},
+    ("p50_ms", "triton-batching"): {("mlp", "unary c=1"): 0.10},
 }
+"""By figure and by whom it is compared with, the largest ratio wanted of a model under a load."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A kind of load. `stock`: by grpc.aio even where h2load is there, to see a client that people have."""
+    """A kind of load: so many calls in flight on each connection. `stock`: by grpc.aio even where h2load is there, to
+    see a client that people have.
+    """
 
     mode: str
     concurrency: int
     stock: bool = False
+    connections: int = 1
+    tls: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.mode} c={self.concurrency}" + (", stock client" if self.stock else "")
+        more = {"stock client": self.stock, f"{self.connections} connections": self.connections > 1, "TLS": self.tls}
+        return ", ".join([f"{self.mode} c={self.concurrency}", *(what for what, true in more.items() if true)])
 
 
 CASES = (Case("unary", 1), Case("unary", 16), Case("unary", 64), Case("stream", 16), Case("unary", 16, stock=True))
+CASES_OF = {
+    "mlp": (*CASES, Case("unary", 1, connections=64), Case("unary", 16, tls=True)),
+    "wide": (Case("unary", 1), Case("unary", 4)),
+}
 
 
 @dataclass(frozen=True)
@@ -100,19 +121,24 @@ class Bench:
     extra: Sequence[str]
     folder: Path
     output: str
+    only_cases: Sequence[str] = ("",)
     windows: list[Window] = field(default_factory=list)
     rates: dict[tuple[str, str, Case], float] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
 
-    def start(self, name: str, model: BenchmarkModel) -> Running:
+    def cases(self, model: str) -> list[Case]:
+        return [case for case in CASES_OF.get(model, CASES) if any(part in case.name for part in self.only_cases)]
+
+    def start(self, name: str, model: BenchmarkModel, tls: bool = False) -> Running:
         """A server on a model, calibrated if it is calserve. Absent if it does not start."""
         if name in OWN:
             with ExitStack() as stack:
-                running = stack.enter_context(self.start_bare(model, name=name))
+                running = stack.enter_context(self.start_bare(model, name=name, tls=tls))
                 calibrate(running)
                 stack.pop_all()  # it runs on, and whoever asked for it stops it
             return running
-        return Running(SERVERS[name], model, cores=self.server_cores, python=self.python.get(name, sys.executable))
+        python = self.python.get(name, sys.executable)
+        return Running(SERVERS[name], model, cores=self.server_cores, python=python, tls=tls)
 
     def start_bare(
         self,
@@ -121,10 +147,11 @@ class Bench:
         cores: set[int] | None = None,
         extra: Sequence[str] | None = None,
         name: str = "calserve",
+        tls: bool = False,
     ) -> Running:
         """calserve with nothing fitted."""
         more = self.extra if extra is None else extra
-        return Running(SERVERS[name], model, cores=cores or self.server_cores, extra=more)
+        return Running(SERVERS[name], model, cores=cores or self.server_cores, extra=more, tls=tls)
 
     def command(self, running: Running, case: Case, revision: str = "") -> Command:
         return Command(
@@ -133,7 +160,9 @@ class Bench:
             case.mode,
             case.concurrency,
             self.seconds,
+            case.connections,
             revision=revision,
+            authority=str(running.tls.certificate) if running.tls else "",
         )
 
     def payloads(self, model: BenchmarkModel, output: str = "", rows_each: int = 1) -> Path:
@@ -151,7 +180,8 @@ class Bench:
         requests = int(self.rates.get(known, checked.right / (checked.seconds or 1)) * self.seconds)
         before = running.cpu_seconds()
         if fast:
-            result = h2load(command, checked, max(2 * case.concurrency, requests), self.client_cores)
+            least = 2 * case.concurrency * case.connections
+            result = h2load(command, checked, max(least, requests), self.client_cores)
         else:
             result = self.load.run(command)
         used = running.cpu_seconds() - before
@@ -168,28 +198,43 @@ class Bench:
 def calibrate(running: Running) -> None:
     """Fit a temperature through the client on random rows, and make it serve."""
     rng = np.random.default_rng(3)
-    name = running.model.name
-    with Client(running.address, show_progress=False, timeout_seconds=120) as client:
-        logits = client.logits(name, running.model.rows(FIT_ROWS, seed=2))
+    name, row_bytes = running.model.name, running.model.rows(1).nbytes
+    authority = running.tls and running.tls.certificate
+    with Client(running.address, root_certificates=authority, show_progress=False, timeout_seconds=120) as client:
+        logits = client.logits(name, running.model.rows(min(FIT_ROWS, FIT_BYTES // row_bytes), seed=2), batch_size=16)
         labels = (logits / 2 + rng.gumbel(size=logits.shape)).argmax(axis=1)
         client.fit(name, "temperature", logits=logits, labels=labels, held_out_fraction=0)
         client.activate(name, REVISION)
 
 
 def compare(bench: Bench, model: BenchmarkModel, servers: Sequence[str]) -> None:
-    """All servers on one model, taking turns."""
-    with ExitStack() as stack:
-        running = {}
-        for name in servers:
-            with noted(bench, f"{name} on {model.name}"):
-                running[name] = stack.enter_context(bench.start(name, model))
-        for turn in range(bench.rounds):
-            say(f"{model.name}: round {turn + 1} of {bench.rounds} with {', '.join(running)}")
-            for case in CASES:
-                for name in in_turn(list(running), turn):
-                    if case.mode != "stream" or running[name].server.streams:
-                        with noted(bench, f"{name} on {model.name}, {case.name}"):
-                            bench.windows.append(window(bench, running[name], case, turn))
+    """All servers on one model, taking turns; and once more with TLS, where that is a case."""
+    for tls in (False, True):
+        cases = [case for case in bench.cases(model.name) if case.tls == tls]
+        if cases:
+            with ExitStack() as stack:
+                taking_turns(bench, started(bench, stack, model, servers, tls), cases)
+
+
+def started(
+    bench: Bench, stack: ExitStack, model: BenchmarkModel, servers: Sequence[str], tls: bool = False
+) -> dict[str, Running]:
+    running = {}
+    for name in servers:
+        with noted(bench, f"{name} on {model.name}" + (" with TLS" if tls else "")):
+            running[name] = stack.enter_context(bench.start(name, model, tls))
+    return running
+
+
+def taking_turns(bench: Bench, running: Mapping[str, Running], cases: Sequence[Case]) -> None:
+    for turn in range(bench.rounds):
+        say(f"round {turn + 1} of {bench.rounds} with {', '.join(running)}")
+        for case in cases:
+            for name in in_turn(list(running), turn):
+                server = running[name]
+                if case.mode != "stream" or server.server.streams:
+                    with noted(bench, f"{name} on {server.model.name}, {case.name}"):
+                        bench.windows.append(window(bench, server, case, turn))
 
 
 def window(bench: Bench, running: Running, case: Case, turn: int) -> Window:
@@ -206,7 +251,7 @@ def batch_table(bench: Bench, model: str) -> list[list[str]]:
     told = [w for w in bench.windows if w.model == model and w.rows_a_run is not None]
     servers = list(dict.fromkeys(w.server for w in told))
     table = [["load", *servers]]
-    for case in CASES:
+    for case in bench.cases(model):
         of = [[w.rows_a_run or 0 for w in told if (w.case, w.server) == (case.name, server)] for server in servers]
         table.append([case.name, *(f"{statistics.median(found):.1f}" if found else "-" for found in of)])
     return table
@@ -230,19 +275,22 @@ def added_by_calibration(bench: Bench, model: BenchmarkModel) -> Iterator[Row]:
         yield Row(f"calibration adds, {model.name}, {case_name}", shown, "<= 3 %", middle <= ADDED_GOAL)
 
 
-def ratio(windows: Sequence[Window], model: str, case: str, server: str, figure: str) -> float | None:
-    """The median over rounds of a figure's ratio to the reference's in the same round."""
+def ratio(
+    windows: Sequence[Window], model: str, case: str, server: str, figure: str, other: str = "reference"
+) -> float | None:
+    """The median over rounds of a figure's ratio to another server's in the same round."""
     of = {(w.server, w.round): getattr(w, figure) for w in windows if (w.model, w.case) == (model, case)}
-    rounds = [turn for name, turn in of if name == server and ("reference", turn) in of]
-    return statistics.median(of[server, turn] / of["reference", turn] for turn in rounds) if rounds else None
+    rounds = [turn for name, turn in of if name == server and (other, turn) in of]
+    return statistics.median(of[server, turn] / of[other, turn] for turn in rounds) if rounds else None
 
 
-def comparison_table(bench: Bench, model: str, figure: str, goals: Mapping[tuple[str, str], float]) -> list[list[str]]:
+def comparison_table(bench: Bench, model: str, figure: str) -> list[list[str]]:
     """A row a case: the reference's own figure, then every server's ratio to it, with the goal for calserve."""
+    goals = GOALS.get((figure, "reference"), {})
     windows = [window for window in bench.windows if window.model == model]
     servers = [name for name in SERVERS if name != "reference" and any(w.server == name for w in windows)]
     table = [["load", "reference", "goal", *servers]]
-    for case in CASES:
+    for case in bench.cases(model):
         own = [getattr(w, figure) for w in windows if w.case == case.name and w.server == "reference"]
         if own:
             ratios = [ratio(windows, model, case.name, server, figure) for server in servers]
@@ -253,11 +301,21 @@ def comparison_table(bench: Bench, model: str, figure: str, goals: Mapping[tuple
 
 
 def goal_rows(bench: Bench) -> Iterator[Row]:
-    for figure, (unit, goals) in FIGURES.items():
+    for (figure, other), goals in GOALS.items():
         for (model, case), goal in goals.items():
-            value = ratio(bench.windows, model, case, "calserve", figure)
+            value = ratio(bench.windows, model, case, "calserve", figure, other)
             if value is not None:
-                yield Row(f"{model} {case}: {unit}, to the reference", f"{value:.2f}", f"<= {goal:.2f}", value <= goal)
+                what = f"{model}, {case}: {FIGURES[figure]}, to {other}"
+                yield Row(what, f"{value:.2f}", f"<= {goal:.2f}", value <= goal)
+
+
+def open_arrivals(bench: Bench, servers: Sequence[str], picture: Path) -> None:
+    """Latency against offered load on the MLP, as a table for each server and as a picture."""
+    with ExitStack() as stack:
+        found = steps(bench, started(bench, stack, MODELS["mlp"], servers))
+    for name in dict.fromkeys(step.server for step in found):
+        show(f"{name}: latency against offered load", open_table(found, name))
+    plot(found, picture)
 
 
 def trial_rows(bench: Bench, models: Sequence[BenchmarkModel]) -> list[Row]:
@@ -305,7 +363,11 @@ def options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--peers", default="", help=f"name=python, comma-separated; of {', '.join(PEERS)}")
     parser.add_argument("--quick", action="store_true", help="short windows, two rounds: to see that all of it runs")
-    parser.add_argument("--only", default="compare,trials,kinds", help="of compare, trials, kinds")
+    parser.add_argument("--cases", default="", help="the loads whose names hold one of these parts, comma-separated")
+    parser.add_argument("--only", default="compare,trials,kinds,open", help="of compare, trials, kinds, open")
+    parser.add_argument(
+        "--picture", type=Path, default=Path("docs/latency.png"), help="where latency against offered load is drawn"
+    )
     parser.add_argument(
         "--named", action="store_true", help="ask calserve for `probabilities` alone, not for all outputs"
     )
@@ -329,6 +391,7 @@ def bench_for(arguments: argparse.Namespace, load: Load, folder: Path, server: s
         extra=arguments.calserve_arguments.split(),
         folder=folder,
         output="probabilities" if arguments.named else "",
+        only_cases=arguments.cases.split(","),
     )
 
 
@@ -344,13 +407,15 @@ def main() -> None:
         if "compare" in arguments.only:
             for model in models:
                 compare(bench, model, ["reference", *OWN, *bench.python])
-                for figure, (unit, goals) in FIGURES.items():
+                for figure, unit in FIGURES.items():
                     title = f"{model.name}: {unit}; the servers as ratios to the reference"
-                    show(title, comparison_table(bench, model.name, figure, goals))
+                    show(title, comparison_table(bench, model.name, figure))
                 show(f"{model.name}: rows a run, as the servers' statistics have it", batch_table(bench, model.name))
         rows += goal_rows(bench)
         if "trials" in arguments.only:
             rows += trial_rows(bench, models)
+        if "open" in arguments.only:
+            open_arrivals(bench, ["reference", *OWN, *bench.python], arguments.picture)
     if rows:
         show("Goals", [["what", "measured", "goal", "met"], *(row.cells() for row in rows)])
     if "kinds" in arguments.only:

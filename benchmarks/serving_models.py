@@ -3,6 +3,7 @@
 mlp        x [N, 32] -> 64 -> 10     a run takes microseconds: everything else is the server's
 head       x [N, 512] -> 1000        wide rows: bytes and calibration count
 resnet18   x [N, 3, 32, 32] -> 10    0.56 GMAC: the run is everything
+wide       x [N, 262144] -> 10       a request of 1 MiB, of which the model reads 32 numbers: bytes alone count
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from service.rpc.wire import inference
 
 DISTINCT_REQUESTS = 16
 """Requests of different rows: an answer that goes to the wrong caller is then a wrong answer."""
+
+WIDTH = 1 << 18
 
 Array = NDArray[np.float32]
 
@@ -46,6 +49,10 @@ class Graph:
 
     def constant(self, values: NDArray[np.float64]) -> str:
         self.weights.append(numpy_helper.from_array(values.astype(np.float32), f"w{len(self.weights)}"))
+        return str(self.weights[-1].name)
+
+    def integers(self, *values: int) -> str:
+        self.weights.append(numpy_helper.from_array(np.array(values, np.int64), f"w{len(self.weights)}"))
         return str(self.weights[-1].name)
 
     def dense(self, x: str, n_in: int, n_out: int) -> str:
@@ -93,6 +100,12 @@ def head() -> onnx.ModelProto:
     return graph.classifier(graph.dense("x", 512, 1000), (512,), 1000)
 
 
+def wide() -> onnx.ModelProto:
+    graph = Graph()
+    first, last, axis = (graph.integers(number) for number in (0, 32, 1))
+    return graph.classifier(graph.dense(graph.node("Slice", "x", first, last, axis), 32, 10), (WIDTH,), 10)
+
+
 def resnet18() -> onnx.ModelProto:
     graph = Graph()
     x, channels = graph.node("Relu", graph.convolution("x", 3, 64, 3)), 64
@@ -133,6 +146,7 @@ MODELS = {
         BenchmarkModel("mlp", mlp, (32,), 10),
         BenchmarkModel("head", head, (512,), 1000),
         BenchmarkModel("resnet18", resnet18, (3, 32, 32), 10),
+        BenchmarkModel("wide", wide, (WIDTH,), 10),
     )
 }
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import grpc
 
@@ -52,6 +52,24 @@ class Start:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
+class Tls(NamedTuple):
+    """The files of a server's key and of its certificate, which is its own authority."""
+
+    key: Path
+    certificate: Path
+
+
+def made_tls(folder: Path) -> Tls:
+    made = Tls(folder / "tls.key", folder / "tls.crt")
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += ["-days", "1", "-subj", "/CN=benchmark", "-addext", "subjectAltName=IP:127.0.0.1"]
+    try:
+        subprocess.run([*command, "-keyout", made.key, "-out", made.certificate], capture_output=True, check=True)
+    except FileNotFoundError as error:
+        raise Absent("openssl, which makes the certificate, is not installed") from error
+    return made
+
+
 @dataclass(frozen=True)
 class Place:
     """What a server is started with."""
@@ -61,6 +79,7 @@ class Place:
     python: str
     port: int
     extra: Sequence[str] = ()
+    tls: Tls | None = None
 
 
 def calserve(place: Place) -> Start:
@@ -73,6 +92,8 @@ def calserve(place: Place) -> Start:
         "device": "cpu",
         "threads": 1,
     }
+    if place.tls:
+        settings |= {"tls-key": place.tls.key, "tls-cert": place.tls.certificate}
     flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
     return Start([place.python, "-m", "service", "serve", *flags, *place.extra])
 
@@ -85,7 +106,8 @@ def calserve_grpc(place: Place) -> Start:
 
 def reference(place: Place) -> Start:
     path = place.model.write(place.folder)
-    return Start([place.python, "-m", "benchmarks.serving_reference", str(path), place.model.name, str(place.port)])
+    words = [str(path), place.model.name, str(place.port), *map(str, place.tls or ())]
+    return Start([place.python, "-m", "benchmarks.serving_reference", *words])
 
 
 def mlserver(place: Place) -> Start:
@@ -153,19 +175,22 @@ LIBRARY_FOLDER = "import sysconfig; print(sysconfig.get_config_var('LIBDIR'))"
 
 @dataclass(frozen=True)
 class Server:
-    """One way to serve a model. `streams`: it answers on a bidirectional stream as the protocol says."""
+    """One way to serve a model. `streams`: it answers on a bidirectional stream as the protocol says. `tls`: it can be
+    started with TLS here.
+    """
 
     name: str
     start: Callable[[Place], Start]
     streams: bool = True
+    tls: bool = False
 
 
 SERVERS = {
     server.name: server
     for server in (
-        Server("reference", reference),
-        Server("calserve", calserve),
-        Server("calserve-grpc", calserve_grpc),
+        Server("reference", reference, tls=True),
+        Server("calserve", calserve, tls=True),
+        Server("calserve-grpc", calserve_grpc, tls=True),
         Server("triton", triton),
         Server("triton-batching", triton_batching),
         Server("mlserver", mlserver, streams=False),
@@ -185,7 +210,10 @@ class Running:
         cores: set[int],
         python: str = sys.executable,
         extra: Sequence[str] = (),
+        tls: bool = False,
     ) -> None:
+        if tls and not server.tls:
+            raise Absent(f"{server.name} is not started with TLS here")
         self.server, self.model = server, model
         self._exits = ExitStack()
         folder = Path(self._exits.enter_context(tempfile.TemporaryDirectory(prefix=f"{server.name}-")))
@@ -194,7 +222,8 @@ class Running:
         self._log = (folder / "log").open("w+b")
         self._exits.callback(self._log.close)
         try:
-            self._process = self._launch(server.start(Place(model, folder, python, port, extra)), cores)
+            self.tls = made_tls(folder) if tls else None
+            self._process = self._launch(server.start(Place(model, folder, python, port, extra, self.tls)), cores)
             self._exits.callback(self._end)
             self.start_seconds = self._wait()
         except BaseException:
@@ -220,7 +249,7 @@ class Running:
 
     def batches(self) -> tuple[int, int]:
         """Rows answered and runs made so far, by the server's own statistics; zeros where it has none."""
-        with grpc.insecure_channel(self.address) as channel:
+        with self.channel() as channel:
             request = inference.ModelStatisticsRequest(name=self.model.name)
             try:
                 (found,) = Stub(channel, INFERENCE_SERVICE).ModelStatistics(request, timeout=10).model_stats
@@ -231,6 +260,13 @@ class Running:
     def maps(self, library: str) -> bool:
         """Whether a file of that name is mapped into one of its processes."""
         return any(library in Path(f"/proc/{pid}/maps").read_text() for pid in self.processes())
+
+    def channel(self) -> grpc.Channel:
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        if self.tls:
+            credentials = grpc.ssl_channel_credentials(self.tls.certificate.read_bytes())
+            return grpc.secure_channel(self.address, credentials, options)
+        return grpc.insecure_channel(self.address, options)
 
     def processes(self) -> list[int]:
         return list(_tree(self._process.pid))
@@ -254,7 +290,7 @@ class Running:
                 raise Absent(f"{self.server.name} did not start: {self._last_line()}")
             try:
                 socket.create_connection((host, int(port)), timeout=1).close()
-                with grpc.insecure_channel(self.address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+                with self.channel() as channel:
                     channel.unary_unary(INFER)(request, timeout=30)
                 return time.perf_counter() - self._begun
             except (OSError, grpc.RpcError):

@@ -1,6 +1,6 @@
 """The reference of every ratio: a plain grpc.aio server of one model, as most people would write it.
 
-    python -m benchmarks.serving_reference MODEL.onnx NAME PORT
+    python -m benchmarks.serving_reference MODEL.onnx NAME PORT [TLS.key TLS.crt]
 
 It parses with protobuf, runs onnxruntime with one thread, and replies. No batching, no calibration, no checks.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -57,13 +58,16 @@ class Reference:
         return grpc.method_handlers_generic_handler(SERVICE, methods)
 
 
-async def serve(path: str, name: str, port: str) -> None:
+async def serve(path: str, name: str, port: str, *tls: bytes) -> None:
     server = grpc.aio.server(options=NO_LIMIT)
     server.add_generic_rpc_handlers((Reference(path, name).handler(),))
-    server.add_insecure_port(f"127.0.0.1:{port}")
+    if tls:
+        server.add_secure_port(f"127.0.0.1:{port}", grpc.ssl_server_credentials([tls]))
+    else:
+        server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()
     await server.wait_for_termination()
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(*sys.argv[1:]))
+    asyncio.run(serve(*sys.argv[1:4], *(Path(file).read_bytes() for file in sys.argv[4:])))

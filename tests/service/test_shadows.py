@@ -6,6 +6,7 @@ import asyncio
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -205,7 +206,10 @@ def test_a_crash_in_the_middle_of_a_promotion_promotes_once(
 ) -> None:
     """The process dies before the activation is written, or after it."""
 
+    died = threading.Event()
+
     async def dies(*_: object, **__: object) -> None:
+        died.set()
         raise RuntimeError("the process is gone")
 
     with serving(root, **AT_ONCE) as (server, client), monkeypatch.context() as dying:
@@ -216,7 +220,8 @@ def test_a_crash_in_the_middle_of_a_promotion_promotes_once(
             dying.setattr(server.app._revisions, "activate", dies)
         client.start_shadow("mlp", revision, policy="automatic", least_labels=1)
         come(client, 0, 4000)
-        until(lambda: [row.promoting for row in _rows(server)] == ["the policy"])
+        assert died.wait(20)
+        assert [row.promoting for row in _rows(server)] == ["the policy"]
         assert _activations(server) == [revision] * activated
     with serving(root, **AT_ONCE) as (server, client):
         ended = until(lambda: (found := client.shadow("mlp", revision)).outcome == "promoted" and found)
