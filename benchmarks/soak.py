@@ -2,11 +2,11 @@
 
     python -m benchmarks.soak [--minutes 10] [--front h2]
 
-The server runs on core 0. Four callers who wait for each answer, of an MLP with a temperature, of a head of 1,000
-classes, of a conformal revision, and of one that learns from the labels they send, run on the last core, in a process of
-their own; the attacks are those of the tests (`tests/service/attacks.py`), from a third process of low priority. None
-of the four may see an error, however often one is sent again elsewhere: they send nothing again. Memory and open files
-are compared when an attack's connections are gone and the callers are alone.
+The server runs on core 0. Four callers who wait for each answer run on the last core, in a process of their own: of an
+MLP with a temperature, of a head of 1,000 classes, of a conformal revision, and of one that learns from the labels they
+send. The attacks are those of the tests (`tests/service/attacks.py`), from a third process of low priority. None of the
+four may see an error, and they send nothing again. Memory and open files are compared when an attack's connections are
+gone and the callers are alone.
 """
 
 from __future__ import annotations
