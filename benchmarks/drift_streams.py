@@ -1,8 +1,8 @@
 """Streams that change in a known way: rows of ten classes, with one input and how far they are from any class.
 
 The classes are normal clouds of unit variance around ten centres, and the logits are the exact ones, so before the
-change the model is calibrated, with an accuracy of .715. `benchmarks.drift` draws logits alone, as those were drawn that
-the figures of others come from; what reads no label needs inputs that a change is in, and these are here.
+change the model is calibrated, with an accuracy of .715. `benchmarks.drift` draws logits alone, as others drew those of
+their figures; what reads no label needs inputs that a change is in, and these are here.
 """
 
 from __future__ import annotations
