@@ -15,7 +15,7 @@ from typing import NoReturn
 log = logging.getLogger(__name__)
 
 COLLECT_AFTER = 50_000, 20, 20
-"""Objects made and not freed, and younger collections, before the garbage collector looks at each of its generations."""
+"""Objects made and not freed, and younger collections, before the collector looks at each of its generations."""
 
 
 def spare_collections() -> None:
