@@ -111,8 +111,7 @@ class Http2Connection(asyncio.Protocol):
             return
         self._reading = True
         useful = 0
-        events: list[Any] = h2.events()  # `type` is faster than isinstance, and tells mypy nothing
-        for event in events:
+        for event in self._events():
             kind = type(event)
             if kind is ngh2.DataReceived:
                 useful += self._data(event.stream_id, event.data, event.end_stream)
@@ -216,7 +215,7 @@ class Http2Connection(asyncio.Protocol):
         self._held += size
 
     def has_room(self, call: Exchange, size: int) -> bool:
-        """Whether the caller takes what is sent: fewer than so many bytes wait, or none if all streams' are too many."""
+        """Whether the caller takes what is sent: fewer than so many bytes wait, none if those of all are too many."""
         if self._paused or self._closing:
             return self._closing
         waits = self._h2.queued_body_size(call.id)
@@ -273,6 +272,14 @@ class Http2Connection(asyncio.Protocol):
         self._transport.abort()
 
     # Events
+
+    def _events(self) -> list[Any]:
+        """What happened; `type` is faster than isinstance, and tells mypy nothing."""
+        events: list[Any] = self._h2.events()
+        if events and type(events[-1]) is ngh2.ConnectionClosed:
+            self._close()  # both sides have said goodbye and no call is open: what else happened concerns nobody
+            return []
+        return events
 
     def _request(self, number: int, headers: tuple[Header, ...], end: bool) -> None:
         opening = self._front.opening(headers)
@@ -363,8 +370,6 @@ class Http2Connection(asyncio.Protocol):
             call = self._calls.get(event.stream_id)
             if call is not None and not call.said:
                 self._guarded(call, call.ended)
-        elif kind is ngh2.ConnectionClosed:
-            self._close()
 
     def _closed_stream(self, number: int) -> None:
         call = self._calls.pop(number, None)
@@ -432,7 +437,7 @@ class Http2Connection(asyncio.Protocol):
             data = h2.data_to_send(WRITE_BYTES if much else None)
             if data:
                 transport.write(data)
-            for event in h2.events():
+            for event in self._events():
                 self._event(event)
             if not (much and data) or self._paused or self._closing:
                 break

@@ -21,6 +21,7 @@ import ngh2
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from service.rpc.h2_connection import FINAL
 from service.rpc.h2_framing import PREFIX, Messages, inflate, percent_encoded, read_headers
 from service.rpc.limits import ConnectionLimits
 from service.rpc.status import Relayed
@@ -296,6 +297,8 @@ frames = st.one_of(
     ),
     st.builds(frame, st.just(0), st.sampled_from([0, 0, 1]), streams, framing),
     st.builds(frame, st.just(0), st.sampled_from([8, 9]), streams, st.binary(max_size=30)),  # padded
+    st.builds(lambda last: frame(7, 0, 0, struct.pack(">II", last, 0)), st.sampled_from([0, 1, 2**31 - 1])),
+    st.builds(lambda flags, data: frame(6, flags, 0, data), st.integers(0, 1), st.sampled_from([FINAL, bytes(8)])),
     st.builds(lambda stream, code: frame(3, 0, stream, struct.pack(">I", code)), streams, st.integers(0, 14)),
     st.builds(
         lambda name, value: frame(4, 0, 0, struct.pack(">HI", name, value)),
@@ -333,11 +336,12 @@ GREETING = PREFACE + frame(4, 0, 0, b"")
     st.lists(st.tuples(st.integers(0, 2000), st.integers(1, 255)), max_size=2),
     cuts,
     st.sampled_from([1 << 30, 1 << 30, 100]),
+    st.booleans(),
 )
 def test_whatever_comes_nothing_is_raised_or_kept_and_neighbours_are_answered(
-    begin: bytes, data: bytes, flips: list[tuple[int, int]], at: list[int], most_written: int
+    begin: bytes, data: bytes, flips: list[tuple[int, int]], at: list[int], most_written: int, retired: bool
 ) -> None:
-    sent = bytearray(begin + data)
+    sent = bytearray(data if retired else begin + data)
     for place, flip in flips:
         if place < len(sent):
             sent[place] ^= flip
@@ -345,6 +349,9 @@ def test_whatever_comes_nothing_is_raised_or_kept_and_neighbours_are_answered(
     async def test() -> None:
         front = front_with(LIMITS)
         neighbour, pair = Pair(front), Pair(front, greet=False, most=most_written)
+        if retired:
+            pair.connection.data_received(GREETING)
+            pair.connection.retire()
         for piece in pieces(bytes(sent), at):
             if piece:
                 pair.connection.data_received(piece)

@@ -695,6 +695,17 @@ async def test_a_connection_is_retired_in_two_steps_and_its_calls_end_well() -> 
 
 
 @in_loop
+async def test_a_caller_that_says_goodbye_itself_when_it_is_asked_to_go_is_let_go() -> None:
+    """As grpc-js does: its GOAWAY comes with its answer to the ping, and nothing is left to be said."""
+    pair = Pair(front_with())
+    pair.connection.retire()
+    pair.take()
+    pair.caller.send_goaway(NO_ERROR)
+    pair.deliver()
+    assert pair.wire.over
+
+
+@in_loop
 async def test_a_retired_connection_whose_calls_do_not_end_is_cut_after_the_grace() -> None:
     pair = Pair(front_with(ConnectionLimits(age_seconds=100, age_grace_seconds=50, keepalive_seconds=1e6)))
     call = pair.open(CHAT)
