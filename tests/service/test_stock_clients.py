@@ -22,23 +22,14 @@ from service.client import Client
 from tests.service import models
 from tests.service.conftest import RunningServer, settings_for
 from tests.service.test_access import INFER, infer
+from tests.service.test_hostile import Server
 
 FOREIGN = Path(__file__).parent / "foreign"
 PROTOS = Path(__file__).parents[2] / "protos"
 OUTPUTS = ["scores", "probabilities", "confidence", "label"]
 ROW = np.arange(6, dtype=np.float32)[None]
 SECONDS = 120
-RETRIES = {
-    "name": [{}],
-    "waitForReady": True,
-    "retryPolicy": {
-        "maxAttempts": 5,
-        "initialBackoff": "0.2s",
-        "maxBackoff": "2s",
-        "backoffMultiplier": 2,
-        "retryableStatusCodes": ["UNAVAILABLE"],
-    },
-}
+RETRY = {"maxAttempts": 5, "initialBackoff": "0.2s", "maxBackoff": "2s", "backoffMultiplier": 2}
 
 
 @pytest.fixture(scope="module", params=["h2", "grpc"])
@@ -115,15 +106,21 @@ def test_kserves_client_is_answered(server: RunningServer, probabilities: np.nda
     assert "no model 'nobody'" in found["refused"]
 
 
-@pytest.mark.parametrize("front", ["h2", "grpc"])
-def test_a_client_that_may_try_again_loses_no_call_while_the_server_is_replaced(root: Path, front: str) -> None:
+@pytest.mark.parametrize(
+    ("front", "codes"),
+    [("h2", ["UNAVAILABLE"]), ("grpc", ["UNAVAILABLE", "CANCELLED"])],  # grpc.aio cancels what comes as it stops
+)
+def test_a_client_that_may_try_again_loses_no_call_while_the_server_is_replaced(
+    root: Path, front: str, codes: list[str]
+) -> None:
+    again = {"name": [{}], "waitForReady": True, "retryPolicy": RETRY | {"retryableStatusCodes": codes}}
     options = [
         ("grpc.use_local_subchannel_pool", 1),
         ("grpc.keepalive_time_ms", 11_000),
-        ("grpc.service_config", json.dumps({"methodConfig": [RETRIES]})),
+        ("grpc.service_config", json.dumps({"methodConfig": [again]})),
     ]
     replaced = Event()
-    server = RunningServer(settings_for(root, front=front))
+    server = Server(root, front)  # a process of its own: what it leaves undone ends with it
     with grpc.insecure_channel(server.address, options) as channel, ThreadPoolExecutor() as pool:
         call = channel.unary_unary(INFER)
 
@@ -135,7 +132,7 @@ def test_a_client_that_may_try_again_loses_no_call_while_the_server_is_replaced(
             callers = [pool.submit(calls) for _ in range(4)]
             call(infer(), timeout=SECONDS)
             server.stop()
-            server = RunningServer(settings_for(root, front=front, port=server.app.port))
+            server = Server(root, front, server.port)
             replaced.set()
             for caller in callers:
                 caller.result()
