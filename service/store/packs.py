@@ -242,12 +242,14 @@ class Pack:
                 column, position = read_column(data, position, count)
                 columns.append(column)
             row_counts, after, revision_indices, states, lengths = columns
-            ends = position + np.cumsum(lengths, dtype=np.int64)
-            ids = [data[end - length : end] for end, length in zip(ends.tolist(), lengths.tolist(), strict=True)]
-            content, end = Kept.decode(data, int(ends[-1]), rows, kept, partial=bool(flags & _PARTIAL))
+            own_ids: Sequence[bytes] = ()
+            if lengths.any():
+                ends = position + np.cumsum(lengths, dtype=np.int64)
+                position = int(ends[-1])
+                own_ids = [data[end - size : end] for end, size in zip(ends.tolist(), lengths.tolist(), strict=True)]
+            content, end = Kept.decode(data, position, rows, kept, partial=bool(flags & _PARTIAL))
             beside = Beside.decode(data, end, count, rows) if flags & _BESIDE else Beside()
         except (ValueError, KeyError, struct.error, IndexError) as error:
             raise Damaged("a pack of predictions in the journal cannot be read") from error
         times = time_ms + after.astype(np.int64)
-        own_ids = ids if any(ids) else ()
         return cls(first, tuple(revisions), row_counts, times, revision_indices, states, content, own_ids, beside)
