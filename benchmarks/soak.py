@@ -205,7 +205,7 @@ class Soak:
         yield Row("p99 in the calm", f"{calm:.1f} ms", "", None)
         limit = max(P99_MS_GOAL, SLOWER_GOAL * calm)
         for name, found in self.latencies.items():
-            if name != "calm":
+            if name != "calm" and found:
                 p99 = percentile(found, 99)
                 yield Row(f"p99 beside {name}", f"{p99:.1f} ms", f"<= {limit:.0f} ms", p99 <= limit)
 
