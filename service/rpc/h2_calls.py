@@ -376,6 +376,8 @@ class Streaming(Exchange):
         self.owed -= len(data)
         self._connection.acknowledge(self, len(data))
         self._cut_up(data)
+        if self._begun is not None:
+            self._begun = self._connection.loop.time()  # the rest may come from now on
 
     def _count(self, size: int) -> None:
         self._connection.hold(size)

@@ -442,7 +442,12 @@ async def test_a_message_is_not_cut_while_it_is_the_handler_that_keeps_it_from_c
         await Turn()
     for seconds in (1, 100, 1000):
         pair.connection.check(pair.connection.now + seconds)
+    pair.connection.now -= 1000  # so long ago did anything come
     gate.set()
+    for _ in range(10):
+        await Turn()
+    assert not pair.connection._calls[call].owed
+    pair.connection.check(asyncio.get_running_loop().time() + 1)
     heard = await pair.answer(call)
     assert (heard.status, heard.messages) == (0, [b"%d" % (2 << 20), b"%d" % (8 << 20)])
 
