@@ -436,7 +436,8 @@ async def test_a_message_is_not_cut_while_it_is_the_handler_that_keeps_it_from_c
 
     pair = Pair(front_with(ConnectionLimits(keepalive_seconds=1e6), chat=waits))
     call = pair.open(CHAT)
-    pair.send(call, bytes(2 << 20), bytes(8 << 20), end=True)
+    sizes = 2 << 20, 1 << 20, 8 << 20
+    pair.send(call, *map(bytes, sizes), end=True)
     for _ in range(50):
         pair.exchange()
         await Turn()
@@ -449,7 +450,7 @@ async def test_a_message_is_not_cut_while_it_is_the_handler_that_keeps_it_from_c
     assert not pair.connection._calls[call].owed
     pair.connection.check(asyncio.get_running_loop().time() + 1)
     heard = await pair.answer(call)
-    assert (heard.status, heard.messages) == (0, [b"%d" % (2 << 20), b"%d" % (8 << 20)])
+    assert (heard.status, heard.messages) == (0, [b"%d" % size for size in sizes])
 
 
 @in_loop
