@@ -132,7 +132,7 @@ class H2Front:
         return known
 
     def hold(self, size: int) -> bool:
-        """Count bytes of messages that are not yet whole; whether there is room for them."""
+        """Count bytes of messages that are not yet whole, or not yet read; whether there is room for them."""
         if size > 0 and self._held + size > self.limits.half_sent_bytes:
             return False
         self._held += size
