@@ -14,10 +14,12 @@ from typing import Any, cast
 import ngh2
 import uvloop
 
+from benchmarks.load import INFER
 from benchmarks.serving_reference import Reference
 from service.rpc.h2_framing import OK_TRAILERS, PREFIX, RESPONSE
 from service.rpc.wire import inference
 
+UNIMPLEMENTED = [*RESPONSE, (b"grpc-status", b"12")]
 WINDOW = 32 << 20
 
 
@@ -39,8 +41,13 @@ class Floor(asyncio.Protocol):
         h2 = self._h2
         h2.receive_data(data)
         for event in cast(list[Any], h2.events()):
-            if type(event) is ngh2.DataReceived:
-                body = self._bodies.pop(event.stream_id, b"") + event.data
+            if type(event) is ngh2.RequestReceived:
+                if (b":path", INFER.encode()) in event.headers:
+                    self._bodies[event.stream_id] = b""
+                else:
+                    h2.send_response(event.stream_id, UNIMPLEMENTED, end_stream=True)
+            elif type(event) is ngh2.DataReceived and event.stream_id in self._bodies:
+                body = self._bodies.pop(event.stream_id) + event.data
                 if not event.end_stream:
                     self._bodies[event.stream_id] = body
                 elif body in self._known:
