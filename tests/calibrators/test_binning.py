@@ -66,9 +66,10 @@ def test_cells_are_found_among_edges_however_near_or_far(spread: float) -> None:
 
 def test_edges_that_are_replaced_are_read() -> None:
     logits, y = draw_rows(300, 3)
-    first, second = BayesianBinning().fit(logits, y), BayesianBinning().fit(logits + [0, 1, 2], y)
+    moved = logits + np.arange(3)
+    first, second = BayesianBinning().fit(logits, y), BayesianBinning().fit(moved, y)
     first.predict_proba(logits)
-    np.testing.assert_array_equal(first.fit(logits + [0, 1, 2], y).predict_proba(logits), second.predict_proba(logits))
+    np.testing.assert_array_equal(first.fit(moved, y).predict_proba(logits), second.predict_proba(logits))
     first.fit(logits, y)
     first.set_tensors(second.tensors())
     np.testing.assert_array_equal(first.predict_proba(logits), second.predict_proba(logits))
