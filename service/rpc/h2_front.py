@@ -134,7 +134,7 @@ class H2Front:
         return self._methods.get(path)
 
     def hold(self, size: int) -> bool:
-        """Count bytes of messages that are not yet whole; whether there is room for them."""
+        """Count bytes of messages that are not yet whole, or not yet read; whether there is room for them."""
         if size > 0 and self._held + size > self.limits.half_sent_bytes:
             return False
         self._held += size
