@@ -38,7 +38,7 @@ from benchmarks.stages import kinds_table
 from service.client import Client
 from service.errors import CalserveError
 
-PEERS = {"triton": ("triton", "triton-batching"), "mlserver": ("mlserver",), "kserve": ("kserve",)}
+PEERS = {"floor": ("floor",), "triton": ("triton", "triton-batching"), "mlserver": ("mlserver",), "kserve": ("kserve",)}
 OWN = ("calserve", "calserve-grpc")
 """The two fronts."""
 FIT_ROWS, FIT_BYTES, REVISION = 500, 64 << 20, "temperature-1"

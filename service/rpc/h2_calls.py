@@ -118,8 +118,10 @@ class Exchange:
     def gone(self) -> None:
         """The stream is closed: nobody waits any more."""
         self.said = self.heard = True
-        self._let_go()
-        self._stop()
+        if self._messages is not None or self._timer is not None:
+            self._let_go()
+        if self._runner is not None:
+            self._runner.cancel()
 
     def fail(self, error: BaseException) -> None:
         """End the call with an error's status."""

@@ -25,7 +25,6 @@ from service.rpc.h2_framing import (
     Header,
     Opening,
     fail,
-    framed,
     too_large,
     trailers,
 )
@@ -58,8 +57,7 @@ class Front(Protocol):
 
     def open(self, connection: Http2Connection) -> None: ...
     def lost(self, connection: Http2Connection) -> None: ...
-    def opening(self, headers: tuple[Header, ...]) -> Opening: ...
-    def method(self, path: str) -> Method | None: ...
+    def opening(self, headers: tuple[Header, ...]) -> tuple[Opening, Method | None]: ...
     def hold(self, size: int) -> bool: ...
     def keep(self, task: asyncio.Task[None]) -> asyncio.Task[None]: ...
     async def in_thread(self, work: Callable[..., bytes], *arguments: Any) -> bytes: ...
@@ -118,6 +116,8 @@ class Http2Connection(asyncio.Protocol):
             elif kind is ngh2.RequestReceived:
                 self._request(event.stream_id, event.headers, event.end_stream)
                 useful += 1
+            elif kind is ngh2.StreamClosed:
+                self._closed_stream(event.stream_id)
             else:
                 self._event(event)
         self._noise -= NOISE_A_MESSAGE * useful
@@ -282,13 +282,12 @@ class Http2Connection(asyncio.Protocol):
         return events
 
     def _request(self, number: int, headers: tuple[Header, ...], end: bool) -> None:
-        opening = self._front.opening(headers)
+        opening, method = self._front.opening(headers)
         if opening.http_status != b"200":
             with suppress(ngh2.StreamUnavailableError):
                 self._h2.send_response(number, [(b":status", opening.http_status)], end_stream=True)
             self._sent(self._unknown(number, opening, heard=end))
             return
-        method = self._front.method(opening.path)
         error = opening.error or self._refusal(opening, method)
         if method is None or error is not None:
             call = self._unknown(number, opening, heard=end)
@@ -350,11 +349,8 @@ class Http2Connection(asyncio.Protocol):
             call.cut(error.status)
 
     def _event(self, event: Any) -> None:
-        """What is neither a request nor its bytes."""
+        """What is neither of a request nor its end."""
         kind = type(event)
-        if kind is ngh2.StreamClosed:
-            self._closed_stream(event.stream_id)
-            return
         self._noise += 1
         if kind is ngh2.WindowUpdated:
             return  # what waited for it is sent at the end of the read
@@ -378,7 +374,8 @@ class Http2Connection(asyncio.Protocol):
         if call.owed and not self._closing:
             self._h2.acknowledge_received_data(call.owed, number)
         call.gone()
-        self._wake(call)
+        if self._rooms:
+            self._wake(call)
         if not self._calls:
             self._idle_since = self.now
 
@@ -408,7 +405,7 @@ class Http2Connection(asyncio.Protocol):
 
     def _send_body(self, number: int, message: bytes) -> None:
         if len(message) < WRITE_BYTES:
-            self._h2.send_data(number, framed(message))
+            self._h2.send_data(number, PREFIX.pack(0, len(message)) + message)
         else:  # spares a copy
             self._h2.send_data(number, PREFIX.pack(0, len(message)))
             self._h2.send_data(number, message)
@@ -438,7 +435,10 @@ class Http2Connection(asyncio.Protocol):
             if data:
                 transport.write(data)
             for event in self._events():
-                self._event(event)
+                if type(event) is ngh2.StreamClosed:
+                    self._closed_stream(event.stream_id)
+                else:
+                    self._event(event)
             if not (much and data) or self._paused or self._closing:
                 break
         if self._early:
