@@ -637,10 +637,12 @@ class DensityAware(Calibrator):
 
     def _forget_unread(self, n_classes: int) -> None:
         """Drop the columns of layers that are not kept."""
+        if len(self.kept_) == len(self.scale_):
+            return
         starts = np.cumsum([0, *self._widths(n_classes)])
         columns = np.concatenate([np.arange(starts[layer], starts[layer + 1]) for layer in self.kept_])
         self.reference_, self.centre_, self.scale_ = (
-            self.reference_[:, columns],
+            np.take(self.reference_, columns, axis=1),  # its rows stay in one piece, as an index by columns leaves them not
             self.centre_[columns],
             self.scale_[self.kept_],
         )

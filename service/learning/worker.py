@@ -65,14 +65,13 @@ def fit(folder: Path, spec: JobSpec, rows: Rows, report: Report) -> dict[str, An
         report(0.6, f"scoring on {len(unseen)} rows")
         held_out = compare(scored, _as_served(scored, unseen, through), spec.seed)
         report(0.7, f"fitting {scored.kind} on all {len(rows)} rows")
-        calibrator = fit_rows(clone(scored), rows, through, lambda share, text: report(0.7 + 0.2 * share, text))
+        again = clone(scored)
+        del scored  # its reference may be gigabytes
+        calibrator = fit_rows(again, rows, through, lambda share, text: report(0.7 + 0.2 * share, text))
     else:
         calibrator, ranking = fit_kind(spec, rows, through, lambda share, text: report(0.1 + 0.8 * share, text))
     report(0.9, "writing the revision")
-    artifact = calibrators.dumps(calibrator)
-    write_whole(folder / ARTIFACT, artifact)
-    write_whole(folder / GOLDEN, golden_rows(calibrators.loads(artifact), rows, through))
-    return {
+    result = {
         "kind": calibrator.kind,
         "params_json": json.dumps(calibrator.get_params(), sort_keys=True, separators=(",", ":")),
         "row_count": len(rows),
@@ -81,6 +80,11 @@ def fit(folder: Path, spec: JobSpec, rows: Rows, report: Report) -> dict[str, An
         "notes": calibrator.notes,
         "ranking": ranking,
     }
+    artifact = calibrators.dumps(calibrator)
+    del calibrator
+    write_whole(folder / ARTIFACT, artifact)
+    write_whole(folder / GOLDEN, golden_rows(calibrators.loads(artifact), rows, through))
+    return result
 
 
 def fit_kind(

@@ -191,7 +191,7 @@ def shadows(view: View) -> Html | None:
         "These revisions are given what callers send, and are compared with what serves, label by label. The gain is "
         "of half the Brier score, above 0 where the challenger is better; its bounds hold however often one looks."
     )
-    heads = ("challenger", "compared with", "labels", "gain", "")
+    heads = ("challenger", "compared with", "labels", "gain", "verdict")
     name = shlex.quote(view.model.name)
     ready = [one for one in shown if one.verdict == "better" and not one.ended and not one.automatic_from]
     ways = [
@@ -205,7 +205,7 @@ def shadows(view: View) -> Html | None:
 
 def _shadow(one: ShadowFacts) -> list[Part]:
     mean, low, high = one.gain
-    gain: Part = f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+    gain: Part = f"{mean:+.3f} ({low:+.3f} to {high:+.3f})".replace("-", words.MINUS)
     if one.labels < words.ENOUGH_LABELS:
         gain = tag("small", f"told from {words.ENOUGH_LABELS} labels on")
     verdict = tag("b", one.verdict, class_=f"pill {MOODS.get(one.verdict, 'unknown')}")
