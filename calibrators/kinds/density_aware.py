@@ -642,7 +642,7 @@ class DensityAware(Calibrator):
         starts = np.cumsum([0, *self._widths(n_classes)])
         columns = np.concatenate([np.arange(starts[layer], starts[layer + 1]) for layer in self.kept_])
         self.reference_, self.centre_, self.scale_ = (
-            np.take(self.reference_, columns, axis=1),  # its rows stay in one piece, as an index by columns leaves them not
+            np.take(self.reference_, columns, axis=1),  # row by row in memory, which indexing does not keep
             self.centre_[columns],
             self.scale_[self.kept_],
         )
