@@ -1,6 +1,6 @@
 """Detectors of drift: false alarms, and labels until they ring, on streams that change in a known way.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.drift [--seeds 200] [--stationary 300] [--clouds 16] [--peers PYTHON,...] [--elec2 FILE]
+    OMP_NUM_THREADS=1 python -m benchmarks.drift [--seeds 200] [--stationary 300] [--peers PYTHON,...] [--elec2 FILE]
 
 `--peers` names Pythons that have river, frouros or alibi-detect (`benchmarks/peers.txt` pins what was compared);
 `--elec2` a file with arrays probs (n, 2), y and n_train. The streams are made here, of seeds on which no constant of
