@@ -1,6 +1,6 @@
 """Detectors of drift: false alarms, and labels until they ring, on streams that change in a known way.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.drift [--seeds 200] [--stationary 100] [--peers PYTHON,...] [--elec2 FILE]
+    OMP_NUM_THREADS=1 python -m benchmarks.drift [--seeds 200] [--stationary 300] [--peers PYTHON,...] [--elec2 FILE]
 
 `--peers` names Pythons that have river, frouros or alibi-detect (`benchmarks/peers.txt` pins what was compared);
 `--elec2` a file with arrays probs (n, 2), y and n_train. The streams are made here, of seeds on which no constant of
@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks import drift_streams
 from benchmarks.drift_peers import PEERS
 from service.drift.detectors.base import Batch, Detector
 from service.drift.detectors.recalibration import Recalibration
@@ -144,6 +145,13 @@ class Halves(Recalibration):
     }
 
 
+class Oracle(Recalibration):
+    """One bet, on what one of the changes turns out to be: logits one and a half times as large as is right."""
+
+    shares = dict.fromkeys(Recalibration.shares, 0.0) | {"temperature": 1.0}
+    grids = dict(Recalibration.grids) | {"temperature": {1 / 1.5: 1.0}}
+
+
 CHOSEN: list[str] = []
 """Of the detectors; none: all."""
 
@@ -154,6 +162,7 @@ def detectors() -> dict[str, Callable[[], Detector]]:
         "recalibration": partial(create, "recalibration"),
         "recalibration, tolerance .01": partial(create, "recalibration", tolerance=0.01),
         "temperatures and biases, halves": partial(Halves, adaptive=0, max_segments=0),
+        "temperature 1.5, known beforehand": partial(Oracle, adaptive=0, max_segments=0),
         "top label alone": partial(create, "recalibration", **top_label),
         "top label alone, tolerance .01": partial(create, "recalibration", **top_label, tolerance=0.01),
     }
@@ -235,6 +244,17 @@ def elec2(file: Path) -> None:
         print(f"  {name:34}{len(rang):6d}   {rang[:3]}")
 
 
+def clouds(seeds: int) -> None:
+    """The same detector on streams that none of its constants was chosen on, nor how much they change."""
+    print(f"\nClasses that are clouds in {drift_streams.N_INPUTS} dimensions: rows to the alarm, {seeds} streams each")
+    for change in drift_streams.CHANGES:
+        table = Watched()
+        for seed in range(seeds):
+            batch = drift_streams.stream(change, N_ROWS, CHANGE, FIRST_SEED + seed)
+            table.rang.setdefault("recalibration", []).append(list(alarms(create("recalibration"), batch)))
+        print(f"  {change:34}{table.delay('recalibration')}")
+
+
 def speed(rounds: int = 5) -> None:
     print("\nRows a second of its own time, one thread, the best of five rounds")
     cases = [(2, {"adaptive": 0}), (2, {}), (2, {"tolerance": 0.01}), (10, {}), (10, {"tolerance": 0.01})]
@@ -260,6 +280,7 @@ def main() -> None:
     parser.add_argument("--peer-seeds", type=int, default=20, help="of these, so many for the peers")
     parser.add_argument("--peers", default="", help="Pythons that have them, with commas between")
     parser.add_argument("--elec2", type=Path)
+    parser.add_argument("--clouds", type=int, default=16, help="streams of each change of the other kind")
     parser.add_argument("--only", nargs="+", default=[], help="detectors of the project's own")
     asked = parser.parse_args()
     CHOSEN.extend(asked.only)
@@ -277,6 +298,7 @@ def main() -> None:
     show(tables)
     if asked.elec2:
         elec2(asked.elec2)
+    clouds(asked.clouds)
     speed()
 
 

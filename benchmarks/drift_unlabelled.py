@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.drift_unlabelled [--seeds 20] [--references 300]
 
-All on the streams of `benchmarks.drift_streams`: 4,000 rows before a change.
+All on the streams of `benchmarks.drift_streams`, causes on those of `benchmarks.drift` too: 4,000 rows before a change.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from benchmarks import drift
 from benchmarks.drift_streams import CHANGES, stream
 from service.drift.attribution import cause
 from service.drift.detectors.base import Array, Batch
@@ -34,6 +35,7 @@ def main() -> None:
     false_alarms(asked.references)
     delays(asked.seeds)
     causes(asked.seeds)
+    causes_of_logits(asked.seeds)
     nowcasts(asked.seeds)
     speed()
 
@@ -95,6 +97,17 @@ def causes(seeds: int) -> None:
                 told[cause({}, reference, since).kind] += 1
                 blind[cause({}, replace(reference, signals={}), replace(since, signals={})).kind] += 1
             print(f"  {change:<18} {dict(told)} | {dict(blind)}", flush=True)
+
+
+def causes_of_logits(seeds: int, n: int = 1000) -> None:
+    print(f"\nThe same on {seeds} streams of `benchmarks.drift`, of logits alone, {n} labels since the change")
+    for change in drift.CHANGES:
+        told = Counter[str]()
+        for seed in range(seeds):
+            batch = drift.changing(change, seed)
+            before, since = slice(drift.CHANGE - N_BEFORE, drift.CHANGE), slice(drift.CHANGE, drift.CHANGE + n)
+            told[cause({}, batch.rows(before), batch.rows(since)).kind] += 1
+        print(f"  {change:<18} {dict(told)}", flush=True)
 
 
 def nowcasts(seeds: int) -> None:

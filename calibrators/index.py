@@ -37,6 +37,8 @@ EDGES = 32
 LEAST_EFFORT = {"exact": 1, "ivf": 1, "hnsw": 64}
 MOST_CANDIDATES = 1024
 ROWS_AT_ONCE = 1 << 15
+TOGETHER = 32
+"""Rows from which on one matrix product costs less than an exact search for each."""
 
 
 class Index:
@@ -116,6 +118,8 @@ class Index:
 
     def nearest(self, layer: int, x: Array, k: int, own: Array | None = None) -> Array:
         """`neighbours.nearest` in the reference's columns of this layer, as far as the search finds them."""
+        if self.form == "exact" and len(x) >= TOGETHER:
+            return nearest(x, self._reference[:, self._columns[layer]], k, own)
         faiss = _faiss()
         faiss.omp_set_num_threads(1)  # of the thread that asks: runs side by side are what keeps the cores busy
         rows, wanted = np.ascontiguousarray(x, np.float32), k if own is None else k + 1

@@ -38,7 +38,7 @@ from service.console import ranking_table, scores_table
 OUT = Path("demo")
 START_SECONDS = 60
 CHECKED_ROWS = 8 * step3_predict.BATCH
-LISTENING = re.compile(r"gRPC on (\S+), metrics on (\S+)")
+LISTENING = re.compile(r"gRPC on ([^\s,]+)")
 THREADS = len(os.sched_getaffinity(0))
 console = Console()
 
@@ -54,7 +54,7 @@ def main() -> None:
     if not (data.model_repository / step5_labels.MODEL).exists():
         passthrough.write(data.model_repository, step5_labels.MODEL, step5_labels.N_CLASSES)
     step6_drift.write(data)
-    with server(data.model_repository) as (address, http), Client(address, show_progress=True) as client:
+    with server(data.model_repository) as address, Client(address, show_progress=True) as client:
         client.wait_until_ready()
         logits = client.logits(MODEL, data.inputs[~data.is_test])
         revisions = step2_fit.fit(client, data, logits)
@@ -78,16 +78,16 @@ def main() -> None:
             "computed again by plain onnxruntime from the fused ONNX graph, and are the same bit for bit."
         )
 
-        step(4, "all that was fitted, judged on these rows: no fit has seen them")
+        say("All that was fitted, judged on these rows, which no fit has seen:")
         scores = step2_fit.judge(client, revisions, served.logits, data.labels[data.is_test])
         console.print(scores_table(f"on {rows} rows, with 95% intervals", scores.items(), chosen))
 
-        step(5, "sets of answers that hold the right one as often as asked")
+        step(4, "sets of answers that hold the right one as often as asked")
         sets = step4_sets.fit(client, data, logits)
         console.print(step4_sets.table(step4_sets.judge(client, sets, data)))
         say("One fit; the level is a parameter of the request. Sets are small where the model knows, large where not.")
 
-        step(6, "labels stream in, the model drifts, the calibrator learns")
+        step(5, "labels stream in, the model drifts, the calibrator learns")
         say("Beside magika stands a model without a network: its logits are made here, and after a while mean less.")
         with Client(address, show_progress=False) as quiet:
             console.print(step5_labels.table(step5_labels.watch(quiet)))
@@ -97,15 +97,15 @@ def main() -> None:
             f"by {gain.low:.4f} to {gain.high:.4f} at 95%, whenever one looks."
         )
 
-        step(7, "what was true stops being true: the alarm, its cause, and what is done about it")
-        drift(address, http, data, np.concatenate([logits, served.logits]))
+        step(6, "the probabilities stop being true: the alarm, its cause, the cure")
+        drift(address, data, np.concatenate([logits, served.logits]))
 
-    step(8, "pictures")
+    step(7, "pictures")
     write_report(data, served, scores, chosen)
     say(f"done in {time.monotonic() - begun:.0f} seconds; the server has stopped")
 
 
-def drift(address: str, http: str, data: Prepared, logits: NDArray[np.float32]) -> None:
+def drift(address: str, data: Prepared, logits: NDArray[np.float32]) -> None:
     """Of magika's logits on the calibration half, then on the test half."""
     say(
         f"Another model without a network, {step6_drift.MODEL}, is handed magika's scores of "
@@ -118,7 +118,7 @@ def drift(address: str, http: str, data: Prepared, logits: NDArray[np.float32]) 
     console.print(step6_drift.table(story))
     for line in step6_drift.told(story):
         say(line)
-    say(f"The page at http://{http}/models/{step6_drift.MODEL} shows it; as it is now it is kept: [bold]{page}[/]")
+    say(f"The page that the server shows of it, as one file: [bold]{page}[/]")
 
 
 def say(text: str) -> None:
@@ -130,9 +130,8 @@ def step(number: int, text: str) -> None:
 
 
 @contextmanager
-def server(model_repository: Path) -> Iterator[tuple[str, str]]:
-    """`calserve serve` on free ports, with an empty store; stopped by SIGTERM at the end. Gives its addresses, gRPC and
-    HTTP."""
+def server(model_repository: Path) -> Iterator[str]:
+    """`calserve serve` on free ports, with an empty store; stopped by SIGTERM at the end. Gives its gRPC address."""
     command = ["serve", "--model-repository", str(model_repository), "--port", "0", "--metrics-port", "0"]
     command += ["--threads", str(THREADS)]  # of each model, as only one is asked at a time
     log = OUT / "server.log"
@@ -140,9 +139,9 @@ def server(model_repository: Path) -> Iterator[tuple[str, str]]:
     with log.open("w") as file:
         process = subprocess.Popen([sys.executable, "-m", "service", *command, "--data-dir", str(store)], stderr=file)  # noqa: S603
     try:
-        addresses = _addresses(process, log)
-        say(f"calserve {' '.join(command)}   [dim]listening on {addresses[0]}, log in {log}[/]")
-        yield addresses
+        address = _address(process, log)
+        say(f"calserve {' '.join(command)}   [dim]listening on {address}, log in {log}[/]")
+        yield address
     finally:
         process.send_signal(signal.SIGTERM)
         code = process.wait(timeout=START_SECONDS)
@@ -150,13 +149,13 @@ def server(model_repository: Path) -> Iterator[tuple[str, str]]:
         sys.exit(f"The server ended with exit code {code}; see {log}.")
 
 
-def _addresses(process: subprocess.Popen[bytes], log: Path) -> tuple[str, str]:
+def _address(process: subprocess.Popen[bytes], log: Path) -> str:
     """Where the server says that it listens."""
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end and process.poll() is None:
         for line in log.read_text().splitlines():
             if found := LISTENING.search(line):
-                return found[1], found[2]
+                return found[1]
         time.sleep(0.05)
     sys.exit(f"The server did not start; see {log}.")
 

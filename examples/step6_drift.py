@@ -35,7 +35,7 @@ MODEL, MONITOR, KIND = "scanner", "served_calibration", "vector"
 MOST_FORMATS = 20
 WINDOW_ROWS, BATCH = 500, 25
 CALM, DRIFTED = 4, 7
-PUSH = 4.0
+PUSH = 6.0
 REFIT_ROWS = 500  # that the policy waits for
 SETTLE_SECONDS, PAUSE_SECONDS = 60.0, 0.05
 

@@ -154,7 +154,7 @@ class App:
         ).metrics()
         facts = PageFacts(self.repository, self._catalogue, settings.journal)
         self._summaries = Summaries(self._journal, facts.names, facts.sets_of, retention.seconds)
-        self._site = Site(facts.sources(self._summaries, self._monitoring))
+        self._site = Site(facts.sources(self._summaries, self._monitoring, self._shadows))
         self._streams = Streams(_stream_limits(settings))
         limits = replace(_connection_limits(settings), shared_port=member is not None)
         self._front = front_of(settings.front, self._guarded_methods(), limits, certificates)

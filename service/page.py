@@ -12,8 +12,9 @@ from service.drift.summaries import Summaries
 from service.inference.model import NO_REVISION, ServedModel
 from service.inference.repository import Repository
 from service.learning.monitoring import Monitoring
+from service.learning.shadows import AUTOMATIC, Shadows, ShadowState
 from service.store.catalogue import Catalogue, RevisionRow
-from service.web.facts import ModelFacts, RevisionFacts, Sources
+from service.web.facts import ModelFacts, RevisionFacts, ShadowFacts, Sources
 
 MOST_ALARMS = 50
 
@@ -24,7 +25,7 @@ class PageFacts:
     def __init__(self, repository: Repository, catalogue: Catalogue, journal: str) -> None:
         self._repository, self._catalogue, self._journal = repository, catalogue, journal
 
-    def sources(self, summaries: Summaries, monitoring: Monitoring) -> Sources:
+    def sources(self, summaries: Summaries, monitoring: Monitoring, shadows: Shadows) -> Sources:
         def monitors(model: str) -> list[MonitorState]:
             return [state for state, _ in monitoring.states() if state.spec.model == model]
 
@@ -34,6 +35,7 @@ class PageFacts:
             monitors,
             lambda model: monitoring.alarms.before(model, "", MOST_ALARMS),
             lambda model: dict(monitoring.accuracies()).get(model),
+            lambda model: [_shadow(state) for state in shadows.standing(model)],
         )
 
     def names(self) -> list[str]:
@@ -72,6 +74,21 @@ def _revision(row: RevisionRow, digest: str) -> RevisionFacts:
     losses = _log_loss(scores.get("before", [])), _log_loss(scores.get("after", []))
     return RevisionFacts(
         row.revision, row.kind, int(1000 * row.create_time), row.row_count, losses, row.model_digest == digest
+    )
+
+
+def _shadow(state: ShadowState) -> ShadowFacts:
+    row, gain = state.row, state.comparison.gain
+    return ShadowFacts(
+        row.revision,
+        row.champion,
+        gain.n_labels,
+        (gain.mean, *gain.interval(row.level)),
+        state.comparison.verdict,
+        row.least_labels if row.policy == AUTOMATIC else 0,
+        "" if row.is_running else row.outcome,
+        row.end_ms,
+        row.note,
     )
 
 

@@ -77,6 +77,14 @@ class Tab:
         value = "dark" if dark else "light"
         self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": value}])
 
+    def keep(self, selector: str) -> None:
+        """Hide all but these elements, what is in them and what they are in."""
+        self.run(
+            f"const kept = [...document.querySelectorAll({json.dumps(selector)})];"
+            "for (const one of document.body.querySelectorAll('*'))"
+            "  if (!kept.some(k => k.contains(one) || one.contains(k))) one.style.setProperty('display', 'none', 'important')"
+        )
+
     def close(self) -> None:
         self.send("Page.close")
 
@@ -191,6 +199,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--width", type=int, default=1280)
     parser.add_argument("--height", type=int, default=0, help="of the picture; 0: the whole page")
+    parser.add_argument("--only", default="", help="CSS selector: these elements, nothing else")
     parser.add_argument("--dark", action="store_true")
     parser.add_argument("--scale", type=float, default=1.0)
     arguments = parser.parse_args()
@@ -198,6 +207,8 @@ def main() -> None:
         if arguments.height:
             tab.look(arguments.width, arguments.height, dark=arguments.dark, scale=arguments.scale)
             tab.wait(DRAWN)
+        if arguments.only:
+            tab.keep(arguments.only)
         arguments.out.write_bytes(tab.picture(whole=not arguments.height))
 
 

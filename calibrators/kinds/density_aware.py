@@ -43,7 +43,7 @@ from scipy.optimize import minimize
 
 from calibrators.base import Calibrator, check_tensor
 from calibrators.graph import Graph
-from calibrators.index import FORMS, Index, is_installed
+from calibrators.index import FORMS, TOGETHER, Index, is_installed
 from calibrators.kinds.temperature import TemperatureScaling
 from calibrators.layers import LOGITS, Layer
 from calibrators.neighbours import FARTHEST, centres_of_clusters, drawn_rows, emit_nearest, nearest, own_rows
@@ -74,8 +74,8 @@ SWITCH = 1 << 24
 """Of a reference beyond which `auto` is an index of lists."""
 ROWS_TRIED = 256
 """Calibration rows by which it is found how much an index must look at; all of them then confirm it."""
-BLOCK = 1 << 15
-"""Rows of a reference that are read at once."""
+BLOCK = 1 << 10
+"""Rows of a reference that are read at once: what is made of them stays in the processor's cache."""
 FLOAT16_MOST = 6e4
 LEAST_LENGTH, LEAST_WEIGHT, LEAST_RAMP = 1e-10, 1e-9, 0.1
 BASE, INDEX = "base/", "index/"
@@ -551,12 +551,14 @@ class DensityAware(Calibrator):
         def suffices(effort: int) -> bool:
             return tried(effort, sample)[1] <= self.index_tolerance
 
-        sample, every = drawn_rows(len(logits), ROWS_TRIED, self.seed), np.arange(len(logits))
+        # An exact search is right by how it works: some rows, too few to be looked up together, say so.
+        sample = drawn_rows(len(logits), TOGETHER - 1 if form == "exact" else ROWS_TRIED, self.seed)
+        every = sample if form == "exact" else np.arange(len(logits))
         enough = _least_that(suffices, index.effort, index.most_effort)
         found, change = tried(enough, every)
         while change > self.index_tolerance and index.effort < index.most_effort:
             found, change = tried(min(2 * index.effort, index.most_effort), every)
-        said = _missed(index, squared, found, change)
+        said = _missed(index, [layer[every] for layer in squared], found, change)
         if change > self.index_tolerance:
             raise ValueError(f"{said}, more than index_tolerance={self.index_tolerance:g}; take index=exact or ivf")
         self.index_notes_ = [said]
@@ -635,10 +637,12 @@ class DensityAware(Calibrator):
 
     def _forget_unread(self, n_classes: int) -> None:
         """Drop the columns of layers that are not kept."""
+        if len(self.kept_) == len(self.scale_):
+            return
         starts = np.cumsum([0, *self._widths(n_classes)])
         columns = np.concatenate([np.arange(starts[layer], starts[layer + 1]) for layer in self.kept_])
         self.reference_, self.centre_, self.scale_ = (
-            self.reference_[:, columns],
+            np.take(self.reference_, columns, axis=1),  # row by row in memory, which indexing does not keep
             self.centre_[columns],
             self.scale_[self.kept_],
         )
@@ -729,8 +733,8 @@ def _missed(index: Index, squared: list[Array], found: list[Array], change: floa
     off = max(float((np.abs(f - s) / np.maximum(s, LEAST_LENGTH)).max()) for s, f in last)
     return (
         f"distances are looked up in an index ({index.form}, effort {index.effort} of {index.most_effort}): it finds "
-        f"{recall:.1%} of the calibration rows' neighbours, the farthest of them off by at most {off:.1%} of their "
-        f"distance, and no probability off by more than {change:.2g}"
+        f"{recall:.1%} of the neighbours of {len(found[0])} calibration rows, the farthest of them off by at most "
+        f"{off:.1%} of its distance, and no probability off by more than {change:.2g}"
     )
 
 

@@ -112,7 +112,7 @@ class Policies:
             raise
         except CalserveError as error:
             return f"it is not active, and not in shadow: {error.message}"
-        return "it is in shadow beside what serves"
+        return "it was put in shadow beside what served"
 
     async def _fit(self, alarm: Alarm, name: str, window: Window) -> str:
         count = len(window.labels)

@@ -146,8 +146,11 @@ class Shadows:
 
     async def of_model(self, model: str) -> list[ShadowState]:
         """Those that are in shadow, and those that were."""
-        rows = await asyncio.to_thread(self._rows, model)
-        return [self._state(row) for row in rows]
+        return await asyncio.to_thread(self.standing, model)
+
+    def standing(self, model: str) -> list[ShadowState]:
+        """The same, for any thread but the event loop's."""
+        return [self._state(row) for row in self._rows(model)]
 
     def states(self) -> list[ShadowState]:
         """Those that are in shadow now."""

@@ -47,32 +47,33 @@ def run(folder: Path, report: Report) -> None:
     """Do the job in `folder` and write its result there."""
     spec = JobSpec.read(folder)
     report(0.05, "reading rows")
-    rows = Rows.read(folder, spec)
-    if len(rows) == 0:
-        raise JobError("the calibration set has no rows")
-    result = fit(folder, spec, rows, report) if spec.action == "fit" else evaluate(folder, spec, rows, report)
+    result = (fit if spec.action == "fit" else evaluate)(folder, spec, _rows(folder, spec), report)
     write_whole(folder / RESULT, json.dumps(result).encode())
     report(1.0, "done")
 
 
+def _rows(folder: Path, spec: JobSpec) -> Rows:
+    rows = Rows.read(folder, spec)
+    if len(rows) == 0:
+        raise JobError("the calibration set has no rows")
+    return rows
+
+
 def fit(folder: Path, spec: JobSpec, rows: Rows, report: Report) -> dict[str, Any]:
-    """Score a fit on the rows it has not seen, then fit the like of it on all rows: that is the revision."""
+    """Score a fit on the rows it has not seen, then fit the like of it on all rows: that is the revision.
+
+    A reference may be gigabytes, so neither it nor what is made of it is held longer than it is wanted.
+    """
     held_out, through = None, _model_of(folder, spec)
     if spec.held_out_fraction > 0:
-        in_order = bool(json.loads(spec.params_json).get("time_ordered"))
-        fitted_on, unseen = held_out_of(rows, split_in_time if in_order else split, spec)
-        scored, ranking = fit_kind(spec, fitted_on, through, lambda share, text: report(0.1 + 0.5 * share, text))
-        report(0.6, f"scoring on {len(unseen)} rows")
-        held_out = compare(scored, _as_served(scored, unseen, through), spec.seed)
-        report(0.7, f"fitting {scored.kind} on all {len(rows)} rows")
-        calibrator = fit_rows(clone(scored), rows, through, lambda share, text: report(0.7 + 0.2 * share, text))
+        like, held_out, ranking = _scored(spec, rows, through, report)
+        report(0.7, f"fitting {like.kind} on all {len(rows)} rows")
+        calibrator = fit_rows(like, rows, through, lambda share, text: report(0.7 + 0.2 * share, text))
     else:
         calibrator, ranking = fit_kind(spec, rows, through, lambda share, text: report(0.1 + 0.8 * share, text))
+    rows = replace(rows, reference=None)
     report(0.9, "writing the revision")
-    artifact = calibrators.dumps(calibrator)
-    write_whole(folder / ARTIFACT, artifact)
-    write_whole(folder / GOLDEN, golden_rows(calibrators.loads(artifact), rows, through))
-    return {
+    result = {
         "kind": calibrator.kind,
         "params_json": json.dumps(calibrator.get_params(), sort_keys=True, separators=(",", ":")),
         "row_count": len(rows),
@@ -81,6 +82,22 @@ def fit(folder: Path, spec: JobSpec, rows: Rows, report: Report) -> dict[str, An
         "notes": calibrator.notes,
         "ranking": ranking,
     }
+    artifact = calibrators.dumps(calibrator)
+    del calibrator
+    write_whole(folder / ARTIFACT, artifact)
+    write_whole(folder / GOLDEN, golden_rows(calibrators.loads(artifact), rows, through))
+    return result
+
+
+def _scored(
+    spec: JobSpec, rows: Rows, through: DifferentiableModel | None, report: Report
+) -> tuple[calibrators.Calibrator, dict[str, Any], list[dict[str, Any]]]:
+    """How a fit on part of the rows does on the others: an unfitted calibrator like it, its scores, the ranking."""
+    in_order = bool(json.loads(spec.params_json).get("time_ordered"))
+    fitted_on, unseen = held_out_of(rows, split_in_time if in_order else split, spec)
+    scored, ranking = fit_kind(spec, fitted_on, through, lambda share, text: report(0.1 + 0.5 * share, text))
+    report(0.6, f"scoring on {len(unseen)} rows")
+    return clone(scored), compare(scored, _as_served(scored, unseen, through), spec.seed), ranking
 
 
 def fit_kind(

@@ -1,4 +1,4 @@
-"""The sections further down a model's page: where it is off, what watches it, what rang, which revisions there are."""
+"""The sections further down a model's page: where it is off, what watches it, what rang, challengers, revisions."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from service.drift.states import RAW, Alarm, MonitorState
 from service.drift.summary import GROUP_FIELDS, Groups
 from service.web import figures, words
 from service.web.elements import command, heading, scale, table, when
-from service.web.facts import RevisionFacts
+from service.web.facts import RevisionFacts, ShadowFacts
 from service.web.markup import Html, Part, data, tag
 from service.web.view import NO_REVISION, View
 
 SHOWN_GROUPS = 6
 SHOWN_ALARMS = 8
+SHOWN_SHADOWS = 8
 SHOWN_REVISIONS = 8
 LEAST_LABELS = 50
 """Of a class or a segment that is judged."""
@@ -175,6 +176,52 @@ def _outcome(alarm: Alarm) -> str:
     seen = "; seen" if alarm.acknowledged_ms else ""
     seen += f" by {alarm.acknowledged_by}" if alarm.acknowledged_by else ""
     return (alarm.outcome or alarm.policy) + seen
+
+
+# -------------------------------------------------------------------------------------------------- in shadow
+
+MOODS = {"better": "good", "worse": "off"}
+
+
+def shadows(view: View) -> Html | None:
+    shown = view.in_shadow[:SHOWN_SHADOWS]
+    if not shown:
+        return None
+    note = (
+        "These revisions are given what callers send, and are compared with what serves, label by label. The gain is "
+        "of half the Brier score, above 0 where the challenger is better; its bounds hold however often one looks."
+    )
+    heads = ("challenger", "compared with", "labels", "gain", "verdict")
+    name = shlex.quote(view.model.name)
+    ready = [one for one in shown if one.verdict == "better" and not one.ended and not one.automatic_from]
+    ways = [
+        [tag("p", "To make ", tag("b", one.revision), " serve, type:"),
+         command(f"calserve shadow promote {name} {shlex.quote(one.revision)}")]
+        for one in ready
+    ]  # fmt: skip
+    card = tag("div", table(heads, map(_shadow, shown), "stack"), ways, class_="card")
+    return tag("section", heading("In shadow", note), card, id="shadows")
+
+
+def _shadow(one: ShadowFacts) -> list[Part]:
+    mean, low, high = one.gain
+    gain: Part = f"{mean:+.3f} ({low:+.3f} to {high:+.3f})".replace("-", words.MINUS)
+    if one.labels < words.ENOUGH_LABELS:
+        gain = tag("small", f"told from {words.ENOUGH_LABELS} labels on")
+    verdict = tag("b", one.verdict, class_=f"pill {MOODS.get(one.verdict, 'unknown')}")
+    return [[tag("span", one.revision), *_fate(one)], one.champion, f"{one.labels:,}", gain, verdict]
+
+
+def _fate(one: ShadowFacts) -> list[Part]:
+    """What became of it, or will."""
+    if one.ended:
+        said: list[Part] = [f"{one.ended} ", when(one.ended_ms)]
+    elif one.automatic_from:
+        said = [f"promoted by itself once better on {one.automatic_from:,} labels"]
+    else:
+        said = []
+    said += [f"{'; ' if said else ''}{one.note}"] if one.note else []
+    return [" ", tag("small", said)] if said else []
 
 
 # -------------------------------------------------------------------------------------------------- revisions

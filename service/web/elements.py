@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 
 from calibrators.plots._style import percent
 from service.web import words
 from service.web.figures import Figure, wilson
 from service.web.markup import Html, Part, data, tag
+
+_MARKS = re.compile(r"(`[^`]+`|10\^\d+)")
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[Part]], style: str = "") -> Html:
@@ -71,6 +74,17 @@ def legend(key: Iterable[tuple[str, str]]) -> Html:
 
 def heading(text: str, note: Part = None) -> Html:
     return tag("header", tag("h2", text), tag("p", note, class_="quiet") if note else None)
+
+
+def prose(text: str) -> list[Part]:
+    """A sentence; names in backticks and powers of ten as print has them."""
+    return [_printed(piece) for piece in _MARKS.split(text)]
+
+
+def _printed(piece: str) -> Part:
+    if not _MARKS.fullmatch(piece):
+        return piece
+    return tag("code", piece[1:-1]) if piece[0] == "`" else ["10", tag("sup", piece[3:])]
 
 
 def command(text: str) -> Html:

@@ -30,6 +30,32 @@ class RevisionFacts:
 
 
 @dataclass(frozen=True)
+class ShadowFacts:
+    """A challenger, and how its comparison with what serves stands, or stood when it ended.
+
+    Attributes
+    ----------
+    champion : what it is compared with
+    labels : that it was compared on
+    gain : of half the Brier score, with bounds that hold at all times: mean, low, high
+    verdict : better, worse or undecided
+    automatic_from : labels from which on it is promoted without being asked for; 0: somebody must
+    ended, ended_ms : promoted or stopped, and when; empty and 0: it is in shadow
+    note : what befell it, in words
+    """
+
+    revision: str
+    champion: str
+    labels: int
+    gain: tuple[float, float, float]
+    verdict: str
+    automatic_from: int = 0
+    ended: str = ""
+    ended_ms: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class ModelFacts:
     """A model that is served.
 
@@ -61,6 +87,7 @@ class Sources:
     summary : of a model, from a time to another in ms; None: nothing was answered yet
     monitors, alarms : of a model; alarms newest first
     accuracy : of what a model serves, as it is now without labels; None: it is not followed
+    shadows : of a model, those that have ended too
     """
 
     models: Callable[[], Sequence[ModelFacts]]
@@ -68,3 +95,4 @@ class Sources:
     monitors: Callable[[str], Sequence[MonitorState]] = lambda _: ()
     alarms: Callable[[str], Sequence[Alarm]] = lambda _: ()
     accuracy: Callable[[str], Nowcast | None] = lambda _: None
+    shadows: Callable[[str], Sequence[ShadowFacts]] = lambda _: ()

@@ -9,8 +9,8 @@ from calibrators.plots._style import percent
 from service.drift.nowcasts import Nowcast
 from service.drift.states import RAW, SERVED, Alarm
 from service.web import figures, words
-from service.web.details import alarms, glossary, monitors, revisions, where
-from service.web.elements import command, figure, heading, legend, pill, scale, tile, when
+from service.web.details import alarms, glossary, monitors, revisions, shadows, where
+from service.web.elements import command, figure, heading, legend, pill, prose, scale, tile, when
 from service.web.markup import Html, Part, tag
 from service.web.view import NO_REVISION, View
 
@@ -29,6 +29,7 @@ def sections(view: View) -> list[Html]:
         where,
         monitors,
         alarms,
+        shadows,
         revisions,
         glossary,
     )
@@ -129,8 +130,8 @@ def _alarm(alarm: Alarm, model: str) -> Html:
         "article",
         tag("h2", f"{whose} have drifted", place),
         tag("p", tag("b", kind[:1].upper() + kind[1:], "."), since),
-        tag("ul", [tag("li", one) for one in cause.evidence]) if cause and cause.evidence else None,
-        tag("p", tag("b", "What to do: "), cause.action) if cause and cause.action else None,
+        tag("ul", [tag("li", prose(one)) for one in cause.evidence]) if cause and cause.evidence else None,
+        tag("p", tag("b", "What to do: "), prose(cause.action)) if cause and cause.action else None,
         tag(
             "p",
             f"Monitor {alarm.monitor} rang ",

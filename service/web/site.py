@@ -25,7 +25,7 @@ from service.errors import shown
 from service.web import parts, words
 from service.web.assets import NO_STYLES, Assets
 from service.web.elements import pill, when
-from service.web.facts import ModelFacts, Sources
+from service.web.facts import ModelFacts, ShadowFacts, Sources
 from service.web.figures import LEAST_IN_BIN
 from service.web.http import Response
 from service.web.markup import Html, Part, tag
@@ -132,6 +132,7 @@ class Site:
             self._sources.monitors(name),
             self._sources.alarms(name),
             self._sources.accuracy(name),
+            self._sources.shadows(name),
             window,
             charts=self._assets.plotly is not None,
         )
@@ -273,6 +274,7 @@ def as_json(view: View) -> dict[str, Any]:
             {"revision": one.revision, "created_ms": one.created_ms, "rows": one.rows} for one in model.revisions
         ],
         "roll_back_to": model.before or None,
+        "shadows": [_shadow(one) for one in view.in_shadow],
     }
 
 
@@ -299,6 +301,18 @@ def _scores(sums: Sums, which: str) -> dict[str, Any]:
             for labels, said, right in zip(curve.counts, curve.confidence, curve.accuracy, strict=True)
             if labels >= LEAST_IN_BIN
         ],
+    }
+
+
+def _shadow(shadow: ShadowFacts) -> dict[str, Any]:
+    many = shadow.labels >= words.ENOUGH_LABELS
+    return {
+        "revision": shadow.revision,
+        "champion": shadow.champion,
+        "labels": shadow.labels,
+        "gain": dict(zip(("mean", "low", "high"), shadow.gain, strict=True)) if many else None,
+        "verdict": shadow.verdict,
+        "ended": shadow.ended or None,
     }
 
 

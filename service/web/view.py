@@ -12,7 +12,7 @@ from service.drift.nowcasts import Nowcast
 from service.drift.states import RAW, SERVED, Alarm, MonitorState
 from service.drift.summary import Summary, Sums
 from service.web import words
-from service.web.facts import ModelFacts
+from service.web.facts import ModelFacts, ShadowFacts
 from service.web.figures import Figure
 
 NO_REVISION = "none"
@@ -34,6 +34,7 @@ class View:
     monitors: Sequence[MonitorState]
     alarms: Sequence[Alarm]
     accuracy: Nowcast | None
+    shadows: Sequence[ShadowFacts]
     window: str
     charts: bool
 
@@ -59,9 +60,18 @@ class View:
         return words.verdict(model.name, self.total, calibrated=self.calibrated, kept=model.kept, alarms=self.alarms)
 
     @property
+    def since_ms(self) -> int:
+        return self.summary.since_ms if self.summary else 0
+
+    @property
     def in_window(self) -> list[Alarm]:
-        since = self.summary.since_ms if self.summary else 0
-        return [alarm for alarm in self.alarms if alarm.time_ms >= since]
+        return [alarm for alarm in self.alarms if alarm.time_ms >= self.since_ms]
+
+    @property
+    def in_shadow(self) -> list[ShadowFacts]:
+        """Challengers: those that are compared, then those that were within the window, newest first."""
+        shown = [one for one in self.shadows if not one.ended or one.ended_ms >= self.since_ms]
+        return sorted(shown, key=lambda one: (bool(one.ended), -one.ended_ms))
 
 
 def _differs(total: Sums) -> bool:

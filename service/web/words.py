@@ -12,7 +12,7 @@ from calibrators.plots._style import percent
 from service.drift.states import RAW, SERVED, Alarm
 from service.drift.summary import Sums
 
-NBSP = "\N{NO-BREAK SPACE}"
+NBSP, MINUS = "\N{NO-BREAK SPACE}", "\N{MINUS SIGN}"
 ENOUGH_LABELS = 50
 """Labels that a share in the first sentence should be counted over."""
 LEAST_LABELS = 10

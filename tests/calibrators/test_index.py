@@ -69,7 +69,10 @@ def test_what_looks_at_everything_finds_the_distances_of_the_graph(form: str) ->
 def test_a_row_is_no_neighbour_of_itself_and_what_is_missed_is_only_ever_nearer(form: str) -> None:
     reference = np.random.default_rng(0).normal(size=(2000, 6)).astype(np.float16)
     own, x = np.where(np.arange(100) % 2, np.arange(100), -1), reference[:100].astype(np.float64)
-    found = Index.build(form, reference, [slice(0, 6)], seed=0).nearest(0, x, 5, own)
+    index = Index.build(form, reference, [slice(0, 6)], seed=0)
+    few = [slice(start, start + 20) for start in range(0, 100, 20)]
+    found = np.concatenate([index.nearest(0, x[rows], 5, own[rows]) for rows in few])
+    np.testing.assert_allclose(index.nearest(0, x, 5, own), found, rtol=1e-5, atol=1e-12)
     exact = neighbours.nearest(x, reference, 5, own)
     assert (found >= exact * (1 - 1e-6)).all()
     assert (found[own < 0, 0] < 1e-12).all()
@@ -83,12 +86,15 @@ def test_a_list_too_short_for_k_neighbours_is_made_up_for() -> None:
     np.testing.assert_allclose(index.nearest(0, x, 60), neighbours.nearest(x, reference, 60), rtol=1e-6)
 
 
-def test_a_long_reference_is_compared_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("n_reference", "at_once"), [(333, 100), (3000, 40 * neighbours.GROUP)])
+def test_a_long_reference_is_compared_block_by_block(
+    n_reference: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng = np.random.default_rng(0)
-    x, reference = rng.normal(size=(70, 6)), rng.normal(size=(333, 6)).astype(np.float16)
+    x, reference = rng.normal(size=(70, 6)), rng.normal(size=(n_reference, 6)).astype(np.float16)
     own = np.arange(70) * 4
     whole = neighbours.nearest(x, reference, 9, own)
-    monkeypatch.setattr(neighbours, "REFERENCE_AT_ONCE", 100)
+    monkeypatch.setattr(neighbours, "REFERENCE_AT_ONCE", at_once)
     monkeypatch.setattr(neighbours, "ROWS_AT_ONCE", 32)
     np.testing.assert_allclose(neighbours.nearest(x, reference, 9, own), whole, rtol=1e-12)
 

@@ -17,7 +17,7 @@ from service.drift.summary import Summary, Tally
 from service.store.journal_tables import StreamRow
 from service.store.packs import Kept
 from service.store.reading import NO_LABEL, Pairs
-from service.web.facts import ModelFacts, RevisionFacts, Sources
+from service.web.facts import ModelFacts, RevisionFacts, ShadowFacts, Sources
 
 NOW_MS = 1_790_000_000_000
 HOUR_MS = 3_600_000
@@ -110,6 +110,16 @@ ALARM = Alarm(
 )  # fmt: skip
 OLD = replace(ALARM, id="a-1", monitor="confidence-served", time_ms=NOW_MS - 90 * HOUR_MS, since_ms=NOW_MS - 91 * HOUR_MS,
               cause=Cause("covariate", "segment <eu>", (), "Nothing."), acknowledged_by="anna", acknowledged_ms=NOW_MS, outcome="told")  # fmt: skip
+SHADOWS = (
+    ShadowFacts("vector-6", "temperature-3", 31, (0.02, -0.4, 0.44), "undecided", automatic_from=500),
+    ShadowFacts(
+        "beta-4", "temperature-3", 2210, (-0.03, -0.051, -0.009), "worse", ended="stopped", ended_ms=NOW_MS - HOUR_MS
+    ),
+    ShadowFacts("class_prior-5", "temperature-3", 1500, (0.0389, 0.0101, 0.0677), "better"),
+    ShadowFacts(
+        "temperature-3", "none", 900, (0.05, 0.02, 0.08), "better", ended="promoted", ended_ms=NOW_MS - 40 * HOUR_MS
+    ),
+)
 NOW = Nowcast(
     0.862, 0.851, 0.873, False, 2000, 412, "The labels say that the confidence is not the accuracy now: an alarm rings."
 )
@@ -145,4 +155,5 @@ def drifted() -> Sources:
         monitors=lambda name: MONITORS if name == "magika" else (),
         alarms=lambda name: (ALARM, OLD) if name == "magika" else (),
         accuracy=lambda name: NOW if name == "magika" else None,
+        shadows=lambda name: SHADOWS if name == "magika" else (),
     )

@@ -474,7 +474,7 @@ def test_a_calibrator_is_fitted_on_the_rows_since_the_change_once_there_are_enou
     assert waiting.outcome.startswith("pending: ")
     come(client, drifted(slice(500, 1000)), labels[500:])
     alarm = ended(client, "refit")
-    assert alarm.outcome == "temperature-1 was fitted on rows since the change; it is in shadow beside what serves"
+    assert alarm.outcome == "temperature-1 was fitted on rows since the change; it was put in shadow beside what served"
     assert client.models()[0].active_revision == "none"
     shadow = client.shadow("mlp", "temperature-1")
     assert (shadow.outcome, shadow.champion, shadow.started_by) == ("running", "none", alarm.alarm)
@@ -488,8 +488,8 @@ def test_a_calibrator_is_fitted_on_the_rows_since_the_change_once_there_are_enou
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (None, "it is in shadow beside what serves"),
-        (errors.AlreadyExists("it is in shadow"), "it is in shadow beside what serves"),
+        (None, "it was put in shadow beside what served"),
+        (errors.AlreadyExists("it is in shadow"), "it was put in shadow beside what served"),
         (errors.Refused("it may not be"), "it is not active, and not in shadow: it may not be"),
     ],
 )

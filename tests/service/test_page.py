@@ -22,10 +22,11 @@ from service.client import Client
 from service.drift.states import RAW, SERVED
 from service.errors import InvalidRequest, NotFound
 from service.web import assets, words
+from service.web.elements import prose
 from service.web.facts import ModelFacts, Sources
 from service.web.figures import enough, wilson
 from service.web.http import HttpServer
-from service.web.markup import VOID, tag
+from service.web.markup import VOID, join, tag
 from service.web.site import Site
 from tests import browser
 from tests.browser import Browser, Tab
@@ -36,6 +37,7 @@ from tests.service.dashboards import (
     HOUR_MS,
     MONITORS,
     NOW_MS,
+    SHADOWS,
     drifted,
     pairs,
     sets_of,
@@ -215,6 +217,32 @@ def test_how_to_go_back_is_a_command_to_type() -> None:
     assert "calserve fit magika --kind auto" in page_of(sources([(replace(FACTS, before="", revisions=()), None)])).text
 
 
+def test_a_challenger_is_shown_with_its_gain_and_the_command_that_makes_it_serve() -> None:
+    page = page_of(drifted())
+    text = page.text.partition("In shadow")[2].partition("Revisions")[0]
+    assert text.index("vector-6") < text.index("class_prior-5") < text.index("beta-4")  # what has ended comes last
+    assert "class_prior-5temperature-31,500+0.039 (+0.010 to +0.068)better" in text
+    assert "calserve shadow promote magika class_prior-5" in text
+    assert text.count("calserve shadow promote") == 1  # neither of what is undecided nor of what has ended
+    assert "promoted by itself once better on 500 labels" in text
+    assert "stopped 2026-09-21" in text
+    assert "none" not in text  # it ended before the window that is shown
+    assert "shadows" not in page_of(replace(drifted(), shadows=lambda _: SHADOWS[3:])).ids
+
+
+def test_what_a_challenger_gains_is_not_told_of_few_labels() -> None:
+    page = page_of(replace(drifted(), shadows=lambda _: SHADOWS[:1]))
+    assert "31told from 50 labels onundecided" in page.text
+    numbers = json.loads(site_of(drifted())("/models/magika/summary.json", "").body)["shadows"]  # type: ignore[union-attr]
+    gains = {one["revision"]: one["gain"] for one in numbers}
+    assert gains["vector-6"] is None
+    assert gains["class_prior-5"] == {"mean": 0.0389, "low": 0.0101, "high": 0.0677}
+
+
+def test_a_sentence_is_set_as_print_has_it() -> None:
+    assert join(prose("fit `<b>`: 10^23 times")) == "fit <code>&lt;b&gt;</code>: 10<sup>23</sup> times"
+
+
 def test_the_overview_puts_first_what_needs_somebody() -> None:
     page = page_of(drifted(), "/")
     assert page.text.index("magika") < page.text.index("sentiment") < page.text.index("resnet-50")
@@ -234,10 +262,13 @@ def test_names_are_text_whatever_they_hold() -> None:
     )
     cause = replace(ALARM.cause, kind=EVIL, where=EVIL, evidence=[EVIL], action=EVIL)  # type: ignore[type-var]
     alarm = replace(ALARM, model=EVIL, monitor=EVIL, id=EVIL, cause=cause, outcome=EVIL)
+    shadow = replace(SHADOWS[2], revision=EVIL, champion=EVIL, note=EVIL)
     monitor = replace(MONITORS[0], spec=replace(MONITORS[0].spec, name=EVIL), false_alarms=EVIL)
     part = traffic(8, 9000)
     named = pairs(part.kept.logits, part.kept.probabilities, part.labels, part.times_ms, segments=[EVIL] * len(part))
-    shown = sources([(facts, tally(named))], alarms=lambda _: (alarm,), monitors=lambda _: (monitor,))
+    shown = sources(
+        [(facts, tally(named))], alarms=lambda _: (alarm,), monitors=lambda _: (monitor,), shadows=lambda _: (shadow,)
+    )
     site = site_of(shown)
     report = site.report(EVIL, "24h")
     path = "/models/" + urllib.parse.quote(EVIL, safe="")
@@ -246,7 +277,7 @@ def test_names_are_text_whatever_they_hold() -> None:
         assert "<script>alert" not in (rest or head)
     page = Reader(site(path, "").body.decode())  # type: ignore[union-attr]
     assert page.inline == []
-    assert page.text.count(EVIL) >= 10
+    assert page.text.count(EVIL) >= 14
 
 
 def test_a_tag_escapes_texts_and_attributes() -> None:
