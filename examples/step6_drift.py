@@ -34,8 +34,8 @@ from service.client import Alarm, Client, Shadow
 MODEL, MONITOR, KIND = "scanner", "served_calibration", "vector"
 MOST_FORMATS = 20
 WINDOW_ROWS, BATCH = 500, 25
-CALM, DRIFTED = 4, 7
-PUSH = 6.0
+CALM, DRIFTED = 4, 9
+PUSH = 5.0
 REFIT_ROWS = 500  # that the policy waits for
 SETTLE_SECONDS, PAUSE_SECONDS = 60.0, 0.05
 
@@ -162,7 +162,7 @@ class _Stream:
         yield f"{gain}: it is promoted"
         promoted_at = len(self._sent)
         while True:
-            yield "another alarm" if self._has_rung(promoted_at, 2) else "silence"
+            yield "it has rung again" if self._has_rung(promoted_at, 2) else "silence"
 
     def _has_rung(self, since: int = 0, times: int = 1) -> bool:
         """As soon as the monitor has read what was sent since then."""
