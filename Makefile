@@ -4,7 +4,7 @@ PYTHON ?= python3
 PIP = .venv/bin/pip --disable-pip-version-check install --quiet -c constraints.txt
 
 WIRE = $(addprefix tests/service/test_,$(addsuffix .py,access async_client feedback health inference lifecycle limits \
-	refusals repository_control shared_memory tls triton_extensions workers))
+	refusals repository_control shared_memory stopping tls tracing triton_extensions workers))
 
 .PHONY: demo test lint clean
 

@@ -143,7 +143,9 @@ def filled(
         caller_id = b"%020d" % index if own_ids else b""
         at = index % 1000
         segment = names[index % len(names)]
-        request = Answered(begun + index, "temperature-1", 0, logits[at], probabilities[at], caller_id, segment, beside)
+        request = Answered.one(
+            begun + index, "temperature-1", 0, logits[at], probabilities[at], caller_id, segment, beside
+        )
         ids.append(stream.append(request, 1).decode())
         if index % 1000 == 999:
             opened.writer.write_now(opened.write_waiting)

@@ -43,7 +43,7 @@ def filled(journal: Journal, count: int) -> None:
         logits = (2 * rng.standard_normal((100, ROWS_EACH, N_CLASSES))).astype(np.float32)
         classes = (logits + rng.gumbel(size=logits.shape)).argmax(axis=2)
         now = int(1000 * time.time())
-        ids = [stream.append(Answered(now, REVISION, 0, z, softmax(z)), ROWS_EACH).decode() for z in logits]
+        ids = [stream.append(Answered.one(now, REVISION, 0, z, softmax(z)), ROWS_EACH).decode() for z in logits]
         journal.writer.write_now(journal.write_waiting)
         told = [
             NewLabel(name, row, int(y)) for name, own in zip(ids, classes, strict=True) for row, y in enumerate(own)

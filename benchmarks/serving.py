@@ -1,7 +1,7 @@
 """calserve beside a plain gRPC server and the peers that are installed: what a request costs, and the goals.
 
     python -m benchmarks.serving [--models mlp,head,wide,resnet18] [--cases TLS,c=16] [--rounds 7] [--quick]
-                                 [--only compare,trials,kinds,open] [--json FILE]
+                                 [--only compare,added,trials,kinds,open] [--json FILE]
                                  [--peers triton=/path/to/python,mlserver=...,kserve=...]
 
 Each server runs on core 0 with one thread to a run, the load on core 1. They take turns, round by round; a figure is
@@ -38,7 +38,7 @@ from benchmarks.stages import kinds_table
 from service.client import Client
 from service.errors import CalserveError
 
-PEERS = {"triton": ("triton", "triton-batching"), "mlserver": ("mlserver",), "kserve": ("kserve",)}
+PEERS = {"floor": ("floor",), "triton": ("triton", "triton-batching"), "mlserver": ("mlserver",), "kserve": ("kserve",)}
 OWN = ("calserve", "calserve-grpc")
 """The two fronts."""
 FIT_ROWS, FIT_BYTES, REVISION = 500, 64 << 20, "temperature-1"
@@ -258,9 +258,11 @@ def batch_table(bench: Bench, model: str) -> list[list[str]]:
 
 
 def added_by_calibration(bench: Bench, model: BenchmarkModel) -> Iterator[Row]:
-    """One calserve, its revision switched on and off between windows."""
+    """One calserve, its revision switched on and off between windows; callers may wait as long as they like."""
     ratios: dict[str, list[float]] = {}
-    with bench.start("calserve", model) as running, Client(running.address, show_progress=False) as client:
+    patient = [*bench.extra, "--max-queue-seconds", "60"]
+    with bench.start_bare(model, extra=patient) as running, Client(running.address, show_progress=False) as client:
+        calibrate(running)
         for turn in range(2 * bench.rounds):
             say(f"{model.name}: what calibration adds, round {turn + 1} of {2 * bench.rounds}")
             for case in (Case("unary", 16), Case("unary", 64)):
@@ -318,12 +320,9 @@ def open_arrivals(bench: Bench, servers: Sequence[str], picture: Path) -> None:
     plot(found, picture)
 
 
-def trial_rows(bench: Bench, models: Sequence[BenchmarkModel]) -> list[Row]:
+def trial_rows(bench: Bench) -> list[Row]:
     """Every trial; one that fails is noted, and the others go on."""
     rows: list[Row] = []
-    for model in models:
-        with noted(bench, f"what calibration adds to {model.name}"):
-            rows += added_by_calibration(bench, model)
     for trial in (trials.cold_start, trials.workers, trials.overload, trials.cancelled):
         say(trial.__doc__ or "")
         with noted(bench, trial.__name__):
@@ -364,7 +363,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--peers", default="", help=f"name=python, comma-separated; of {', '.join(PEERS)}")
     parser.add_argument("--quick", action="store_true", help="short windows, two rounds: to see that all of it runs")
     parser.add_argument("--cases", default="", help="the loads whose names hold one of these parts, comma-separated")
-    parser.add_argument("--only", default="compare,trials,kinds,open", help="of compare, trials, kinds, open")
+    parser.add_argument("--only", default="compare,added,trials,kinds,open", help="some of these")
     parser.add_argument(
         "--picture", type=Path, default=Path("docs/latency.png"), help="where latency against offered load is drawn"
     )
@@ -412,8 +411,12 @@ def main() -> None:
                     show(title, comparison_table(bench, model.name, figure))
                 show(f"{model.name}: rows a run, as the servers' statistics have it", batch_table(bench, model.name))
         rows += goal_rows(bench)
+        if "added" in arguments.only:
+            for model in models:
+                with noted(bench, f"what calibration adds to {model.name}"):
+                    rows += added_by_calibration(bench, model)
         if "trials" in arguments.only:
-            rows += trial_rows(bench, models)
+            rows += trial_rows(bench)
         if "open" in arguments.only:
             open_arrivals(bench, ["reference", *OWN, *bench.python], arguments.picture)
     if rows:

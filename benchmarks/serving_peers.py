@@ -110,6 +110,11 @@ def reference(place: Place) -> Start:
     return Start([place.python, "-m", "benchmarks.serving_reference", *words])
 
 
+def floor(place: Place) -> Start:
+    path = place.model.write(place.folder)
+    return Start([place.python, "-m", "benchmarks.serving_floor", str(path), place.model.name, str(place.port)])
+
+
 def mlserver(place: Place) -> Start:
     check_import(place.python, "mlserver")
     path = place.model.write(place.folder)
@@ -189,6 +194,7 @@ SERVERS = {
     server.name: server
     for server in (
         Server("reference", reference, tls=True),
+        Server("floor", floor, streams=False),
         Server("calserve", calserve, tls=True),
         Server("calserve-grpc", calserve_grpc, tls=True),
         Server("triton", triton),

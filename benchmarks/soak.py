@@ -82,7 +82,7 @@ class Caller:
                 try:
                     self.ask(client, number)
                     self.milliseconds.append(1000 * (time.perf_counter() - begun))
-                except CalserveError as error:
+                except Exception as error:
                     self.errors.append(f"{type(error).__name__}: {error}"[:200])
                 number += 1
 
@@ -93,7 +93,7 @@ def callers() -> dict[str, Caller]:
     def learning(client: Client, number: int) -> None:
         row = number % ROWS
         known = client.predict(LEARNING.name, mlp[row : row + 1])
-        told = client.label(LEARNING.name, [known.prediction_id], [int(known.label[0])])
+        told = client.label(LEARNING.name, [known.prediction_id], [int(known.outputs["label"][0])])
         if told != ["recorded"]:
             raise CalserveError(f"a label was {told[0]}")
 
@@ -205,7 +205,7 @@ class Soak:
         yield Row("p99 in the calm", f"{calm:.1f} ms", "", None)
         limit = max(P99_MS_GOAL, SLOWER_GOAL * calm)
         for name, found in self.latencies.items():
-            if name != "calm":
+            if name != "calm" and found:
                 p99 = percentile(found, 99)
                 yield Row(f"p99 beside {name}", f"{p99:.1f} ms", f"<= {limit:.0f} ms", p99 <= limit)
 

@@ -29,7 +29,7 @@ from service.learning.policies import Policies
 from service.learning.revisions import Revisions
 from service.learning.shadow_runs import ShadowRuns
 from service.learning.shadows import Shadows
-from service.lifecycle import Signals, end_process, keep_watchdog, notify
+from service.lifecycle import Signals, end_process, keep_watchdog, notify, spare_collections
 from service.measured import Measured
 from service.page import PageFacts
 from service.rpc.access import Access, check_complete
@@ -342,6 +342,7 @@ class App:
 
 async def serve(settings: Settings, member: Member | None = None, supervisor: Connection | None = None) -> None:
     """Run a server until SIGTERM or SIGINT, or until its supervisor is gone; a second signal ends it at once."""
+    spare_collections()
     app = App(settings, member)
     signals = Signals(app.reload)
     watchdog = asyncio.create_task(keep_watchdog())

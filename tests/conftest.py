@@ -21,6 +21,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shared-data", type=Path, default=default, help="folder of recorded logits and labels")
     text = "fail what looks at pages in a browser where there is none, which else is left out"
     parser.addoption("--need-browser", action="store_true", help=text)
+    text = "fail what runs a client in Node.js where there is none with grpc-js, which else is skipped"
+    parser.addoption("--need-node", action="store_true", help=text)
+    text = "a Python that has the package kserve, for its client (`python -m venv V && V/bin/pip install kserve`)"
+    parser.addoption("--kserve", metavar="PYTHON", help=text)
     parser.addoption("--front", choices=("auto", "h2", "grpc"), help="the front of every server that a test starts")
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.cluster import KMeans
 
 from calibrators.numerics import Array
 
@@ -47,6 +46,8 @@ def cluster(
         return found
     embedding = np.stack([_quantiles(scores[y == k], weight[y == k]) for k in clustered])
     most = len(np.unique(embedding, axis=0))
+    from sklearn.cluster import KMeans  # a server, which never fits, is smaller without
+
     fitted = KMeans(min(n_clusters, most), n_init=10, random_state=0).fit(
         embedding, sample_weight=np.sqrt(counts[clustered])
     )

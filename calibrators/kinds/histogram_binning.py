@@ -29,8 +29,9 @@ from typing import Literal
 
 import numpy as np
 
-from calibrators.base import Calibrator, check_tensor
+from calibrators.base import check_tensor
 from calibrators.binning import (
+    Stepped,
     Steps,
     Ties,
     check_table,
@@ -54,7 +55,7 @@ ROWS_PER_BIN = 50
 STRATEGIES = ("equal_mass", "equal_width")
 
 
-class HistogramBinning(Calibrator):
+class HistogramBinning(Stepped):
     """Histogram binning. May change the argmax, and ties rows that fall into the same bins.
 
     Parameters
@@ -136,14 +137,14 @@ class HistogramBinning(Calibrator):
         own = (self.rows_.sum(axis=1) == 0).astype(np.float32)
         if not self.top_label:
             s = scores(logits)
-            t = look_up(s, self.edges_, self.levels_)
+            t = look_up(s, self._edges(), self.levels_)
             if own.any():  # whose log-odds know no least
                 t = t.astype(logits.dtype, copy=False) + own * s
             return distributions(t, logits.dtype)
         z = centre(logits).astype(np.float32, copy=False)
         predicted = z.argmax(axis=1)[:, None]
         s = np.take_along_axis(log_odds(z), predicted, axis=1)
-        moved = look_up(s, self.edges_, self.levels_, predicted) - (1 - own[predicted]) * s
+        moved = look_up(s, self._edges(), self.levels_, predicted) - (1 - own[predicted]) * s
         np.put_along_axis(z, predicted, moved, axis=1)
         return softmax_in_place(z.astype(logits.dtype, copy=False))
 

@@ -96,7 +96,7 @@ class VennAbers(OneVsRestSteps):
         """
         self._check_fitted()
         s = scores(check_logits(logits, n_classes=self.n_classes_))
-        lower, upper = (look_up(s, self.edges_, bound) for bound in (self.lower_, self.upper_))
+        lower, upper = (look_up(s, self._edges(), bound) for bound in (self.lower_, self.upper_))
         if self.n_classes_ == 2:
             return np.hstack([1 - upper, lower]), np.hstack([1 - lower, upper])
         return lower, upper

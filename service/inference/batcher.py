@@ -96,7 +96,7 @@ class Run:
         self.times_ns = times_ns  # when it began and ended, on time.perf_counter_ns()
         shapes = [array.shape for array in arrays] if rows is None else [array.shape[1:] for array in arrays]
         self.layout = (snapshot.revision, snapshot.online_state, snapshot.session.provider, *shapes)
-        self._views: dict[str, memoryview] = {}
+        self._views: dict[tuple[str, ...], list[tuple[memoryview, int]]] = {}
         self._finite: bool | None = None
 
     def finite(self, name: str) -> bool:
@@ -112,15 +112,15 @@ class Run:
         array = self.arrays[name]
         return array if self.rows is None else array[start:stop]
 
-    def raw(self, name: str, start: int, stop: int) -> bytes | memoryview:
-        """The bytes of one request's rows of an output of numbers."""
-        if not self.rows or stop - start == self.rows:
-            return self.arrays[name].tobytes()
-        view = self._views.get(name)
-        if view is None:
-            view = self._views[name] = _byte_view(self.arrays[name])
-        stride = len(view) // self.rows
-        return view[start * stride : stop * stride]
+    def raw(self, names: tuple[str, ...], start: int, stop: int) -> Sequence[bytes | memoryview]:
+        """The bytes of one request's rows of outputs of numbers."""
+        rows, views = self.rows, self._views.get(names)
+        if not rows or stop - start == rows:
+            return [self.arrays[name].tobytes() for name in names]
+        if views is None:
+            whole = [_byte_view(self.arrays[name]) for name in names]
+            views = self._views[names] = [(view, len(view) // rows) for view in whole]
+        return [view[start * size : stop * size] for view, size in views]
 
 
 class Answer(NamedTuple):
@@ -272,7 +272,7 @@ class Batcher:
         return answer
 
     def _queue(self, lane: Lane, feeds: Sequence[Any], rows: int, deadline: float, caller: str) -> _Pending:
-        size = sum(feed.nbytes if hasattr(feed, "nbytes") else len(feed) for feed in feeds)
+        size = bytes_of(feeds)
         self._pressure.came(caller)
         self._admit(lane, rows, caller, size)
         loop = self._loop = self._loop or asyncio.get_running_loop()
@@ -303,8 +303,9 @@ class Batcher:
         self._closed = True
         self._execute = _closed  # else model and batcher keep each other, and the sessions, in memory
         for queue in self._lanes.values():
-            while queue:
-                _fail(queue.pop(), NotReady(f"model {self._name} is being unloaded"))
+            while taken := queue.take(0, one=True):
+                for pending in taken:
+                    _fail(pending, NotReady(f"model {self._name} is being unloaded"))
         self._lanes.clear()
         self._queued, self._rows, self._bytes = 0, 0, 0
         self._held.clear()
@@ -385,18 +386,17 @@ class Batcher:
             most = self.limits.rows if lane.joins else 0
             waiting: list[_Pending] = []
             rows = 0
-            while queue and (not waiting or rows + queue.peek().rows <= most):
-                pending = queue.pop()
-                self._left(pending)
-                if pending.future.done():
-                    self._statistics.dropped["cancelled"] += 1
-                    continue
-                if pending.deadline <= now:
-                    self._statistics.dropped["deadline"] += 1
-                    _fail(pending, DeadlinePassed("the deadline passed while the request waited for the model"))
-                    continue
-                waiting.append(pending)
-                rows += pending.rows
+            while taken := queue.take(most - rows, one=not waiting):
+                for pending in taken:
+                    self._left(pending)
+                    if pending.future.done():
+                        self._statistics.dropped["cancelled"] += 1
+                    elif pending.deadline <= now:
+                        self._statistics.dropped["deadline"] += 1
+                        _fail(pending, DeadlinePassed("the deadline passed while the request waited for the model"))
+                    else:
+                        waiting.append(pending)
+                        rows += pending.rows
             if queue:
                 self._lanes.move_to_end(lane)
             else:
@@ -508,6 +508,14 @@ class Batcher:
             answers.append(Answer(run, start, start + own_rows))
             start += own_rows
         return answers
+
+
+def bytes_of(feeds: Sequence[Any]) -> int:
+    """What inputs take: arrays, or bytes-like objects."""
+    size = 0
+    for feed in feeds:
+        size += len(feed) if type(feed) is bytes else feed.nbytes
+    return size
 
 
 def _closed(*_: Any) -> NoReturn:

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
-T = TypeVar("T")
+
+class Waiting(Protocol):
+    """A request, which has rows."""
+
+    rows: int
+
+
+T = TypeVar("T", bound=Waiting)
 
 
 class FairQueue(Generic[T]):
@@ -25,17 +32,21 @@ class FairQueue(Generic[T]):
             own = self._callers[caller] = deque()
         own.append(pending)
 
-    def peek(self) -> T:
-        return next(iter(self._callers.values()))[0]
-
-    def pop(self) -> T:
-        caller, own = next(iter(self._callers.items()))
-        pending = own.popleft()
-        if own:
-            self._callers.move_to_end(caller)
-        else:
-            del self._callers[caller]
-        return pending
+    def take(self, most: int, *, one: bool = False) -> list[T]:
+        """Those whose turn it is, up to so many rows of them; with `one`, the first in any case."""
+        taken: list[T] = []
+        while self._callers:
+            caller, own = next(iter(self._callers.items()))
+            most -= own[0].rows
+            if most < 0 and not one:
+                break
+            one = False
+            taken.append(own.popleft())
+            if not own:
+                del self._callers[caller]
+            elif len(self._callers) > 1:
+                self._callers.move_to_end(caller)
+        return taken
 
     def give_way(self, caller: str, *, oldest: bool = False) -> T | None:
         """Take back the caller's newest request, or its oldest; None if it has none here."""

@@ -68,7 +68,7 @@ class InputSignals:
         return [values if self._whole else values[:, places] for values, places in rows]
 
     def of_each(self, samples: Sequence[Sample]) -> Iterator[dict[str, NDArray[np.float32]]]:
-        """The same of several requests, computed together: one by one they cost ten times as much."""
+        """The same of several samples, computed together: one by one they cost ten times as much."""
         for together in _grouped(samples):
             signals = self.of([np.concatenate(parts) for parts in zip(*together, strict=True)])
             stop = 0
@@ -85,7 +85,7 @@ class InputSignals:
 
 
 def _grouped(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
-    """Requests with no more than ROWS_TOGETHER rows in a group, unless it is of one."""
+    """Samples with no more than ROWS_TOGETHER rows in a group, unless it is of one."""
     group, rows = list[Sample](), 0
     for sample in samples:
         if group and rows + len(sample[0]) > ROWS_TOGETHER:

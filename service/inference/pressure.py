@@ -16,12 +16,12 @@ from collections import Counter
 from collections.abc import Callable
 
 RATIO = 1.5
-ALARM, MOST_OF_A_STEP, CALM = 1.8, 0.3, 2.0
-"""An alarm takes six steps at twice what can be served, and no fewer at more. Requests that come at random at nine
+ALARM, MOST_OF_A_STEP, CALM = 1.5, 0.3, 2.0
+"""An alarm takes five steps at twice what can be served, and no fewer at more. Requests that come at random at nine
 tenths of it set off one in thousands of runs."""
 STEP_SECONDS = 0.01
 """The least that a step lasts: dozens of callers that begin at once take some to arrive."""
-PROBE_SECONDS, ALARM_AGAIN = 4.0, 1.2
+PROBE_SECONDS, ALARM_AGAIN = 5.0, 0.9
 """After so long it is looked at anew, with less doubt: callers that ask again at once whenever they are refused are no
 more than would wait in turn, but look like any number until they may."""
 MOST_CALLERS = 1024

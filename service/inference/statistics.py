@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 BOUNDS_NS = tuple(
@@ -37,6 +37,12 @@ class Spread(Duration):
         self.ns += ns
         self.counts[bisect_left(BOUNDS_NS, ns)] += 1
 
+    def add_all(self, durations_ns: Collection[int]) -> None:
+        self.count += len(durations_ns)
+        self.ns += sum(durations_ns)
+        for ns in durations_ns:
+            self.counts[bisect_left(BOUNDS_NS, ns)] += 1
+
 
 @dataclass
 class Statistics:
@@ -62,11 +68,10 @@ class Statistics:
     dropped: Counter[str] = field(default_factory=Counter)
     last_ms: int = 0
 
-    def ran(self, rows: int, queue_ns: Iterable[int], infer_ns: int) -> None:
+    def ran(self, rows: int, queue_ns: Collection[int], infer_ns: int) -> None:
         """A run, and how long each of its requests had waited for it."""
         self.executions += 1
-        for ns in queue_ns:
-            self.queue.add(ns)
+        self.queue.add_all(queue_ns)
         self.infer.add(infer_ns)
         self.batches[rows].add(infer_ns)
 

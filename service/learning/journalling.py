@@ -8,7 +8,7 @@ sync     an answer is given when it is kept, and refused with STORE_READ_ONLY wh
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from functools import partial
 from typing import Any, TypeAlias
@@ -18,7 +18,7 @@ import numpy as np
 
 from calibrators.graph import FURTHER_OUTPUTS, LOGITS
 from service.errors import NotReady
-from service.inference.batcher import Answer
+from service.inference.batcher import Answer, Run
 from service.inference.input_signals import InputSignals, Sample
 from service.inference.model import ServedModel, Snapshot
 from service.inference.prediction_sets import SET_SIZE
@@ -124,25 +124,45 @@ Waiting: TypeAlias = tuple[int, Answer, bytes, str, Sample]
 
 
 def _answers(of_inputs: InputSignals | None, waiting: Sequence[Waiting]) -> list[Answered]:
-    """What is kept of answers."""
+    """What is kept of answers. Those of one run are read together: one by one they cost several times as much."""
+    runs = list(_runs(waiting))
     if of_inputs is None:
-        return [_answered(one, {}) for one in waiting]
-    signals = of_inputs.of_each([inputs for *_, inputs in waiting])
-    return list(map(_answered, waiting, signals))
+        return [_answered(run, {}) for run in runs]
+    samples = [[np.concatenate(parts) for parts in zip(*(inputs for *_, inputs in run), strict=True)] for run in runs]
+    return list(map(_answered, runs, of_inputs.of_each(samples)))
 
 
-def _answered(waiting: Waiting, of_inputs: Signals) -> Answered:
-    time_ns, answer, caller_id, segment, _ = waiting
+def _runs(waiting: Sequence[Waiting]) -> Iterator[list[Waiting]]:
+    """Divided where one does not follow the one before it in its run."""
+    run: Run | None = None
+    together, stop = list[Waiting](), 0
+    for one in waiting:
+        answer = one[1]
+        if answer.run is not run or answer.start != stop:
+            if together:
+                yield together
+            together, run = [], answer.run
+        together.append(one)
+        stop = answer.stop
+    yield together
+
+
+def _answered(waiting: Sequence[Waiting], of_inputs: Signals) -> Answered:
+    """What one run gave for one or more requests whose rows follow each other."""
+    answer, last = waiting[0][1], waiting[-1][1]
+    if answer is not last:
+        answer = Answer(answer.run, answer.start, last.stop)
     snapshot = answer.run.snapshot
     return Answered(
-        time_ns // 1_000_000,
         snapshot.revision,
         snapshot.online_state or 0,
         answer.part(LOGITS),
         answer.part(PROBABILITIES),
-        caller_id,
-        segment,
         {**_signals(answer, snapshot), **of_inputs},
+        [one[0] // 1_000_000 for one in waiting],
+        [one[1].stop - one[1].start for one in waiting],
+        [one[2] for one in waiting],
+        [one[3] for one in waiting],
     )
 
 

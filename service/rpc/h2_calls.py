@@ -25,7 +25,10 @@ log = logging.getLogger(__name__)
 TASKLESS = frozenset({"/inference.GRPCInferenceService/ModelInfer"})
 """Methods whose handlers ask for no current task (asyncio.timeout does): they are run without one."""
 UNREAD_BYTES = 1 << 20
-"""Of one stream's messages that its handler has not read; beyond that the caller's window is not opened again."""
+"""Of one stream's messages that its handler has not read; beyond that what comes is left as it came, and the caller's
+window is not opened again."""
+MESSAGE_BYTES = 100
+"""What a message that waits to be read takes beside its own bytes: a caller may send millions of empty ones."""
 UNTAKEN_BYTES = 1 << 20
 """Of one stream's answers that its caller has not taken; beyond that its handler waits."""
 INFLATED_IN_LOOP = 1 << 10
@@ -115,8 +118,10 @@ class Exchange:
     def gone(self) -> None:
         """The stream is closed: nobody waits any more."""
         self.said = self.heard = True
-        self._let_go()
-        self._stop()
+        if self._messages is not None or self._timer is not None:
+            self._let_go()
+        if self._runner is not None:
+            self._runner.cancel()
 
     def fail(self, error: BaseException) -> None:
         """End the call with an error's status."""
@@ -140,6 +145,8 @@ class Exchange:
         limits = self._connection.limits
         if not self.said and self.call.deadline is not None and time.monotonic() >= self.call.deadline:
             self.expire()
+        elif self.owed and self._begun is not None:
+            self._begun = now  # it is not the caller who keeps the rest from coming
         elif not self.heard and self._begun is not None:
             most = limits.seconds_for(self._messages.wanted if self._messages else 0)
             if now - self._begun > most:
@@ -275,55 +282,49 @@ class Unary(Exchange):
 class Streaming(Exchange):
     """A stream of requests, of answers, or of both."""
 
-    __slots__ = ("_ready", "_unread", "_waiter", "_wrong")
+    __slots__ = ("_raw", "_ready", "_unread", "_waiter")
 
     def __init__(self, connection: Connection, number: int, opening: Opening, method: Method) -> None:
         super().__init__(connection, number, opening, method)
         self._ready: deque[tuple[bytes, bool]] = deque()
+        self._raw: deque[bytes] = deque()
         self._unread = 0
         self._waiter: asyncio.Future[None] | None = None
-        self._wrong: Exception | None = None
         self._begin_messages()
         connection.start(self)
 
     def received(self, data: bytes) -> None:
-        for message, compressed in self._feed(data):
-            self._ready.append((message, compressed))
-            self._unread += len(message)
-        if self._unread > UNREAD_BYTES:
+        if self._raw or self._unread > UNREAD_BYTES:
+            self._raw.append(data)
             self.owed += len(data)
+        else:
+            self._cut_up(data)
         self._wake()
 
     def ended(self) -> None:
         self.heard = True
-        if self._messages is not None and not self._messages.is_whole:
-            self._wrong = Relayed(transport_status(Code.INTERNAL, "the last message did not come whole", "BAD_FRAMING"))
         self._wake()
 
     def run(self, *, more: bool) -> None:
         self._runner = self._connection.keep(self._connection.loop.create_task(self._serve()))
         self._set_timer()
 
-    def gone(self) -> None:
-        super().gone()
-        self._ready.clear()
-
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> bytes:
         while not self._ready:
-            if self._wrong is not None:
-                raise self._wrong
-            if self.heard:
+            if self._raw:
+                self._cut_up_next()
+            elif self.heard:
+                if self._messages is not None and not self._messages.is_whole:
+                    fail(Code.INTERNAL, "the last message did not come whole", "BAD_FRAMING")
                 raise StopAsyncIteration
-            self._waiter = self._connection.loop.create_future()
-            await self._waiter
+            else:
+                self._waiter = self._connection.loop.create_future()
+                await self._waiter
         message, compressed = self._ready.popleft()
-        self._unread -= len(message)
-        if self.owed and self._unread <= UNREAD_BYTES // 2:
-            self._connection.acknowledge(self, self.owed)
-            self.owed = 0
+        self._count(-len(message) - MESSAGE_BYTES)
         self.call.more = bool(self._ready)
         return await self._plain(message, compressed) if compressed else message
 
@@ -365,6 +366,30 @@ class Streaming(Exchange):
         if only is None:
             fail(Code.UNIMPLEMENTED, f"{self._method.path} takes one message", "ONE_MESSAGE")
         return only
+
+    def _cut_up(self, data: bytes) -> None:
+        found = self._feed(data)
+        if found:
+            self._count(sum([len(message) + MESSAGE_BYTES for message, _ in found]))
+            self._ready.extend(found)
+
+    def _cut_up_next(self) -> None:
+        data = self._raw.popleft()
+        self.owed -= len(data)
+        self._connection.acknowledge(self, len(data))
+        self._cut_up(data)
+        if self._begun is not None:
+            self._begun = self._connection.loop.time()  # the rest may come from now on
+
+    def _count(self, size: int) -> None:
+        self._connection.hold(size)
+        self._unread += size
+
+    def _let_go(self) -> None:
+        super()._let_go()
+        self._count(-self._unread)
+        self._ready.clear()
+        self._raw.clear()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Protocol, cast
 
 import ngh2
@@ -24,7 +25,6 @@ from service.rpc.h2_framing import (
     Header,
     Opening,
     fail,
-    framed,
     too_large,
     trailers,
 )
@@ -57,8 +57,7 @@ class Front(Protocol):
 
     def open(self, connection: Http2Connection) -> None: ...
     def lost(self, connection: Http2Connection) -> None: ...
-    def opening(self, headers: tuple[Header, ...]) -> Opening: ...
-    def method(self, path: str) -> Method | None: ...
+    def opening(self, headers: tuple[Header, ...]) -> tuple[Opening, Method | None]: ...
     def hold(self, size: int) -> bool: ...
     def keep(self, task: asyncio.Task[None]) -> asyncio.Task[None]: ...
     async def in_thread(self, work: Callable[..., bytes], *arguments: Any) -> bytes: ...
@@ -110,14 +109,15 @@ class Http2Connection(asyncio.Protocol):
             return
         self._reading = True
         useful = 0
-        events: list[Any] = h2.events()  # `type` is faster than isinstance, and tells mypy nothing
-        for event in events:
+        for event in self._events():
             kind = type(event)
             if kind is ngh2.DataReceived:
                 useful += self._data(event.stream_id, event.data, event.end_stream)
             elif kind is ngh2.RequestReceived:
                 self._request(event.stream_id, event.headers, event.end_stream)
                 useful += 1
+            elif kind is ngh2.StreamClosed:
+                self._closed_stream(event.stream_id)
             else:
                 self._event(event)
         self._noise -= NOISE_A_MESSAGE * useful
@@ -189,10 +189,11 @@ class Http2Connection(asyncio.Protocol):
     def end(self, call: Exchange, fields: list[Header] = OK_TRAILERS) -> None:
         """The end of a call, be there an answer or not."""
         call.said = True
-        if call.responding:
-            self._h2.send_trailers(call.id, fields)
-        else:
-            self._h2.send_response(call.id, [*RESPONSE, ENCODINGS, *fields], end_stream=True)
+        with suppress(ngh2.StreamUnavailableError):  # what is wrong with it came with its reset, in one read
+            if call.responding:
+                self._h2.send_trailers(call.id, fields)
+            else:
+                self._h2.send_response(call.id, [*RESPONSE, ENCODINGS, *fields], end_stream=True)
         self._sent(call)
 
     def reset(self, call: Exchange) -> None:
@@ -208,14 +209,17 @@ class Http2Connection(asyncio.Protocol):
             self._ask_flush()
 
     def hold(self, size: int) -> None:
-        """Count bytes of messages that are not yet whole. Raises if there are too many of them."""
+        """Count bytes of messages that are not yet whole, or not yet read. Raises if there are too many of them."""
         if (size > 0 and self._held + size > self.limits.half_sent_bytes // 2) or not self._front.hold(size):
             fail(Code.RESOURCE_EXHAUSTED, "too many messages are on their way at once", "TOO_MUCH_ON_ITS_WAY")
         self._held += size
 
     def has_room(self, call: Exchange, size: int) -> bool:
-        """Whether the caller takes what is sent, and fewer than so many bytes wait for it."""
-        return not self._paused and (self._closing or self._h2.queued_body_size(call.id) < size)
+        """Whether the caller takes what is sent: fewer than so many bytes wait, none if those of all are too many."""
+        if self._paused or self._closing:
+            return self._closing
+        waits = self._h2.queued_body_size(call.id)
+        return waits < size and (not waits or self._h2.queued_body_size() <= self.limits.message_bytes + UNTAKEN_BYTES)
 
     async def room(self, call: Exchange) -> None:
         """Return when the caller has taken most of what waits for it."""
@@ -269,13 +273,21 @@ class Http2Connection(asyncio.Protocol):
 
     # Events
 
+    def _events(self) -> list[Any]:
+        """What happened; `type` is faster than isinstance, and tells mypy nothing."""
+        events: list[Any] = self._h2.events()
+        if events and type(events[-1]) is ngh2.ConnectionClosed:
+            self._close()  # both sides have said goodbye and no call is open: what else happened concerns nobody
+            return []
+        return events
+
     def _request(self, number: int, headers: tuple[Header, ...], end: bool) -> None:
-        opening = self._front.opening(headers)
+        opening, method = self._front.opening(headers)
         if opening.http_status != b"200":
-            self._h2.send_response(number, [(b":status", opening.http_status)], end_stream=True)
+            with suppress(ngh2.StreamUnavailableError):
+                self._h2.send_response(number, [(b":status", opening.http_status)], end_stream=True)
             self._sent(self._unknown(number, opening, heard=end))
             return
-        method = self._front.method(opening.path)
         error = opening.error or self._refusal(opening, method)
         if method is None or error is not None:
             call = self._unknown(number, opening, heard=end)
@@ -337,11 +349,8 @@ class Http2Connection(asyncio.Protocol):
             call.cut(error.status)
 
     def _event(self, event: Any) -> None:
-        """What is neither a request nor its bytes."""
+        """What is neither of a request nor its end."""
         kind = type(event)
-        if kind is ngh2.StreamClosed:
-            self._closed_stream(event.stream_id)
-            return
         self._noise += 1
         if kind is ngh2.WindowUpdated:
             return  # what waited for it is sent at the end of the read
@@ -357,8 +366,6 @@ class Http2Connection(asyncio.Protocol):
             call = self._calls.get(event.stream_id)
             if call is not None and not call.said:
                 self._guarded(call, call.ended)
-        elif kind is ngh2.ConnectionClosed:
-            self._close()
 
     def _closed_stream(self, number: int) -> None:
         call = self._calls.pop(number, None)
@@ -367,7 +374,8 @@ class Http2Connection(asyncio.Protocol):
         if call.owed and not self._closing:
             self._h2.acknowledge_received_data(call.owed, number)
         call.gone()
-        self._wake(call)
+        if self._rooms:
+            self._wake(call)
         if not self._calls:
             self._idle_since = self.now
 
@@ -397,7 +405,7 @@ class Http2Connection(asyncio.Protocol):
 
     def _send_body(self, number: int, message: bytes) -> None:
         if len(message) < WRITE_BYTES:
-            self._h2.send_data(number, framed(message))
+            self._h2.send_data(number, PREFIX.pack(0, len(message)) + message)
         else:  # spares a copy
             self._h2.send_data(number, PREFIX.pack(0, len(message)))
             self._h2.send_data(number, message)
@@ -426,8 +434,11 @@ class Http2Connection(asyncio.Protocol):
             data = h2.data_to_send(WRITE_BYTES if much else None)
             if data:
                 transport.write(data)
-            for event in h2.events():
-                self._event(event)
+            for event in self._events():
+                if type(event) is ngh2.StreamClosed:
+                    self._closed_stream(event.stream_id)
+                else:
+                    self._event(event)
             if not (much and data) or self._paused or self._closing:
                 break
         if self._early:

@@ -166,10 +166,6 @@ def inflate(data: bytes, encoding: bytes, most: int) -> bytes:
     return plain
 
 
-def framed(message: bytes) -> bytes:
-    return PREFIX.pack(0, len(message)) + message
-
-
 def trailers(status: Status) -> list[Header]:
     """A status as the fields that end a call."""
     fields = [(b"grpc-status", b"%d" % status.code.value[0])]

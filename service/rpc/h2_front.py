@@ -46,7 +46,7 @@ class H2Front:
         self._certificates = certificates
         self._connections: set[Http2Connection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._openings: dict[tuple[Header, ...], Opening] = {}
+        self._openings: dict[tuple[Header, ...], tuple[Opening, Method | None]] = {}
         self._held = 0
         self._servers: list[asyncio.Server] = []
         self._socket: Path | None = None
@@ -119,22 +119,20 @@ class H2Front:
         if not self._connections and self._all_lost is not None and not self._all_lost.done():
             self._all_lost.set_result(None)
 
-    def opening(self, headers: tuple[Header, ...]) -> Opening:
-        """What headers say; callers send the same ones again and again."""
+    def opening(self, headers: tuple[Header, ...]) -> tuple[Opening, Method | None]:
+        """What headers say, and the method they name; callers send the same ones again and again."""
         known = self._openings.get(headers)
         if known is None:
-            known = read_headers(headers)
-            if known.size <= REMEMBERED_BYTES:
+            opening = read_headers(headers)
+            known = opening, self._methods.get(opening.path)
+            if opening.size <= REMEMBERED_BYTES:
                 if len(self._openings) >= REMEMBERED:
                     self._openings.clear()
                 self._openings[headers] = known
         return known
 
-    def method(self, path: str) -> Method | None:
-        return self._methods.get(path)
-
     def hold(self, size: int) -> bool:
-        """Count bytes of messages that are not yet whole; whether there is room for them."""
+        """Count bytes of messages that are not yet whole, or not yet read; whether there is room for them."""
         if size > 0 and self._held + size > self.limits.half_sent_bytes:
             return False
         self._held += size

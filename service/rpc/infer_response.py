@@ -28,10 +28,10 @@ def encode(plan: Plan, answer: Answer, id_field: bytes, said: bytes = b"", *, fi
     reply = plan.replies.get(key)
     if reply is None:
         reply = _remember(plan, key, _around(plan, answer, final))
-    before, after, tags = reply
+    before, after, names, tags = reply
     parts = [before, id_field, said, after]
-    for name, tag in tags:
-        parts += (tag, run.raw(name, start, stop))
+    for tag, value in zip(tags, run.raw(names, start, stop), strict=True):
+        parts += (tag, value)
     return b"".join(parts)
 
 
@@ -42,16 +42,16 @@ def _remember(plan: Plan, key: Any, reply: Any) -> Any:
     return reply
 
 
-def _around(plan: Plan, answer: Answer, final: bool) -> tuple[bytes, bytes, list[tuple[str, bytes]]]:
-    """The bytes before the id, those between it and the values, and what stands before each value."""
+def _around(plan: Plan, answer: Answer, final: bool) -> tuple[bytes, bytes, tuple[str, ...], list[bytes]]:
+    """The bytes before the id, those between it and the values; of each value its name and the bytes before it."""
     arrays = {name: answer.part(name) for name in plan.datatypes}
-    tags = [(name, RAW_OUTPUT_TAG + varint(array.nbytes)) for name, array in arrays.items()]
+    tags = [RAW_OUTPUT_TAG + varint(array.nbytes) for array in arrays.values()]
     head = inference.ModelInferResponse(model_name=plan.model.name, model_version=plan.model.version)
     rest = inference.ModelInferResponse()
     _say(rest, plan, answer.run, final)
     for name, array in arrays.items():
         rest.outputs.add(name=name, datatype=_datatype(plan, name, array), shape=array.shape)
-    return head.SerializeToString(), rest.SerializeToString(), tags
+    return head.SerializeToString(), rest.SerializeToString(), tuple(arrays), tags
 
 
 def parameter(name: str, value: bytes) -> bytes:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from service.errors import CalserveError, InvalidRequest, NotReady, Refused
-from service.inference.batcher import Answer
+from service.inference.batcher import Answer, bytes_of
 from service.inference.repository import Repository
 from service.learning.journalling import Journalling, ModelJournal
 from service.learning.revisions import Revisions
@@ -41,6 +42,21 @@ class _Begun(NamedTuple):
     begun_ns: int
 
 
+class _Signal:
+    """Something that one task waits for and another tells it."""
+
+    def __init__(self) -> None:
+        self._waiter: asyncio.Future[None] | None = None
+
+    def tell(self, _: object = None) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        await self._waiter
+
+
 class Inference:
     """The part of inference.GRPCInferenceService that runs models."""
 
@@ -59,31 +75,37 @@ class Inference:
         self._journalling, self._tracing = journalling, tracing
         self._templates, self._known_at = Templates(), -1
 
-    async def model_infer_bytes(self, data: bytes, call: Call) -> bytes:
-        return await self._finish(self._begin(data, call, "ModelInfer"), call)
+    def model_infer_bytes(self, data: bytes, call: Call) -> Coroutine[Any, Any, bytes]:
+        return self._finish(self._begin(data, call, "ModelInfer"), call)
 
     async def model_stream_infer_bytes(self, requests: AsyncIterator[bytes], call: Call) -> AsyncIterator[bytes]:
         """Answers in the order of the requests; runs are made meanwhile. An error is an answer."""
-        waiting: asyncio.Queue[tuple[bytes, _Begun | Exception] | None] = asyncio.Queue(MOST_IN_FLIGHT)
+        waiting: deque[tuple[bytes, _Begun | Exception]] = deque()
+        changed = _Signal()
 
         async def read() -> None:
-            try:
-                async for data in requests:
-                    await waiting.put((data, self._begin_ahead(data, call)))
-            except Exception:
-                await waiting.put(None)
-                raise
-            await waiting.put(None)
+            async for data in requests:
+                waiting.append((data, self._begin_ahead(data, call)))
+                changed.tell()
+                while len(waiting) >= MOST_IN_FLIGHT:
+                    await changed.wait()
 
         reader = asyncio.create_task(read())
+        reader.add_done_callback(changed.tell)
         try:
-            while (item := await waiting.get()) is not None:
-                yield await self._stream_answer(*item, call)
+            while waiting or not reader.done():
+                if not waiting:
+                    await changed.wait()
+                    continue
+                yield await self._stream_answer(*waiting[0], call)
+                waiting.popleft()
+                if len(waiting) == MOST_IN_FLIGHT - 1:
+                    changed.tell()
             await reader  # a message that could not be read ends the stream with its error
         finally:
             reader.cancel()
-            while not waiting.empty():
-                _abandon(waiting.get_nowait())
+            for _, begun in waiting:
+                _abandon(begun)
 
     def _begin(self, data: bytes, call: Call, method: str) -> _Begun:
         """Read a request and queue it for its run."""
@@ -151,7 +173,8 @@ class Inference:
             self._known_at = self._repository.generation
         reading = self._templates.match(data)
         if reading is not None:
-            call.check_model(reading.plan.model.name)
+            if call.grant is not None:
+                call.check_model(reading.plan.model.name)
             return reading
         request = parse(inference.ModelInferRequest, data)
         call.check_model(request.model_name)
@@ -189,8 +212,7 @@ def _keep(journal: ModelJournal, answer: Answer, reading: Reading) -> bytes:
     if not prediction_id:
         return b""
     if journal.shadows:
-        size = sum(feed.nbytes if hasattr(feed, "nbytes") else len(feed) for feed in reading.feeds)
-        journal.offer(answer, partial(plan.arrays, reading.feeds), size)
+        journal.offer(answer, partial(plan.arrays, reading.feeds), bytes_of(reading.feeds))
     return PREDICTION_ID + prediction_id + (parameter(RECEIPT, receipt) if receipt else b"")
 
 
@@ -227,8 +249,7 @@ def _error_in_band(error: Exception, data: bytes, call: Call) -> bytes:
     return bytes(answer.SerializeToString())
 
 
-def _abandon(item: tuple[bytes, _Begun | Exception] | None) -> None:
+def _abandon(begun: _Begun | Exception) -> None:
     """Give up a request whose stream has ended."""
-    begun = item[1] if item else None
     if isinstance(begun, _Begun) and not isinstance(begun.answer, Answer):
         asyncio.ensure_future(begun.answer).cancel()

@@ -11,7 +11,8 @@ class ConnectionLimits:
 
     Attributes
     ----------
-    half_sent_bytes : of messages that are not yet whole, on all connections together; a half of it on one
+    half_sent_bytes : of messages that are not yet whole, or of a stream and not yet read, on all connections together;
+        a half of it on one
     stall_seconds : a message that is sent slower than `slowest_bytes_per_second` has this long besides, and an answer
         that is taken slower likewise
     shared_port : whether other processes listen on the same port

@@ -45,7 +45,7 @@ class Beside:
 
     @classmethod
     def of(cls, segments: Sequence[str], signals: Sequence[Signals], row_counts: Sequence[int]) -> Self:
-        """From the segment and the signals of each request."""
+        """From the segment of each request, and the signals of so many rows each."""
         if not any(segments) and not any(signals):
             return cls()
         names = tuple(dict.fromkeys(segments))

@@ -55,8 +55,8 @@ Read: TypeAlias = Callable[[Sequence[Any]], list[Answered]]
 class OpenStream:
     """The requests of one served model on their way to the journal. `append` is for one thread.
 
-    `read` makes of what is appended, many at once, what is kept: in the writer's thread, since every line in the path
-    of a request costs several times what it does in a loop.
+    `read` makes of what is appended, many at once, what is kept, in the same order: in the writer's thread, since every
+    line in the path of a request costs several times what it does in a loop.
     """
 
     def __init__(self, journal: Journal, row: StreamRow, read: Read, more_bytes: int) -> None:
@@ -252,9 +252,11 @@ class Journal:
         if not stream.recorded:
             insert_stream(connection, stream.row)
         first = stream.written + sum(len(flight.requests) for flight in before)
-        for start in range(0, len(answers), MOST_REQUESTS_IN_PACK):
-            pack = Pack.of(first + start, answers[start : start + MOST_REQUESTS_IN_PACK])
-            append_pack(connection, stream.row, pack, lost - told if start == 0 else 0)
+        lost -= told
+        for together in _packed(answers):
+            pack = Pack.of(first, together)
+            append_pack(connection, stream.row, pack, lost)
+            first, lost = pack.last + 1, 0
 
     def _ended(self, committed: bool, disk: bool) -> None:
         """A transaction of the writer's has ended."""
@@ -288,3 +290,15 @@ class Journal:
             more = prune(connection, self.retention)
             self._prune_at = now if more else now + PRUNE_SECONDS
             self.keys.rotate(KEY_SECONDS, 2 * KEY_SECONDS + self.retention.seconds)
+
+
+def _packed(answers: list[Answered]) -> Iterator[list[Answered]]:
+    """What goes into a pack each; runs are not divided."""
+    together, requests = list[Answered](), 0
+    for run in answers:
+        if together and requests + len(run.row_counts) > MOST_REQUESTS_IN_PACK:
+            yield together
+            together, requests = [], 0
+        together.append(run)
+        requests += len(run.row_counts)
+    yield together

@@ -16,6 +16,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 
@@ -41,17 +42,33 @@ _PARTIAL, _BESIDE = 1, 2
 
 
 class Answered(NamedTuple):
-    """One request as it was answered: its rows' logits and probabilities, all classes of them; the segment that it
-    named, and its signals, each a number a row."""
+    """Requests as one run answered them, one after the other: of all rows the logits and probabilities of all classes,
+    and signals, each a number a row; of each request when, how many rows, the caller's own id, the segment."""
 
-    time_ms: int
     revision: str
     state: int
     logits: Floats
     probabilities: Floats
-    caller_id: bytes = b""
-    segment: str = NO_SEGMENT
-    signals: Signals = MappingProxyType({})
+    signals: Signals
+    times_ms: Sequence[int]
+    row_counts: Sequence[int]
+    caller_ids: Sequence[bytes]
+    segments: Sequence[str]
+
+    @classmethod
+    def one(
+        cls,
+        time_ms: int,
+        revision: str,
+        state: int,
+        logits: Floats,
+        probabilities: Floats,
+        caller_id: bytes = b"",
+        segment: str = NO_SEGMENT,
+        signals: Signals = MappingProxyType({}),
+    ) -> Self:
+        """A single request."""
+        return cls(revision, state, logits, probabilities, signals, [time_ms], [len(logits)], [caller_id], [segment])
 
 
 @dataclass(frozen=True)
@@ -170,24 +187,28 @@ class Pack:
     beside: Beside = field(default_factory=Beside)
 
     @classmethod
-    def of(cls, first: int, requests: Sequence[Answered]) -> Self:
-        revisions = tuple(dict.fromkeys(request.revision for request in requests))
+    def of(cls, first: int, answered: Sequence[Answered]) -> Self:
+        revisions = tuple(dict.fromkeys(run.revision for run in answered))
         places = {revision: place for place, revision in enumerate(revisions)}
-        ids = [request.caller_id if len(request.caller_id) <= LONGEST_CALLER_ID else b"" for request in requests]
-        row_counts = [len(request.logits) for request in requests]
+        requests = [len(run.row_counts) for run in answered]
+        ids = [own if len(own) <= LONGEST_CALLER_ID else b"" for run in answered for own in run.caller_ids]
         return cls(
             first,
             revisions,
-            np.array(row_counts, np.uint32),
-            np.array([request.time_ms for request in requests], np.int64),
-            np.array([places[request.revision] for request in requests], np.uint32),
-            np.array([request.state for request in requests], np.uint32),
+            np.fromiter(chain.from_iterable(run.row_counts for run in answered), np.uint32),
+            np.fromiter(chain.from_iterable(run.times_ms for run in answered), np.int64),
+            np.repeat(np.array([places[run.revision] for run in answered], np.uint32), requests),
+            np.repeat(np.array([run.state for run in answered], np.uint32), requests),
             Kept.of(
-                np.concatenate([request.logits for request in requests], dtype=np.float32),
-                np.concatenate([request.probabilities for request in requests], dtype=np.float32),
+                np.concatenate([run.logits for run in answered], dtype=np.float32),
+                np.concatenate([run.probabilities for run in answered], dtype=np.float32),
             ),
             ids if any(ids) else (),
-            Beside.of([one.segment for one in requests], [one.signals for one in requests], row_counts),
+            Beside.of(
+                list(chain.from_iterable(run.segments for run in answered)),
+                [run.signals for run in answered],
+                [len(run.logits) for run in answered],
+            ),
         )
 
     @property
@@ -221,12 +242,14 @@ class Pack:
                 column, position = read_column(data, position, count)
                 columns.append(column)
             row_counts, after, revision_indices, states, lengths = columns
-            ends = position + np.cumsum(lengths, dtype=np.int64)
-            ids = [data[end - length : end] for end, length in zip(ends.tolist(), lengths.tolist(), strict=True)]
-            content, end = Kept.decode(data, int(ends[-1]), rows, kept, partial=bool(flags & _PARTIAL))
+            own_ids: Sequence[bytes] = ()
+            if lengths.any():
+                ends = position + np.cumsum(lengths, dtype=np.int64)
+                position = int(ends[-1])
+                own_ids = [data[end - size : end] for end, size in zip(ends.tolist(), lengths.tolist(), strict=True)]
+            content, end = Kept.decode(data, position, rows, kept, partial=bool(flags & _PARTIAL))
             beside = Beside.decode(data, end, count, rows) if flags & _BESIDE else Beside()
         except (ValueError, KeyError, struct.error, IndexError) as error:
             raise Damaged("a pack of predictions in the journal cannot be read") from error
         times = time_ms + after.astype(np.int64)
-        own_ids = ids if any(ids) else ()
         return cls(first, tuple(revisions), row_counts, times, revision_indices, states, content, own_ids, beside)

@@ -32,7 +32,7 @@ class Receipt(NamedTuple):
 def issue(key: Key, stream: StreamRow, number: int, request: Answered) -> bytes:
     """The receipt of one request, as text."""
     pack = Pack.of(number, [request])
-    head = {**asdict(stream), "first": number, "time_ms": request.time_ms, "revisions": pack.revisions}
+    head = {**asdict(stream), "first": number, "time_ms": request.times_ms[0], "revisions": pack.revisions}
     text = json.dumps(head).encode()
     signed = len(text).to_bytes(4) + text + pack.encode()
     return urlsafe_b64encode(bytes([key.number]) + _signature(key, signed) + signed)

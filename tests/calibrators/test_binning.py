@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.special import expit
 from sklearn.calibration import calibration_curve
 
-from calibrators.binning import Ties, look_up, places, power_of_two, thin
+from calibrators.binning import BEYOND, Edges, Ties, look_up, power_of_two, thin
 from calibrators.kinds.bbq import BayesianBinning
 from calibrators.kinds.histogram_binning import HistogramBinning
 from calibrators.kinds.platt import PlattScaling
@@ -40,22 +40,46 @@ def binary(scores: Array) -> Array:
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(values=st.lists(st.integers(-9, 9), min_size=1, max_size=31), n_bits=st.integers(5, 6))
-def test_places_count_the_edges_at_or_below_a_score(values: list[int], n_bits: int) -> None:
+def test_cells_count_the_edges_at_or_below_a_score(values: list[int], n_bits: int) -> None:
     edges = np.full((2, 2**n_bits - 1), np.finfo(np.float32).max, dtype=np.float32)
     edges[0, : len(values)] = np.sort(values)
     edges[1, : len(values)] = np.sort(values) / 2
     scores = np.tile(np.arange(-10, 10.5, 0.5, dtype=np.float32)[:, None], (1, 2))
     expected = np.column_stack([np.searchsorted(row, scores[:, 0], side="right") for row in edges])
-    first = edges.shape[1] * np.arange(2)
+    first = 2**n_bits * np.arange(2)
     for stored in (scores, np.asfortranarray(scores), np.repeat(scores, 2, axis=1)[:, ::2]):
-        np.testing.assert_array_equal(places(stored, edges, np.arange(2)) - first, expected)
+        np.testing.assert_array_equal(Edges.of(edges).cells(stored, np.arange(2)) - first, expected)
+
+
+@pytest.mark.parametrize("spread", [1e-44, 1e-7, 1.0, 1e31, 1e38])
+def test_cells_are_found_among_edges_however_near_or_far(spread: float) -> None:
+    """Half of the edges in one square of the grid, or all, and scores that are edges or their neighbours in float32."""
+    rng = np.random.default_rng(0)
+    drawn = np.concatenate([rng.normal(size=64), 1e-4 * rng.normal(size=64), [3.0, 3.0]])
+    own = np.sort((spread * np.clip(drawn, -3, 3)).astype(np.float32))
+    edges = np.full((3, 255), BEYOND, dtype=np.float32)
+    edges[0, : len(own)], edges[1, :2] = own, own[:2]
+    scores = np.concatenate([own, np.nextafter(own, np.float32(-np.inf)), np.nextafter(own, np.float32(np.inf)), [0.0]])
+    found = Edges.of(edges).cells(np.tile(scores[:, None], (1, 3)), np.arange(3)) - 256 * np.arange(3)
+    np.testing.assert_array_equal(found, np.stack([np.searchsorted(row, scores, side="right") for row in edges], 1))
+
+
+def test_edges_that_are_replaced_are_read() -> None:
+    logits, y = draw_rows(300, 3)
+    moved = logits + np.arange(3)
+    first, second = BayesianBinning().fit(logits, y), BayesianBinning().fit(moved, y)
+    first.predict_proba(logits)
+    np.testing.assert_array_equal(first.fit(moved, y).predict_proba(logits), second.predict_proba(logits))
+    first.fit(logits, y)
+    first.set_tensors(second.tensors())
+    np.testing.assert_array_equal(first.predict_proba(logits), second.predict_proba(logits))
 
 
 @pytest.mark.parametrize("n_cells", [2, 4, 8, 16, 1024])
 def test_cells_are_found_in_tables_of_any_size(n_cells: int) -> None:
     edges = np.arange(1, n_cells, dtype=np.float32)[None]
     scores = np.arange(0, n_cells, 0.5, dtype=np.float32)[:, None]
-    found = look_up(scores, edges, np.arange(n_cells, dtype=np.float32)[None])
+    found = look_up(scores, Edges.of(edges), np.arange(n_cells, dtype=np.float32)[None])
     np.testing.assert_array_equal(found, np.floor(scores))
 
 
@@ -136,7 +160,7 @@ def test_a_class_without_rows_stays_as_it_is_before_rows_are_normalised() -> Non
     y[y == 2] = 0
     calibrator = HistogramBinning().fit(logits, y)
     served = calibrator.predict_proba(logits)
-    levels = look_up(log_odds(logits).astype(np.float32), calibrator.edges_, calibrator.levels_)
+    levels = look_up(log_odds(logits).astype(np.float32), Edges.of(calibrator.edges_), calibrator.levels_)
     binned = expit(levels[:, :2].astype(np.float64))
     expected = np.column_stack([binned, softmax(logits)[:, 2]])
     np.testing.assert_allclose(served, expected / expected.sum(axis=1, keepdims=True), atol=1e-6)

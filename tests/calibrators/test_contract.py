@@ -305,7 +305,7 @@ def test_another_number_of_columns_is_refused(kind: str, params: dict[str, Any])
 
 
 @every_kind
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(
     n_classes=st.integers(2, 12),
     n_rows=st.integers(1, 20),

@@ -198,13 +198,13 @@ def test_where_temperature_scaling_is_the_truth_it_costs_at_most_three_thousandt
     assert ratio_to_temperature(*draw_rows(21_500, n_classes), 1500) <= 1.003
 
 
-def test_with_classes_unseen_among_two_hundred_it_beats_temperature_scaling() -> None:
-    """120 of 200 classes occur, each with a bias of its own: temperature gives the rest their full share."""
+def test_with_classes_unseen_among_a_hundred_it_beats_temperature_scaling() -> None:
+    """60 of 100 classes occur, each with a bias of its own: temperature gives the rest their full share."""
     rng = np.random.default_rng(0)
-    z = 2 * rng.normal(size=(4000, 200))
-    y = (z[:, :120] + rng.normal(size=120) + rng.gumbel(size=(4000, 120))).argmax(axis=1)
-    assert len(np.unique(y[:1000])) < 200
-    assert ratio_to_temperature(2 * z, y, 1000) < 0.95
+    z = 2 * rng.normal(size=(2000, 100))
+    y = (z[:, :60] + rng.normal(size=60) + rng.gumbel(size=(2000, 60))).argmax(axis=1)
+    assert len(np.unique(y[:500])) <= 60
+    assert ratio_to_temperature(2 * z, y, 500) < 0.95
 
 
 def test_unseen_classes_share_their_probability_as_the_model_shares_it() -> None:

@@ -52,9 +52,9 @@ class Attacker:
         with suppress(BrokenPipeError, ConnectionResetError, TimeoutError):
             self.socket.sendall(data)
 
-    def listen(self) -> None:
-        """Read what is there."""
-        while select.select([self.socket], [], [], 0)[0]:
+    def listen(self, seconds: float = 0) -> None:
+        """Read what is there, or comes so soon."""
+        while select.select([self.socket], [], [], seconds)[0]:
             try:
                 data = self.socket.recv(1 << 16)
                 if not data:
@@ -161,6 +161,16 @@ def never_reads_a_stream(server: Target, stack: ExitStack) -> None:
     one.flush()
 
 
+def messages_of_nothing(server: Target, stack: ExitStack) -> None:
+    one = attacker(server, stack, {4: 0})
+    number = one.open(STREAM_INFER)
+    with suppress(ngh2.StreamProtocolError):  # it was cut
+        for _ in range(40):
+            one.send(number, bytes(500_000))
+            one.flush()
+            one.listen(0.02)
+
+
 def connections_that_do_nothing(server: Target, stack: ExitStack) -> None:
     # grpc-core takes some 36 KB for each: of 2,000 the memory is beyond what this suite allows
     for index in range(2000 if server.front == "h2" else 1000):
@@ -197,6 +207,7 @@ ATTACKS: list[Attack] = [
     garbage,
     never_reads,
     never_reads_a_stream,
+    messages_of_nothing,
     connections_that_do_nothing,
     gone_with_calls_in_flight,
     connections_in_a_row,

@@ -21,7 +21,7 @@ def answered(seed: int = 0, rows: int = 1, **changes: Any) -> Answered:
     exponentials = np.exp(logits)
     probabilities = (exponentials / exponentials.sum(axis=1, keepdims=True)).astype(np.float32)
     values = {"time_ms": 1_700_000_000_000 + seed, "revision": "temperature-1", "state": 0} | changes
-    return Answered(logits=logits, probabilities=probabilities, **values)
+    return Answered.one(logits=logits, probabilities=probabilities, **values)
 
 
 class Kept:

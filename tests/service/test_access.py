@@ -55,7 +55,7 @@ class Guarded:
         self.server.stop()
 
     def stream(self, path: str, requests: Iterator[bytes], metadata: Metadata) -> grpc.Call:
-        return self.channel.stream_stream(path)(requests, metadata=metadata, timeout=30)
+        return self.channel.stream_stream(path)(requests, metadata=metadata, timeout=10)
 
     def code(self, path: str, metadata: Metadata, request: bytes = b"") -> grpc.StatusCode:
         """The code of a call with one request; of a stream of answers that goes on, OK as soon as there is one."""

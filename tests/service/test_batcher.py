@@ -121,10 +121,10 @@ async def test_requests_that_come_together_share_a_run_and_each_gets_its_rows(mo
 async def test_the_bytes_of_each_share_are_those_of_its_rows(model: Model) -> None:
     batcher = batcher_of(model)
     one, two = await asyncio.gather(submit(batcher, 1), submit(batcher, 2, 3))
-    assert bytes(one.run.raw("y", one.start, one.stop)) == one.part("y").tobytes()
-    assert bytes(two.run.raw("y", two.start, two.stop)) == two.part("y").tobytes()
+    assert bytes(*one.run.raw(("y",), one.start, one.stop)) == one.part("y").tobytes()
+    assert bytes(*two.run.raw(("y",), two.start, two.stop)) == two.part("y").tobytes()
     alone = await submit(batcher, 5)
-    assert bytes(alone.run.raw("y", 0, 1)) == rows(10).tobytes()
+    assert bytes(*alone.run.raw(("y",), 0, 1)) == rows(10).tobytes()
 
 
 @running

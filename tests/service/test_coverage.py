@@ -52,7 +52,7 @@ def watch_of(kept: journals.Kept, calibrator: ConformalCalibrator, wait_seconds:
 def come(kept: journals.Kept, logits: np.ndarray, labels: np.ndarray, revision: str = REVISION) -> None:
     """Predictions, and a label for each."""
     now, p = int(1000 * time.time()), softmax(logits)
-    ids = kept.predict(*(Answered(now, revision, 0, logits[i : i + 1], p[i : i + 1]) for i in range(len(p))))
+    ids = kept.predict(*(Answered.one(now, revision, 0, logits[i : i + 1], p[i : i + 1]) for i in range(len(p))))
     told = kept.label([NewLabel(name, 0, int(label)) for name, label in zip(ids, labels, strict=True)])
     assert set(told) == {Result.RECORDED}
 

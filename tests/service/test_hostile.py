@@ -32,10 +32,10 @@ CALLS_BESIDE = 20
 class Server:
     """`calserve serve` with one front."""
 
-    def __init__(self, root: Path, front: str) -> None:
+    def __init__(self, root: Path, front: str, port: int = 0) -> None:
         self.front, self.request = front, infer()
         command = [sys.executable, "-m", "service", "serve", "--model-repository", str(root), "--device", "cpu"]
-        command += ["--threads", "1", "--port", "0", "--metrics-port", "0", "--front", front]
+        command += ["--threads", "1", "--port", str(port), "--metrics-port", "0", "--front", front]
         self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
         assert self._process.stderr
         for line in self._process.stderr:

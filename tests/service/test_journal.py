@@ -54,61 +54,94 @@ def late(cohort: Cohort) -> list[tuple[int, int]]:
     return [row for part in cohort.late for row in zip(part.numbers.tolist(), part.labels.tolist(), strict=True)]
 
 
-requests = st.lists(
+requests = st.tuples(
+    st.integers(0, 10**7), st.integers(1, 5), st.binary(max_size=127), st.sampled_from(["", "", "ios", "São Paulo"])
+)
+"""When, how many rows, the caller's own id, the segment."""
+
+
+def run(
+    seed: int, revision: int, state: int, signals: set[str], requests: Sequence[tuple[int, int, bytes, str]]
+) -> Answered:
+    after, row_counts, own_ids, segments = zip(*requests, strict=True)
+    rows = sum(row_counts)
+    filled = {name: np.full(rows, seed, np.float32) for name in signals}
+    made = answered(seed, rows, revision=f"r-{revision}", state=state, signals=filled)
+    times = [10**12 + each for each in after]
+    return made._replace(times_ms=times, row_counts=row_counts, caller_ids=own_ids, segments=segments)
+
+
+runs = st.lists(
     st.builds(
-        lambda seed, rows, after, revision, state, own, segment, signals: answered(
-            seed,
-            rows,
-            time_ms=10**12 + after,
-            revision=f"r-{revision}",
-            state=state,
-            caller_id=own,
-            segment=segment,
-            signals={name: np.full(rows, seed, np.float32) for name in signals},
-        ),
+        run,
         st.integers(0, 10**6),
-        st.integers(1, 5),
-        st.integers(0, 10**7),
         st.integers(1, 3),
         st.integers(0, 2**32 - 1),
-        st.binary(max_size=127),
-        st.sampled_from(["", "", "android", "ios", "São Paulo"]),
         st.sets(st.sampled_from(["density", "input_1"])),
+        st.lists(requests, min_size=1, max_size=4),
     ),
     min_size=1,
     max_size=12,
 )
 
 
-@given(requests, st.integers(0, 2**40 - 100))
+@given(runs, st.integers(0, 2**40 - 100))
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_a_pack_comes_back_as_it_was(given_requests: list[Answered], first: int) -> None:
-    given_requests.sort(key=lambda request: request.time_ms)
-    pack = Pack.of(first, given_requests)
-    again = Pack.decode(first, int(pack.times_ms[0]), pack.revisions, pack.encode())
-    assert again.last == first + len(given_requests) - 1
-    start = 0
-    for index, request in enumerate(given_requests):
-        chosen = slice(start, start + len(request.logits))
+def test_a_pack_comes_back_as_it_was(given_runs: list[Answered], first: int) -> None:
+    pack = Pack.of(first, given_runs)
+    begun = int(pack.times_ms[0])
+    again = Pack.decode(first, begun, pack.revisions, pack.encode())
+    start, index = 0, 0
+    for run in given_runs:
+        chosen = slice(start, start + len(run.logits))
         rows = again.kept.rows(chosen)
-        start += len(request.logits)
-        assert again.beside.segments[again.beside.of_rows(np.array([index]))[0]] == request.segment
+        start += len(run.logits)
         signals = {name: values[chosen] for name, values in again.beside.signals.items()}
-        assert {name for name, values in signals.items() if not np.isnan(values).any()} == request.signals.keys()
-        assert all((signals[name] == values).all() for name, values in request.signals.items())
-        assert (rows.logits == request.logits).all()
-        assert (rows.probabilities == request.probabilities).all()
-        assert again.revisions[again.revision_indices[index]] == request.revision
-        assert (again.times_ms[index], again.states[index]) == (request.time_ms, request.state)
-        assert (again.caller_ids[index] if again.caller_ids else b"") == request.caller_id
+        assert {name for name, values in signals.items() if not np.isnan(values).any()} == run.signals.keys()
+        assert all((signals[name] == values).all() for name, values in run.signals.items())
+        assert (rows.logits == run.logits).all()
+        assert (rows.probabilities == run.probabilities).all()
+        for time_ms, row_count, own, segment in zip(
+            run.times_ms, run.row_counts, run.caller_ids, run.segments, strict=True
+        ):
+            assert again.row_counts[index] == row_count
+            assert again.times_ms[index] == max(time_ms, begun)  # as if the clock had not been set back
+            assert (again.revisions[again.revision_indices[index]], again.states[index]) == (run.revision, run.state)
+            assert (again.caller_ids[index] if again.caller_ids else b"") == own
+            assert again.beside.segments[again.beside.of_rows(np.array([index]))[0]] == segment
+            index += 1
     assert start == len(again.kept)
+    assert again.last == first + index - 1
+
+
+def test_runs_of_many_requests_are_divided_into_packs_and_no_number_is_left_out(kept: Kept) -> None:
+    """As the writer is handed them: what is appended stands for a request each, what is read of them for a run."""
+    together = 3000
+    one = answered(0, rows=together)
+    whole = one._replace(
+        **{name: list(getattr(one, name)) * together for name in ("times_ms", "caller_ids", "segments")}
+    )
+    whole = whole._replace(row_counts=[1] * together)
+
+    def read(waiting: Sequence[int]) -> list[Answered]:
+        assert waiting == list(range(2 * together))
+        return [whole, whole]
+
+    stream = kept.journal.open_stream(MODEL, "1", "digest", N_CLASSES, read)
+    ids = [stream.append(number, 1).decode() for number in range(2 * together)]
+    kept.flush()
+    assert kept.label([NewLabel(name, 0, 1) for name in ids]) == [Result.RECORDED] * len(ids)
+    parts = reader_of(kept, 0).read(most_rows=10**6).pairs
+    assert [len(part.numbers) for part in parts] == [together, together]
+    assert np.concatenate([part.numbers for part in parts]).tolist() == list(range(2 * together))
+    assert (np.concatenate([part.kept.logits for part in parts]) == np.tile(one.logits, (2, 1))).all()
 
 
 @pytest.mark.parametrize("n_classes", [2, ALL_UP_TO, ALL_UP_TO + 1, 1000])
 def test_of_many_classes_the_most_probable_are_kept_and_the_rest_as_one_number(n_classes: int) -> None:
     request = answered(1, rows=7, n_classes=n_classes)
     pack = Pack.of(0, [request])
-    kept = Pack.decode(0, request.time_ms, pack.revisions, pack.encode()).kept
+    kept = Pack.decode(0, request.times_ms[0], pack.revisions, pack.encode()).kept
     assert (kept.label == request.probabilities.argmax(axis=1)).all()
     assert (kept.confidence == request.probabilities.max(axis=1)).all()
     if n_classes <= ALL_UP_TO:
@@ -125,7 +158,7 @@ def test_of_many_classes_the_most_probable_are_kept_and_the_rest_as_one_number(n
 
 def test_of_equally_probable_classes_the_first_is_the_label_as_in_the_answer() -> None:
     logits = np.zeros((1, 100), np.float32)
-    kept = Pack.of(0, [Answered(1, "r", 0, logits, np.full((1, 100), 0.01, np.float32))]).kept
+    kept = Pack.of(0, [Answered.one(1, "r", 0, logits, np.full((1, 100), 0.01, np.float32))]).kept
     assert kept.label == [0]
 
 
@@ -153,8 +186,8 @@ def test_a_pack_that_a_release_without_segments_wrote_is_read() -> None:
         Pack.of(
             3,
             [
-                Answered(1000, "r-1", 7, pack.kept.logits[:1], pack.kept.probabilities[:1]),
-                Answered(1005, "r-1", 7, pack.kept.logits[1:], pack.kept.probabilities[1:]),
+                Answered.one(1000, "r-1", 7, pack.kept.logits[:1], pack.kept.probabilities[:1]),
+                Answered.one(1005, "r-1", 7, pack.kept.logits[1:], pack.kept.probabilities[1:]),
             ],
         ).encode()
         == data
@@ -431,7 +464,7 @@ def test_what_comes_while_a_transaction_is_made_is_written_behind_what_it_holds(
     assert seen(cohort) == [(0, 0, 0), (1, 0, 1), (2, 0, 2), (3, 0, 3)]
     assert cohort.dropped == 5
     times = np.concatenate([part.times_ms for part in cohort.pairs])
-    assert times.tolist() == [answered(seed).time_ms for seed in range(4)]
+    assert times.tolist() == [answered(seed).times_ms[0] for seed in range(4)]
     kept.close()
 
 

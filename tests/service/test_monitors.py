@@ -71,7 +71,7 @@ def come(
     begun = at or int(1000 * time.time()) - 10**8
     ids = kept.predict(
         *(
-            Answered(begun + 1000 * i, revision, 0, logits[i : i + 1], probabilities[i : i + 1])
+            Answered.one(begun + 1000 * i, revision, 0, logits[i : i + 1], probabilities[i : i + 1])
             for i in range(len(logits))
         )
     )

@@ -51,7 +51,10 @@ def served(kept: journals.Kept, logits: np.ndarray) -> list[str]:
     """Predictions of one row each, on their way to the disk."""
     now, probabilities = int(1000 * time.time()), softmax(logits)
     return kept.predict(
-        *(Answered(now, "online_platt-1", 0, logits[i : i + 1], probabilities[i : i + 1]) for i in range(len(logits)))
+        *(
+            Answered.one(now, "online_platt-1", 0, logits[i : i + 1], probabilities[i : i + 1])
+            for i in range(len(logits))
+        )
     )
 
 
@@ -171,7 +174,9 @@ def test_what_is_late_missing_or_of_another_model_file_is_counted(kept: journals
     logits, labels = rows(100, seed=5)
     ids = served(kept, logits)
     other = kept.journal.open_stream(MODEL, "2", "another digest", 2)
-    foreign = kept.predict(Answered(int(1000 * time.time()), "none", 0, logits[:9], softmax(logits[:9])), stream=other)
+    foreign = kept.predict(
+        Answered.one(int(1000 * time.time()), "none", 0, logits[:9], softmax(logits[:9])), stream=other
+    )
     tell(kept, ids[:60], labels[:60])
     kept.label([NewLabel(foreign[0], row, 0) for row in range(9)])
     kept.flush()

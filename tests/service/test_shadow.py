@@ -84,7 +84,9 @@ def served(
 ) -> list[str]:
     """Predictions of one row each."""
     now, given = int(1000 * time.time()), softmax(logits) if probabilities is None else probabilities
-    return kept.predict(*(Answered(now, revision, 0, logits[i : i + 1], given[i : i + 1]) for i in range(len(logits))))
+    return kept.predict(
+        *(Answered.one(now, revision, 0, logits[i : i + 1], given[i : i + 1]) for i in range(len(logits)))
+    )
 
 
 def tell(kept: journals.Kept, ids: list[str], labels: np.ndarray, producer: str = "") -> None:
@@ -141,7 +143,7 @@ def test_what_was_predicted_before_or_by_another_revision_or_model_file_does_not
     tell(kept, served(kept, logits[:40], revision="platt-7"), labels[:40])
     other = kept.journal.open_stream(MODEL, "2", "another digest", K)
     foreign = kept.predict(
-        Answered(int(1000 * time.time()), CHAMPION, 0, logits[40:49], softmax(logits[40:49])), stream=other
+        Answered.one(int(1000 * time.time()), CHAMPION, 0, logits[40:49], softmax(logits[40:49])), stream=other
     )
     kept.label([NewLabel(foreign[0], row, 0) for row in range(9)])
     tell(kept, served(kept, logits[49:]), labels[49:])
@@ -251,7 +253,7 @@ def test_a_challenger_that_was_run_is_judged_by_what_it_gave_to_the_rows_it_was_
     logits, labels = rows(300, seed=24, n_classes=n_classes)
     p, q = softmax(logits), softmax(logits / 2.5)
     now = int(1000 * time.time())
-    ids = kept.predict(*(Answered(now, CHAMPION, 0, logits[i : i + 3], p[i : i + 3]) for i in range(0, 300, 3)))
+    ids = kept.predict(*(Answered.one(now, CHAMPION, 0, logits[i : i + 3], p[i : i + 3]) for i in range(0, 300, 3)))
     given(kept, [(number, q[3 * number : 3 * number + 3]) for number in range(0, 40, 2)])
     given(kept, [(number, q[3 * number : 3 * number + 3]) for number in range(41, 100, 4)])
     given(kept, [(number, q[:3]) for number in range(100)], stream=77)
@@ -333,7 +335,7 @@ def test_a_request_is_computed_by_the_state_that_there_was_when_it_was_answered(
     until(lambda: run.counts["run"] == 4)
     run.close()
     now = int(1000 * time.time())
-    kept.predict(*(Answered(now, CHAMPION, 0, logits[i : i + 2], softmax(logits[i : i + 2])) for i in (0, 2, 4)))
+    kept.predict(*(Answered.one(now, CHAMPION, 0, logits[i : i + 2], softmax(logits[i : i + 2])) for i in (0, 2, 4)))
     kept.flush()
     reader = Reader(kept.journal, MODEL, "anyone", 0)
     (part,) = reader.read().pairs

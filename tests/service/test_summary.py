@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -220,7 +221,7 @@ def test_a_model_whose_journal_is_damaged_keeps_no_other_from_its_summary(
     kept = Kept(tmp_path)
     summaries = Summaries(kept.journal, lambda: ["first", MODEL], lambda *_: None, 7 * DAY_MS / 1000)
     try:
-        kept.predict(answered(0))
+        kept.predict(answered(0, time_ms=int(1000 * time.time())))
         kept.flush()
         asyncio.run(summaries.look())
         assert summaries.summary(MODEL, 0, 2 * NOW_MS).total.answers == 1  # type: ignore[union-attr]

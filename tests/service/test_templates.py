@@ -49,8 +49,12 @@ class Both:
 
     def answer(self, servicer: Inference, data: bytes) -> messages.ModelInferResponse | str:
         """The response, or the error's class and text."""
+
+        async def asked() -> bytes:
+            return await servicer.model_infer_bytes(data, Call())
+
         try:
-            reply = self._loop.run_until_complete(servicer.model_infer_bytes(data, Call()))
+            reply = self._loop.run_until_complete(asked())
         except CalserveError as error:
             return f"{type(error).__name__}: {error.message}"
         return messages.ModelInferResponse.FromString(reply)
