@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.density_cost [--rows 1000,10000,100000,1000000] [--forms graph,exact,ivf]
         [--shared-data FOLDER]
+    python -m benchmarks.density_cost --server 1000000 [--forms exact,ivf]
 
 Two models: ResNet-20 for CIFAR-10 (six layers of 32 to 64 numbers, where its file is at hand) and a dense model whose
 last layer reads 512. The reference is a constant of the fused graph (MatMul + TopK), or an index beside it, served as a
@@ -9,6 +10,8 @@ server does it: by two sessions with the search between. An approximate index lo
 probability of 300 rows within the default tolerance. The reference lies near few dimensions, as networks' features do.
 Each form and size in a process of its own, so that memory is that process's growth. One thread, of which the seconds
 that it works are counted; the model alone and the calibrated one in turns, medians.
+
+`--server` sends a reference of so many rows to a server with the usual limits, which fits it and serves it, and asks.
 """
 
 from __future__ import annotations
@@ -16,9 +19,13 @@ from __future__ import annotations
 import argparse
 import gc
 import multiprocessing
+import os
 import resource
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,12 +37,15 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.datasets import DEFAULT_FOLDER
+from benchmarks.serving_models import BenchmarkModel
+from benchmarks.serving_peers import SERVERS, Running
 from calibrators import dumps, fuse, inspect_model, loads
 from calibrators.graph import FusedModel
 from calibrators.kinds.density_aware import RANKS, DensityAware
 from calibrators.kinds.identity import Identity
 from calibrators.layers import default_layers, find_layers
 from calibrators.neighbours import nearest
+from service.client import Client
 from service.inference.indexed import IndexedSession
 from service.inference.session import Device, Session
 
@@ -52,6 +62,9 @@ DIMENSIONS = 16
 """Of what the rows of each layer are made from."""
 N_TRIED = 300
 """Rows on which an index is held to its tolerance."""
+N_CALIBRATION, N_SHIFTED, SENT_ROWS = 1000, 250, 4096
+"""Through a server: labelled rows, further ones from elsewhere, rows of the reference that are sent at once."""
+LOOK_SECONDS = 0.2
 
 
 def dense_model() -> onnx.ModelProto:
@@ -118,7 +131,7 @@ def session(fused: FusedModel) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(fused.to_bytes(), options, providers=["CPUExecutionProvider"])
 
 
-def medians(runs: dict[str, Callable[[], object]]) -> dict[str, float]:
+def medians(runs: dict[str, Callable[[], object]], clock: Callable[[], float] = time.thread_time) -> dict[str, float]:
     """Milliseconds of each, taken in turns."""
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
@@ -126,9 +139,9 @@ def medians(runs: dict[str, Callable[[], object]]) -> dict[str, float]:
     end = time.perf_counter() + SECONDS_EACH * len(runs)
     while time.perf_counter() < end or min(map(len, taken.values())) < 5:
         for name, run in runs.items():
-            start = time.thread_time()
+            start = clock()
             run()
-            taken[name].append(1e3 * (time.thread_time() - start))
+            taken[name].append(1e3 * (clock() - start))
     return {name: float(np.median(times)) for name, times in taken.items()}
 
 
@@ -226,13 +239,77 @@ def fed_or_constant(n_rows: int) -> str:
     return f"{n_rows:>9,} rows of {WIDTH}: constant {times['constant']:.3f} ms, fed {times['fed']:.3f} ms"
 
 
+def through_server(n_rows: int, form: str) -> None:
+    rng = np.random.default_rng(0)
+    basis = rng.normal(size=(DIMENSIONS, WIDTH)) / np.sqrt(DIMENSIONS)
+
+    def drawn(n: int) -> Array:
+        return (rng.normal(size=(n, DIMENSIONS)) @ basis).astype(np.float32)
+
+    def reference(begun: float) -> Iterator[Array]:
+        for start in range(0, n_rows, SENT_ROWS):
+            yield drawn(min(SENT_ROWS, n_rows - start))
+        print(f"  sent after {time.perf_counter() - begun:.1f} s", flush=True)
+
+    model = BenchmarkModel("dense", dense_model, (WIDTH,), N_CLASSES)
+    server = Running(SERVERS["calserve"], model, cores=os.sched_getaffinity(0))
+    with server, Client(server.address, show_progress=True, timeout_seconds=3600) as client:
+        client.wait_until_ready()
+        print(f"\n{n_rows:,} rows through a server, {form}; it has {server.resident_bytes() / 1e9:.2f} GB", flush=True)
+
+        def labels(x: Array, temperature: float) -> Array:
+            logits = np.log(client.predict("dense", x).probabilities)
+            return (logits / temperature + rng.gumbel(size=logits.shape)).argmax(axis=1)
+
+        x, far = drawn(N_CALIBRATION), drawn(N_SHIFTED) + rng.normal(size=(N_SHIFTED, WIDTH)).astype(np.float32)
+        rows = {"inputs": x, "labels": labels(x, 2.0), "shifted_inputs": far, "shifted_labels": labels(far, 8.0)}
+        params = {"layers": ["features"], "index": form, "reference_rows": n_rows}
+        with costs(server, "sent and fitted"):
+            sent = reference(time.perf_counter())
+            revision = client.fit("dense", "density_aware", reference=sent, **rows, **params)
+        print(*revision.notes, sep="\n")
+        with costs(server, "activated"):
+            client.activate("dense", revision.revision)
+        for batch in BATCHES:
+            asked = partial(client.predict, "dense", drawn(batch))
+            print(f"  {batch} rows answered in {medians({'': asked}, time.perf_counter)['']:.1f} ms", flush=True)
+
+
+@contextmanager
+def costs(server: Running, what: str) -> Iterator[None]:
+    """Say how long something took, what it took of the server and of its fit, and their memory while and after it."""
+    done, most = threading.Event(), [0]
+
+    def look() -> None:
+        while not done.wait(LOOK_SECONDS):
+            with suppress(OSError):  # a process that has just ended
+                most.append(server.resident_bytes())
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    begun, cpu = time.perf_counter(), server.cpu_seconds()
+    try:
+        yield
+    finally:
+        done.set()
+        looking.join()
+    seconds, cpu = time.perf_counter() - begun, server.cpu_seconds() - cpu
+    print(f"  {what} in {seconds:.1f} s, {cpu:.0f} s of a core; {max(most) / 1e9:.1f} GB at most, "
+          f"{server.resident_bytes() / 1e9:.2f} GB after it", flush=True)  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared-data", type=Path, default=DEFAULT_FOLDER)
     parser.add_argument("--rows", default="1000,10000,100000,1000000")
     parser.add_argument("--forms", default="graph,exact,ivf,hnsw")
+    parser.add_argument("--server", type=int, default=0, help="rows of a reference to send to a server, nothing else")
     arguments = parser.parse_args()
     forms = arguments.forms.split(",")
+    if arguments.server:
+        for form in forms:
+            through_server(arguments.server, form)
+        return
     sizes = [int(text) for text in arguments.rows.split(",")]
     models = {"dense, one layer of 512": dense_model()}
     resnet = arguments.shared_data / "cifar10" / "resnet20_cifar10.onnx"

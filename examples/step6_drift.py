@@ -34,8 +34,8 @@ from service.client import Alarm, Client, Shadow
 MODEL, MONITOR, KIND = "scanner", "served_calibration", "vector"
 MOST_FORMATS = 20
 WINDOW_ROWS, BATCH = 500, 25
-CALM, DRIFTED = 4, 7
-PUSH = 6.0
+CALM, DRIFTED = 4, 8
+PUSH = 5.0
 REFIT_ROWS = 500  # that the policy waits for
 SETTLE_SECONDS, PAUSE_SECONDS = 60.0, 0.05
 
@@ -59,7 +59,8 @@ class Window(NamedTuple):
 @dataclass
 class Story:
     """What happened: windows, the first `calm` of them before the change; the alarm as it stands at the end, and how
-    many labels after the change it rang; the other monitors that rang; the revision that the alarm's policy made."""
+    many labels after the change it rang; the other monitors that rang; the revision that the alarm's policy made, and
+    whether that made it ring."""
 
     promise: str
     calm: int
@@ -69,6 +70,7 @@ class Story:
     others: list[str] = field(default_factory=list)
     challenger: str = ""
     is_promoted: bool = False
+    has_rung_again: bool = False
 
 
 def formats(data: Prepared) -> NDArray[np.intp]:
@@ -162,7 +164,8 @@ class _Stream:
         yield f"{gain}: it is promoted"
         promoted_at = len(self._sent)
         while True:
-            yield "another alarm" if self._has_rung(promoted_at, 2) else "silence"
+            self._story.has_rung_again = self._has_rung(promoted_at, 2)
+            yield "it has rung again" if self._story.has_rung_again else "silence"
 
     def _has_rung(self, since: int = 0, times: int = 1) -> bool:
         """As soon as the monitor has read what was sent since then."""
@@ -248,6 +251,8 @@ def told(story: Story) -> Iterator[str]:
         yield f"{others} rang too, which watch the model itself, and were told that this is usual from now on."
     if story.is_promoted:
         yield f"{story.challenger}, fitted on the labels since, was shown better in shadow, and serves."
+    if story.has_rung_again:
+        yield f"{MONITOR} has rung again: what is fitted on so few labels is itself off by more than it tolerates."
 
 
 def save_page(client: Client, out: Path) -> Path:

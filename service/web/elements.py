@@ -10,7 +10,7 @@ from service.web import words
 from service.web.figures import Figure, wilson
 from service.web.markup import Html, Part, data, tag
 
-_MARKS = re.compile(r"(`[^`]+`|10\^\d+)")
+_MARKS = re.compile(r"(`[^`]+`|10\^\d+|\b\d+e-\d+\b)")
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[Part]], style: str = "") -> Html:
@@ -84,7 +84,12 @@ def prose(text: str) -> list[Part]:
 def _printed(piece: str) -> Part:
     if not _MARKS.fullmatch(piece):
         return piece
-    return tag("code", piece[1:-1]) if piece[0] == "`" else ["10", tag("sup", piece[3:])]
+    if piece[0] == "`":
+        return tag("code", piece[1:-1])
+    digit, small, power = piece.partition("e-")
+    if not small:
+        return ["10", tag("sup", piece.removeprefix("10^"))]
+    return ["" if digit == "1" else f"{digit} × ", "10", tag("sup", words.MINUS, int(power))]
 
 
 def command(text: str) -> Html:

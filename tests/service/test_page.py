@@ -241,6 +241,7 @@ def test_what_a_challenger_gains_is_not_told_of_few_labels() -> None:
 
 def test_a_sentence_is_set_as_print_has_it() -> None:
     assert join(prose("fit `<b>`: 10^23 times")) == "fit <code>&lt;b&gt;</code>: 10<sup>23</sup> times"
+    assert join(prose("1e-12, not 4e-06")) == "10<sup>−12</sup>, not 4 × 10<sup>−6</sup>"
 
 
 def test_the_overview_puts_first_what_needs_somebody() -> None:
