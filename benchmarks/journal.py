@@ -1,9 +1,10 @@
 """What the journal costs and what it can take.
 
-    python -m benchmarks.journal [--rounds 7] [--labels 1000000] [--only cost,labels,opening,bytes] [--quick]
+    python -m benchmarks.journal [--rounds 7] [--labels 1000000] [--only cost,labels,opening,bytes] [--fronts h2,grpc]
 
 The cost is the server's processor time a request with `--journal async` and `sync`, to that of the same server with
-`off`, by turns (see benchmarks.serving). The rest is measured on the disk that holds the temporary folder.
+`off`, by turns (see benchmarks.serving), no monitor reading what is kept. The rest is measured on the disk that holds
+the temporary folder.
 """
 
 from __future__ import annotations
@@ -43,12 +44,13 @@ SINGLE_CALLERS, SINGLE_SECONDS = 128, 4.0
 BATCH, ROWS_EACH, LONE = 10_000, 500, 20_000
 
 
-def cost(bench: Bench) -> list[list[str]]:
+def cost(bench: Bench, front: str) -> list[list[str]]:
     """A row a case: microseconds with the journal off, then the others' ratio to that in the same round."""
     model = MODELS["mlp"]
     found: dict[tuple[Case, str], list[tuple[float, float]]] = {}
     with ExitStack() as stack:
-        running = {mode: stack.enter_context(bench.start_bare(model, extra=["--journal", mode])) for mode in MODES}
+        flags = ["--front", front, "--monitors", "off", "--journal"]
+        running = {mode: stack.enter_context(bench.start_bare(model, extra=[*flags, mode])) for mode in MODES}
         for turn in range(bench.rounds):
             say(f"round {turn + 1} of {bench.rounds}")
             for case in CASES:
@@ -207,6 +209,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--labels", type=int, default=1_000_000)
     parser.add_argument("--only", default="cost,labels,opening,bytes")
+    parser.add_argument("--fronts", default="h2,grpc", help="whose cost is measured")
     parser.add_argument("--quick", action="store_true", help="to see that all of it runs")
     chosen = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))
@@ -216,13 +219,14 @@ def main() -> None:
         place = Path(folder)
         bench = Bench(load, seconds, rounds, client, server, {}, [], place, "")
         parts: dict[str, Callable[[], Sequence[Any]]] = {
-            "cost": lambda: cost(bench),
+            **{f"cost, {front}": partial(cost, bench, front) for front in chosen.fronts.split(",")},
             "labels": lambda: [["what", "measured"], *labels(bench)],
             "opening": lambda: [["what", "measured"], *opening(place / "opening", chosen.labels)],
             "bytes": lambda: [["what", "measured"], *sizes(place)],
         }
-        for name in chosen.only.split(","):
-            show(name, parts[name]())
+        for name, part in parts.items():
+            if name.partition(",")[0] in chosen.only.split(","):
+                show(name, part())
 
 
 if __name__ == "__main__":
