@@ -76,6 +76,9 @@ def test_a_shape_that_the_device_has_no_room_for_runs_without_a_graph(
         (lambda rows: 60e-6 + 6e-6 * rows, 256),
         (lambda rows: 20e-6 + 6e-6 * rows, 64),
         (lambda rows: 7e-3 * rows, 1),  # nothing shared by the rows of a batch
+        (lambda rows: 2.5e-3 + 10e-3 * rows, 1),  # a fifth is, which is not worth three others' time
+        (lambda rows: 0.25e-3 + 1e-3 * rows, 4),  # of quick rows it is
+        (lambda rows: 10e-3 + 5e-3 * rows, 4),  # and so are two thirds
     ],
 )
 def test_the_knee_is_where_a_row_gets_no_cheaper(seconds: Callable[[int], float], knee: int) -> None:
