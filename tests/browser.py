@@ -84,6 +84,7 @@ class Tab:
             "for (const one of document.body.querySelectorAll('*'))"
             "  if (!kept.some(k => k.contains(one) || one.contains(k))) one.style.setProperty('display', 'none', 'important')"
         )
+        self.wait("document.body.offsetHeight")  # laid out anew
 
     def close(self) -> None:
         self.send("Page.close")
