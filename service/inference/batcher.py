@@ -236,7 +236,10 @@ class Batcher:
             pending = self._queue(lane, feeds, rows, deadline, caller())
             if self._timer is not None and self._is_complete():
                 self._timer.cancel()
-                self._wait(0.0)
+                if self._rows >= self.limits.rows:
+                    self._next()  # at once: one read may bring more than may wait
+                else:
+                    self._wait(0.0)
             return pending.future
         costs = self.costs.of(lane.inputs)
         expected_ns = costs.expected_ns(rows)
