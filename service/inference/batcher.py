@@ -68,6 +68,7 @@ class Limits:
     wait_seconds : a request that would wait longer than this, by what runs take, is refused
     rows : the most in one run
     delay_us : how long every incomplete batch waits for company; 0 leaves it to `Company`
+    company_seconds : the longest that `Company` holds a request
     """
 
     requests: int = 256
@@ -75,6 +76,7 @@ class Limits:
     wait_seconds: float = 1.0
     rows: int = 64
     delay_us: int = 0
+    company_seconds: float = 0.001
 
 
 class Run:
@@ -189,7 +191,7 @@ class Batcher:
         self._queued, self._rows, self._bytes = 0, 0, 0
         self._held: Counter[str] = Counter()
         self._row_seconds = 0.0  # what a row took in the runs made lately
-        self._company, self._pressure = Company(), Pressure()
+        self._company, self._pressure = Company(limits.company_seconds), Pressure()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.Handle | None = None
         self._in_thread: _Batch | None = None

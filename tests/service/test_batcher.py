@@ -159,7 +159,7 @@ async def test_a_request_that_finds_the_model_idle_is_answered_at_once(model: Mo
 @running
 async def test_as_many_as_are_expected_are_waited_for_and_no_longer(model: Model) -> None:
     batcher = batcher_of(model, delay_us=0)
-    batcher._company = CompanyOfThree()
+    batcher._company = CompanyOfThree(0.001)
     for _ in range(2):
         await asyncio.gather(*[submit(batcher, n) for n in range(3)])
     assert model.batches == [3, 3]
