@@ -248,7 +248,7 @@ class Journal:
         before = [flight for flight in self._in_flight if flight.stream is stream]
         told, lost = before[-1].told_lost if before else stream.told_lost, stream.lost_rows.total()
         answers = stream.read(requests)
-        self._in_flight.append(_Flight(stream, requests, sum(len(answer.logits) for answer in answers), lost))
+        self._in_flight.append(_Flight(stream, requests, sum(len(answer.kept) for answer in answers), lost))
         if not stream.recorded:
             insert_stream(connection, stream.row)
         first = stream.written + sum(len(flight.requests) for flight in before)
@@ -293,7 +293,7 @@ class Journal:
 
 
 def _packed(answers: list[Answered]) -> Iterator[list[Answered]]:
-    """What goes into a pack each; runs are not divided."""
+    """What goes into a pack each; what was read together is not divided."""
     together, requests = list[Answered](), 0
     for run in answers:
         if together and requests + len(run.row_counts) > MOST_REQUESTS_IN_PACK:

@@ -22,10 +22,11 @@ from service.store.database import Connection
 from service.store.journal_tables import Retention, prune, used_bytes
 from service.store.keys import NOWHERE, IdMaker, IdReader, Keys
 from service.store.labels import Message, NewLabel, NewLabels, Result
-from service.store.packs import ALL_UP_TO, MOST_PROBABLE, Answered, Pack
+from service.store.packs import ALL_UP_TO, MOST_PROBABLE, VALUES_TOGETHER, Answered, Pack
+from service.store.packs import Kept as RowsKept
 from service.store.reading import NO_LABEL, Cohort, Position, Reader
 from service.store.verification import problems
-from tests.service.journals import MODEL, N_CLASSES, Kept, answered
+from tests.service.journals import MODEL, N_CLASSES, Kept, answered, scores
 
 FOREVER = 1e9
 
@@ -93,14 +94,14 @@ def test_a_pack_comes_back_as_it_was(given_runs: list[Answered], first: int) -> 
     again = Pack.decode(first, begun, pack.revisions, pack.encode())
     start, index = 0, 0
     for run in given_runs:
-        chosen = slice(start, start + len(run.logits))
+        chosen = slice(start, start + len(run.kept))
         rows = again.kept.rows(chosen)
-        start += len(run.logits)
+        start += len(run.kept)
         signals = {name: values[chosen] for name, values in again.beside.signals.items()}
         assert {name for name, values in signals.items() if not np.isnan(values).any()} == run.signals.keys()
         assert all((signals[name] == values).all() for name, values in run.signals.items())
-        assert (rows.logits == run.logits).all()
-        assert (rows.probabilities == run.probabilities).all()
+        assert (rows.logits == run.kept.logits).all()
+        assert (rows.probabilities == run.kept.probabilities).all()
         for time_ms, row_count, own, segment in zip(
             run.times_ms, run.row_counts, run.caller_ids, run.segments, strict=True
         ):
@@ -134,26 +135,60 @@ def test_runs_of_many_requests_are_divided_into_packs_and_no_number_is_left_out(
     parts = reader_of(kept, 0).read(most_rows=10**6).pairs
     assert [len(part.numbers) for part in parts] == [together, together]
     assert np.concatenate([part.numbers for part in parts]).tolist() == list(range(2 * together))
-    assert (np.concatenate([part.kept.logits for part in parts]) == np.tile(one.logits, (2, 1))).all()
+    assert (np.concatenate([part.kept.logits for part in parts]) == np.tile(one.kept.logits, (2, 1))).all()
 
 
 @pytest.mark.parametrize("n_classes", [2, ALL_UP_TO, ALL_UP_TO + 1, 1000])
 def test_of_many_classes_the_most_probable_are_kept_and_the_rest_as_one_number(n_classes: int) -> None:
-    request = answered(1, rows=7, n_classes=n_classes)
-    pack = Pack.of(0, [request])
-    kept = Pack.decode(0, request.times_ms[0], pack.revisions, pack.encode()).kept
-    assert (kept.label == request.probabilities.argmax(axis=1)).all()
-    assert (kept.confidence == request.probabilities.max(axis=1)).all()
+    logits, probabilities = scores(1, 7, n_classes)
+    pack = Pack.of(0, [Answered.one(1, "r", 0, logits, probabilities)])
+    kept = Pack.decode(0, 1, pack.revisions, pack.encode()).kept
+    assert (kept.label == probabilities.argmax(axis=1)).all()
+    assert (kept.confidence == probabilities.max(axis=1)).all()
     if n_classes <= ALL_UP_TO:
         assert kept.classes is None
         return
     assert kept.classes is not None and kept.rest is not None
     assert kept.logits.shape == (7, MOST_PROBABLE)
-    order = np.argsort(-request.probabilities, axis=1)[:, :MOST_PROBABLE]
+    order = np.argsort(-probabilities, axis=1)[:, :MOST_PROBABLE]
     assert (kept.classes == order).all()
-    assert (kept.logits == np.take_along_axis(request.logits, order, 1)).all()
-    whole = np.log(np.exp(request.logits.astype(np.float64)).sum(axis=1))
+    assert (kept.logits == np.take_along_axis(logits, order, 1)).all()
+    whole = np.log(np.exp(logits.astype(np.float64)).sum(axis=1))
     assert np.allclose(np.logaddexp(np.logaddexp.reduce(kept.logits, axis=1), kept.rest), whole, atol=1e-5)
+
+
+def test_what_is_kept_of_a_row_does_not_depend_on_those_beside_it() -> None:
+    logits, probabilities = scores(1, 3 * VALUES_TOGETHER // 1000, 1000)
+    together = RowsKept.of(logits, probabilities)
+    singly = RowsKept.joined([RowsKept.of(logits[i : i + 1], probabilities[i : i + 1]) for i in range(len(logits))])
+    assert together.encode() == singly.encode()
+
+
+def test_of_equally_probable_classes_the_first_come_first_and_are_kept() -> None:
+    logits, probabilities = scores(1, 50, 300)
+    probabilities = np.round(probabilities, 3)
+    assert (RowsKept.of(logits, np.full_like(logits, 1 / 300)).classes == np.arange(MOST_PROBABLE)).all()
+    order = np.argsort(-probabilities, axis=1, kind="stable")[:, :MOST_PROBABLE]
+    assert (RowsKept.of(logits, probabilities).classes == order).all()
+
+
+def test_probabilities_that_are_no_numbers_are_the_last_to_be_kept() -> None:
+    logits, probabilities = scores(1, 9, 300)
+    probabilities[3, :290] = np.nan
+    classes = RowsKept.of(logits, probabilities).classes
+    assert classes is not None
+    assert set(range(290, 300)) < set(classes[3].tolist())
+    others = [row for row in range(9) if row != 3]
+    assert (classes[others] == np.argsort(-probabilities[others], axis=1)[:, :MOST_PROBABLE]).all()
+
+
+def test_classes_that_the_model_rules_out_are_kept_as_nothing() -> None:
+    logits, probabilities = scores(1, 2, 300)
+    first = np.argsort(-probabilities[0])[:MOST_PROBABLE]
+    logits[0] = np.where(np.isin(np.arange(300), first), logits[0], -np.inf)
+    rest = RowsKept.of(logits, probabilities).rest
+    assert rest is not None
+    assert rest[0] == -np.inf and np.isfinite(rest[1])
 
 
 def test_of_equally_probable_classes_the_first_is_the_label_as_in_the_answer() -> None:

@@ -476,7 +476,7 @@ def test_a_journal_of_the_release_before_is_brought_up_to_date_with_all_that_it_
     connection.close()
     again = journals.Kept(tmp_path)
     (part,) = Reader(again.journal, MODEL, "anyone", 0).read().pairs
-    assert (part.kept.logits == journals.answered(1).logits).all()
+    assert (part.kept.logits == journals.answered(1).kept.logits).all()
     begun(again, SHIFT)
     again.close()
     assert journal_problems(tmp_path) == []
