@@ -125,24 +125,34 @@ class Kept:
         return cls(logits, probabilities, classes, rest), start  # type: ignore[arg-type]
 
 
+def logit_of_others(rest: Floats, others: int) -> NDArray[np.float64]:
+    """(n_rows,) of each of so many classes that are not kept: an equal part of their sum of exponentials."""
+    return np.asarray(rest.astype(np.float64) - np.log(float(others)))
+
+
+def probability_of_others(probabilities: Floats, others: int) -> Floats:
+    """(n_rows,) of each of so many classes that are not kept, as it was served: an equal part of what is left."""
+    left = np.maximum(0.0, 1.0 - probabilities.sum(axis=1, dtype=np.float64))
+    return np.asarray((left / others).astype(np.float32))
+
+
 def logits_of(kept: Kept, n_classes: int) -> NDArray[np.float64]:
-    """The logits of all classes; of those that are not kept each gets an equal part of their sum of exponentials."""
+    """(n_rows, n_classes)"""
     own = kept.logits.astype(np.float64)
     if kept.classes is None or kept.rest is None:
         return own
-    others = n_classes - own.shape[1]
-    logits = np.repeat(kept.rest.astype(np.float64)[:, None] - np.log(float(others)), n_classes, axis=1)
+    others = logit_of_others(kept.rest, n_classes - own.shape[1])
+    logits = np.repeat(others[:, None], n_classes, axis=1)
     np.put_along_axis(logits, kept.classes.astype(np.int64), own, 1)
     return logits
 
 
 def probabilities_of(kept: Kept, n_classes: int) -> Floats:
-    """(n_rows, n_classes) as they were served; of those that are not kept each gets an equal part of what is left."""
+    """(n_rows, n_classes) as they were served."""
     if kept.classes is None:
         return kept.probabilities
-    left = np.maximum(0.0, 1.0 - kept.probabilities.sum(axis=1, dtype=np.float64))
-    each = (left / (n_classes - kept.classes.shape[1])).astype(np.float32)
-    probabilities = np.repeat(each[:, None], n_classes, axis=1)
+    others = probability_of_others(kept.probabilities, n_classes - kept.classes.shape[1])
+    probabilities = np.repeat(others[:, None], n_classes, axis=1)
     np.put_along_axis(probabilities, kept.classes.astype(np.int64), kept.probabilities, axis=1)
     return probabilities
 
