@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import service.store.journal
 from service.errors import Damaged, Stale
+from service.store import reading
 from service.store.database import Connection
 from service.store.journal_tables import Retention, prune, used_bytes
 from service.store.keys import NOWHERE, IdMaker, IdReader, Keys
@@ -592,6 +593,43 @@ def test_state_and_position_are_written_together_and_by_one_reader(kept: Kept) -
         second.commit(same, b"another")
     assert second.state() == (cohort.end, 1, b"state")
     assert reader_of(kept, name="monitor").state()[1] == 0
+
+
+def test_a_reader_that_found_nothing_looks_again_when_something_was_written_or_waited_for_enough(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, looks = reader_of(kept, wait_seconds=60), []
+    look = reading.load_pack
+    monkeypatch.setattr(reading, "load_pack", lambda *given: looks.append(1) or look(*given))
+    (waits,) = kept.predict(answered(1, time_ms=int(1000 * time.time())))
+    kept.flush()
+    assert not reader.read()
+    seen_once = len(looks)
+    assert not reader.read()
+    assert len(looks) == seen_once
+    kept.predict(answered(2, time_ms=int(1000 * time.time())))
+    kept.flush()
+    assert not reader.read()
+    assert len(looks) > seen_once
+    later = time.time() + 61
+    monkeypatch.setattr(reading.time, "time", lambda: later)
+    assert seen(reader.read()) == [(0, 0, NO_LABEL), (1, 0, NO_LABEL)]
+    kept.label_one(waits, 1)
+    assert seen(reader.read()) == [(0, 0, 1), (1, 0, NO_LABEL)]
+
+
+def test_a_reader_that_holds_rows_back_passes_them_when_their_time_has_come(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = Reader(kept.journal, MODEL, "shadow", wait_seconds=60, hold_seconds=120)
+    (labelled,) = kept.predict(answered(1, time_ms=int(1000 * time.time())))
+    kept.flush()
+    kept.label_one(labelled, 1)
+    now = time.time()
+    assert not reader.read()
+    for seconds, passed in ((61, False), (121, True)):
+        monkeypatch.setattr(reading.time, "time", lambda s=seconds: now + s)
+        assert bool(reader.read()) == passed
 
 
 def test_another_models_predictions_are_not_read(kept: Kept) -> None:
