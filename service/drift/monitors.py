@@ -420,8 +420,9 @@ def joined(batches: Sequence[Batch], n_classes: int) -> Batch:
     names = set.intersection(*(set(batch.signals) for batch in batches)) if batches else set()
     none = Batch(np.empty((0, n_classes)), np.empty(0, np.int64), np.empty(0, np.int64))
     whole = [none, *batches]
+    lumped = [batch.scores for batch in batches if isinstance(batch.scores, Lumped)]
     return Batch(
-        np.concatenate([batch.logits for batch in whole]),
+        Lumped.joined(lumped) if lumped and len(lumped) == len(batches) else np.concatenate([b.logits for b in whole]),
         np.concatenate([batch.labels for batch in whole]),
         np.concatenate([batch.segments for batch in whole]),
         {name: np.concatenate([batch.signals[name] for batch in batches]) for name in sorted(names)},

@@ -21,6 +21,7 @@ from service.store.journal_tables import (
     LATER_SCHEMAS,
     SCHEMA,
     SCHEMA_VERSION,
+    RecentPacks,
     Retention,
     StreamRow,
     append_pack,
@@ -45,6 +46,8 @@ IDS_AHEAD = 32
 LOST = ("full", "disk")
 """Why a prediction is not kept: too many wait, or the disk has failed."""
 PRUNE_SECONDS = 10.0
+RECENT_BYTES = 8 << 20
+"""Of packs that are kept in memory once they are read."""
 KEY_SECONDS = 30 * 86400.0
 """After this ids and receipts are signed with a new key. Old keys are known as long as what they signed may be kept."""
 
@@ -114,6 +117,7 @@ class Journal:
     ----------
     writer : what writes it
     keys : what signs its ids
+    packs : those that were read last; to be asked inside `reading`
     """
 
     def __init__(
@@ -133,6 +137,7 @@ class Journal:
         self._flush_at: float | None = None
         self._prune_at = time.monotonic() + PRUNE_SECONDS if learns else float("inf")
         self._reading = threading.Lock()
+        self.packs = RecentPacks(RECENT_BYTES)
         self._read_connection: Connection | None = None
         probe = partial(change_counter, name="stream", change=0)
         self.writer = Writer("journal", self.connect, verify, probe, self._due_in, self._do_due, self._ended)

@@ -12,7 +12,7 @@ step is written too, so that `replay` gives again exactly what `read` gave.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import NamedTuple
@@ -282,7 +282,7 @@ class Reader:
         oldest_ms, held_ms = now_ms - self._wait_ms, now_ms - self._hold_ms if self._hold_ms else LAST
         at, left, until_ms = Position(begin.pack, begin.row, record), most_rows, float("inf")
         for row in self._packs(connection, begin, None):
-            pack = load_pack(connection, row)
+            pack = self._journal.packs.load(connection, row)
             start = begin.row if row.pack == begin.pack else 0
             labels, _ = _labels_of(connection, row, pack, 0, record)
             times_ms = np.repeat(pack.times_ms, pack.row_counts)
@@ -307,7 +307,7 @@ class Reader:
             stop = end.row if row.pack == end.pack else row.rows
             dropped += row.lost if start == 0 and stop else 0
             if start < stop:
-                pairs += pairs_of(connection, row, 0, end.record, slice(start, stop))
+                pairs += self._pairs(connection, row, 0, end.record, slice(start, stop))
         return Cohort(number, begin, end, pairs, self._late(connection, begin, searched, end.record), dropped)
 
     def _late(self, connection: Connection, begin: Position, after: int, record: int) -> list[Pairs]:
@@ -330,10 +330,13 @@ class Reader:
         for number in sorted(packs):
             row = packs[number]
             stop = begin.row if number == begin.pack else row.rows
-            for part in pairs_of(connection, row, after, record, slice(0, stop)):
+            for part in self._pairs(connection, row, after, record, slice(0, stop)):
                 came = np.flatnonzero(part.labels != NO_LABEL)
                 late += [part.chosen(came)] if len(came) else []
         return late
+
+    def _pairs(self, connection: Connection, row: PackRow, after: int, record: int, chosen: slice) -> list[Pairs]:
+        return pairs_of(connection, row, after, record, chosen, self._journal.packs.load)
 
     def _packs(self, connection: Connection, begin: Position, end: Position | None) -> Iterator[PackRow]:
         """The model's packs from the position on, in the order of the journal."""
@@ -416,13 +419,18 @@ def _labels_of(
 
 
 def pairs_of(
-    connection: Connection, row: PackRow, after: int = 0, record: int = LAST, chosen: slice | None = None
+    connection: Connection,
+    row: PackRow,
+    after: int = 0,
+    record: int = LAST,
+    chosen: slice | None = None,
+    load: Callable[[Connection, PackRow], Pack] = load_pack,
 ) -> list[Pairs]:
     """A pack's rows, a part for each stretch that one revision computed; labels after one record, up to another."""
     stream = find_stream(connection, row.stream)
     if stream is None:
         raise Damaged(f"stream {row.stream} of the journal is missing; see `calserve doctor`")
-    pack = load_pack(connection, row)
+    pack = load(connection, row)
     labels, producers = _labels_of(connection, row, pack, after, record)
     request = np.repeat(np.arange(len(pack.row_counts)), pack.row_counts)
     whole = Pairs(

@@ -20,7 +20,7 @@ import service.store.journal
 from service.errors import Damaged, Stale
 from service.store import reading
 from service.store.database import Connection
-from service.store.journal_tables import Retention, prune, used_bytes
+from service.store.journal_tables import PACK_COLUMNS, PackRow, RecentPacks, Retention, prune, used_bytes
 from service.store.keys import NOWHERE, IdMaker, IdReader, Keys
 from service.store.labels import Message, NewLabel, NewLabels, Result
 from service.store.packs import ALL_UP_TO, MOST_PROBABLE, VALUES_TOGETHER, Answered, Pack
@@ -599,8 +599,8 @@ def test_a_reader_that_found_nothing_looks_again_when_something_was_written_or_w
     kept: Kept, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reader, looks = reader_of(kept, wait_seconds=60), []
-    look = reading.load_pack
-    monkeypatch.setattr(reading, "load_pack", lambda *given: looks.append(1) or look(*given))
+    look = kept.journal.packs.load
+    monkeypatch.setattr(kept.journal.packs, "load", lambda *given: looks.append(1) or look(*given))
     (waits,) = kept.predict(answered(1, time_ms=int(1000 * time.time())))
     kept.flush()
     assert not reader.read()
@@ -616,6 +616,24 @@ def test_a_reader_that_found_nothing_looks_again_when_something_was_written_or_w
     assert seen(reader.read()) == [(0, 0, NO_LABEL), (1, 0, NO_LABEL)]
     kept.label_one(waits, 1)
     assert seen(reader.read()) == [(0, 0, 1), (1, 0, NO_LABEL)]
+
+
+def test_packs_that_are_read_again_are_read_once_and_so_many_bytes_are_remembered(kept: Kept) -> None:
+    for seed in range(6):
+        kept.predict(answered(seed, rows=100))
+        kept.flush()
+    with kept.journal.reading() as connection:
+        query = f"SELECT {PACK_COLUMNS} FROM packs ORDER BY pack"  # noqa: S608
+        rows = [PackRow(*found) for found in connection.execute(query)]
+        packs = RecentPacks(most_bytes=3 * 100 * N_CLASSES * 8)
+        loaded = [packs.load(connection, row) for row in rows]
+        assert [packs.load(connection, row) is pack for row, pack in zip(rows[-2:], loaded[-2:], strict=True)] == [
+            True,
+            True,
+        ]
+        assert packs.load(connection, rows[0]) is not loaded[0]
+        alone = RecentPacks(most_bytes=1)
+        assert alone.load(connection, rows[0]) is alone.load(connection, rows[0])
 
 
 def test_a_reader_that_holds_rows_back_passes_them_when_their_time_has_come(

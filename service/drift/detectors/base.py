@@ -44,6 +44,16 @@ class Lumped:
     def __getitem__(self, chosen: slice | NDArray[np.intp]) -> Lumped:
         return Lumped(self.named[chosen], self.classes[chosen], self.other[chosen], self.n_classes)
 
+    @classmethod
+    def joined(cls, parts: Sequence[Lumped]) -> Lumped:
+        """One after the other; all are of as many classes, and name as many."""
+        return cls(
+            np.concatenate([part.named for part in parts]),
+            np.concatenate([part.classes for part in parts]),
+            np.concatenate([part.other for part in parts]),
+            parts[0].n_classes,
+        )
+
     @property
     def whole(self) -> Array:
         """(n_rows, n_classes)"""
