@@ -171,8 +171,9 @@ class Journal:
         if self._flush_at is not None and self.writer.writable:
             self._flush_at = 0.0
         self.writer.close()
-        if self._read_connection is not None:
-            self._read_connection.close()
+        with self._reading:  # a look that was called off may still be under way in its thread
+            if self._read_connection is not None:
+                self._read_connection.close()
 
     @property
     def queued_bytes(self) -> int:

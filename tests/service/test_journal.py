@@ -618,6 +618,18 @@ def test_a_reader_that_found_nothing_looks_again_when_something_was_written_or_w
     assert seen(reader.read()) == [(0, 0, 1), (1, 0, NO_LABEL)]
 
 
+def test_who_still_reads_is_waited_for_at_the_close(tmp_path: Path) -> None:
+    """A look that is called off goes on in its thread, and a connection that is closed under it ends the process."""
+    kept = Kept(tmp_path)
+    closing = threading.Thread(target=kept.close)
+    with kept.journal.reading() as connection:
+        closing.start()
+        closing.join(0.2)
+        assert closing.is_alive()
+        assert connection.execute("SELECT 1").fetchone() == (1,)
+    closing.join()
+
+
 def test_packs_that_are_read_again_are_read_once_and_so_many_bytes_are_remembered(kept: Kept) -> None:
     for seed in range(6):
         kept.predict(answered(seed, rows=100))
