@@ -58,6 +58,7 @@ from service.rpc.wire import FEEDBACK_SERVICE, INFERENCE_SERVICE
 from service.settings import Settings, is_local
 from service.store.blobs import Blobs
 from service.store.catalogue import Catalogue
+from service.store.following import next_look
 from service.store.journal import Journal
 from service.store.journal_tables import Retention
 from service.store.labels import Labels
@@ -253,7 +254,7 @@ class App:
 
     async def _keep_watch(self) -> None:
         while True:
-            await asyncio.sleep(WATCH_SECONDS)
+            await next_look(WATCH_SECONDS)
             try:
                 self.reload(force=False)
                 if self._health.serving(FEEDBACK_SERVICE.full_name) != self._journal.writer.writable:

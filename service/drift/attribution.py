@@ -35,11 +35,12 @@ from math import exp, log
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import ks_2samp, norm
 
 from calibrators.numerics import log_softmax, softmax
 from calibrators.online import softmax as online
-from service.drift.detectors.base import NO_LABEL, Array, Batch
+from service.drift.detectors.base import NO_LABEL, Array, Batch, Lumped
 from service.drift.states import Cause
 
 LABELS_NEEDED = 200
@@ -87,7 +88,7 @@ def cause(
     >>> found.kind, found.action
     ('temperature', 'Fit `temperature` on the 1000 labels since the change.')
     """
-    reference, since = (rows.rows(np.flatnonzero(np.isfinite(rows.logits.max(axis=1)))) for rows in (reference, since))
+    reference, since = (rows.rows(np.flatnonzero(_finite(rows.scores))) for rows in (reference, since))
     segment, share = _largest(evidence, "segment ")
     where, sentences = "", list[str]()
     if share > MOST_OF_THE_EVIDENCE:
@@ -255,10 +256,10 @@ def gains_of(reference: Array, since: Batch) -> Gains:
     reference : (n_rows, n_classes) logits
     """
     labelled = np.flatnonzero(since.labels != NO_LABEL)[:MOST_ROWS]
-    logits, y = since.logits[labelled], since.labels[labelled]
+    logits, y = since.rows(labelled).logits, since.labels[labelled]
     gains, theta = online.gains(logits, y)
     before = np.maximum(softmax(reference).mean(axis=0), LEAST_PRIOR)
-    priors = _priors(softmax(since.logits[:MOST_ROWS]), before)
+    priors = _priors(softmax(since.rows(slice(MOST_ROWS)).logits), before)
     ratio, log_p = np.log(priors / before), log_softmax(logits)
     prior = ratio[y] - np.log(np.exp(log_p + ratio).sum(axis=1))
     memories = gains[2:]  # of the experts with biases, mixed alike
@@ -313,6 +314,10 @@ class _Difference:
         chance = "below 1e-12" if self.p < 1e-12 else f"{self.p:.0e}"
         moved = f"was {self.before:.3g} before the change and is {self.since:.3g} since"
         return f"{self.what} {moved}; the probability that chance does this is {chance}."
+
+
+def _finite(scores: Array | Lumped) -> NDArray[np.bool_]:
+    return scores.finite if isinstance(scores, Lumped) else np.asarray(np.isfinite(scores.max(axis=1)))
 
 
 def _scores(reference: Batch, since: Batch, class_names: Sequence[str]) -> list[_Difference]:

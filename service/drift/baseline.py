@@ -40,10 +40,14 @@ class Baseline:
         return len(self._labels)
 
     def take(self, batch: Batch) -> Batch:
-        """What is left of the rows, mapped."""
-        if not self.ready:
-            batch = self._gather(batch)
-        return replace(batch, logits=self._mapped(batch.logits)) if self._temperature and len(batch) else batch
+        """What is left of the rows, to be mapped."""
+        return batch if self.ready else self._gather(batch)
+
+    def mapped(self, batch: Batch) -> Batch:
+        """Rows that are left, as they are once the map is known."""
+        if not self._temperature or not len(batch):
+            return batch
+        return replace(batch, scores=batch.logits / self._temperature + self._bias)
 
     def state(self) -> dict[str, NDArray[np.generic]]:
         head = np.array([self._temperature, *self._bias])
@@ -56,10 +60,10 @@ class Baseline:
 
     def _gather(self, batch: Batch) -> Batch:
         """The rows behind those that are taken."""
-        n_classes = batch.logits.shape[1]
+        n_classes = batch.n_classes
         wanted = min(self._wanted, max(LEAST_ROWS, MOST_VALUES // n_classes))
         labelled = np.flatnonzero(batch.labels != NO_LABEL)[: wanted - len(self._labels)]
-        logits = batch.logits[labelled].astype(np.float32)
+        logits = batch.rows(labelled).logits.astype(np.float32)
         self._logits = np.concatenate([self._logits.reshape(-1, n_classes), logits])
         self._labels = np.concatenate([self._labels, batch.labels[labelled]])
         if len(self._labels) < wanted:
@@ -73,6 +77,3 @@ class Baseline:
         prior: Any = calibrators.create("class_prior").fit(logits / self._temperature, self._labels)
         self._bias = prior.bias_
         self._logits, self._labels = self._logits[:0], self._labels[:0]
-
-    def _mapped(self, logits: Array) -> Array:
-        return logits / self._temperature + self._bias

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from service.drift.baseline import Baseline
 from service.drift.detectors import registry
-from service.drift.detectors.base import NO_LABEL, Batch, Detector
+from service.drift.detectors.base import NO_LABEL, Array, Batch, Detector, Lumped
 from service.drift.detectors.score_shift import OF_LOGITS, PREDICTED_CLASS
 from service.drift.missing_labels import MissingLabels
 from service.drift.nowcasting import HIDDEN, KINDS
@@ -33,7 +33,7 @@ from service.errors import InvalidRequest
 from service.store.database import Connection
 from service.store.journal import Journal
 from service.store.monitors import read_turns, write_turn
-from service.store.packs import logits_of, probabilities_of
+from service.store.packs import Kept, logit_of_others, probability_of_others
 from service.store.reading import Cohort, Pairs, Position, Reader
 
 STEP_ROWS = 5000
@@ -192,7 +192,6 @@ class Watching:
 
     def _read(self, part: Pairs) -> Iterator[Ring]:
         whole, times = self.batch_of(part)
-        together = max(1, VALUES_TOGETHER // whole.logits.shape[1])
         batch = self.baseline.take(whole)
         taken, start = len(whole) - len(batch), 0
         times = times[taken:]
@@ -202,8 +201,8 @@ class Watching:
                 passed = min(self.cooling, len(batch) - start)
                 self.cooling, start = self.cooling - passed, start + passed
                 continue
-            rows = batch.rows(slice(start, start + together))
-            at = self.detector.update(rows)
+            rows = batch.rows(slice(start, self._stop(batch, start)))
+            at = self._update(rows)
             if at is None:
                 self._count(rows.labels)
                 start += len(rows)
@@ -213,22 +212,34 @@ class Watching:
         if len(batch) and not self.cooling:
             self._mark(int(times[-1]))
 
+    def _stop(self, batch: Batch, start: int) -> int:
+        """Where rows from `start` on end that the detector may read in one piece."""
+        is_read = batch.labels[start:] != NO_LABEL if self.detector.labelled else np.ones(len(batch) - start, np.bool_)
+        values = batch.n_classes if self.detector.labelled else batch.width
+        return start + int(np.searchsorted(np.cumsum(is_read), max(1, VALUES_TOGETHER // values), side="right"))
+
+    def _update(self, rows: Batch) -> int | None:
+        """Let the detector read rows, of many classes only those that it has use for; where it rang."""
+        if not self.detector.labelled:
+            return self.detector.update(self.baseline.mapped(rows))
+        labelled = np.flatnonzero(rows.labels != NO_LABEL)
+        if not len(labelled):
+            return None
+        at = self.detector.update(self.baseline.mapped(rows.rows(labelled)))
+        return None if at is None else int(labelled[at])
+
     def _count(self, labels: NDArray[np.int64]) -> None:
         if waits_for_labels(self.detector):
             self.missing += int((labels == NO_LABEL).sum())
 
     def batch_of(self, part: Pairs) -> tuple[Batch, NDArray[np.int64]]:
         """The rows as detectors read them, and when each was predicted."""
-        n_classes = part.stream.class_count
-        if self.spec.watched == RAW:
-            logits = logits_of(part.kept, n_classes)
-        else:
-            logits = np.log(np.maximum(probabilities_of(part.kept, n_classes), LEAST_PROBABILITY).astype(np.float64))
+        scores = scores_of(part.kept, part.stream.class_count, self.spec.watched)
         self._segments += [name for name in part.segment_names if name not in self._segments]
         segments = np.array([self._segments.index(name) for name in part.segment_names], np.int64)[part.segments]
         signals = {name: values.astype(np.float64) for name, values in part.signals.items()}
-        rows = np.flatnonzero(np.isfinite(logits).all(axis=1))
-        return Batch(logits, part.labels, segments, signals).rows(rows), part.times_ms[rows]
+        rows = np.flatnonzero(scores.finite if isinstance(scores, Lumped) else np.isfinite(scores).all(axis=1))
+        return Batch(scores, part.labels, segments, signals).rows(rows), part.times_ms[rows]
 
     def _rang(self, times: NDArray[np.int64], labels: NDArray[np.int64]) -> Ring:
         """What there is to say of a ring at the last of these rows; the detector begins anew."""
@@ -352,8 +363,7 @@ class Monitor:
             rows.pop(0)
         batches = [self.watching.batch_of(part) for part in rows]
         whole = joined([batch for batch, _ in batches], n_classes)
-        if self.watching.baseline.ready:
-            whole = self.watching.baseline.take(whole)
+        whole = self.watching.baseline.mapped(whole)
         begins = int(sum((times < since_ms).sum() for _, times in batches))
         return whole.rows(slice(begins)), whole.rows(slice(begins, None))
 
@@ -389,13 +399,30 @@ class Monitor:
         )
 
 
+def scores_of(kept: Kept, n_classes: int, watched: str) -> Array | Lumped:
+    """The logits of the forecaster that is watched."""
+    if kept.classes is None or kept.rest is None:
+        return kept.logits.astype(np.float64) if watched == RAW else _logarithms(kept.probabilities)
+    others = n_classes - kept.classes.shape[1]
+    if watched == RAW:
+        named, other = kept.logits.astype(np.float64), logit_of_others(kept.rest, others)
+    else:
+        named, other = map(_logarithms, (kept.probabilities, probability_of_others(kept.probabilities, others)))
+    return Lumped(named, kept.classes.astype(np.int64), other, n_classes)
+
+
+def _logarithms(probabilities: NDArray[np.float32]) -> Array:
+    return np.asarray(np.log(np.maximum(probabilities, LEAST_PROBABILITY).astype(np.float64)))
+
+
 def joined(batches: Sequence[Batch], n_classes: int) -> Batch:
     """One batch of several, with the signals that all have."""
     names = set.intersection(*(set(batch.signals) for batch in batches)) if batches else set()
     none = Batch(np.empty((0, n_classes)), np.empty(0, np.int64), np.empty(0, np.int64))
     whole = [none, *batches]
+    lumped = [batch.scores for batch in batches if isinstance(batch.scores, Lumped)]
     return Batch(
-        np.concatenate([batch.logits for batch in whole]),
+        Lumped.joined(lumped) if lumped and len(lumped) == len(batches) else np.concatenate([b.logits for b in whole]),
         np.concatenate([batch.labels for batch in whole]),
         np.concatenate([batch.segments for batch in whole]),
         {name: np.concatenate([batch.signals[name] for batch in batches]) for name in sorted(names)},

@@ -30,7 +30,8 @@ from scipy.stats import chi2, norm
 from calibrators.metrics.binned import debiased_squared_gap
 from calibrators.metrics.calibration import ReliabilityCurve, binned_curve, equal_width_edges
 from calibrators.numerics import softmax
-from service.drift.detectors.base import NO_LABEL, Array, Batch, number, whole
+from service.drift.detectors.base import NO_LABEL, Array, Batch, Lumped, number, whole
+from service.drift.detectors.score_shift import OF_LOGITS, signals_of
 
 FEWEST_ROWS = 100
 """Of which there is a mean confidence at all."""
@@ -122,17 +123,22 @@ class Nowcasts:
 
     def read(self, batch: Batch) -> None:
         """Rows as they are predicted, with labels or without; a row without finite probabilities passes by."""
-        confidence = softmax(batch.logits[_is_finite(batch)]).max(axis=1)
+        if isinstance(batch.scores, Lumped):
+            confidence = signals_of(batch.scores)[0][OF_LOGITS.index("confidence")]
+            confidence = confidence[np.isfinite(confidence)]
+        else:
+            confidence = softmax(batch.scores[_is_finite(batch.scores)]).max(axis=1)
         places = (self._n_rows + np.arange(len(confidence))) % self.window_rows
         self._window[places[-self.window_rows :]] = confidence[-self.window_rows :]
         self._n_rows += len(confidence)
 
     def read_labels(self, batch: Batch) -> None:
         """Rows that are waited for no longer, in the order of their prediction; those without a label pass by."""
-        (labelled,) = np.nonzero((batch.labels != NO_LABEL) & _is_finite(batch))
-        p = softmax(batch.logits[labelled])
-        rows = np.stack([p.max(axis=1), p.argmax(axis=1) == batch.labels[labelled]])
-        self._n_labels += len(labelled)
+        labelled = batch.rows(np.flatnonzero(batch.labels != NO_LABEL))
+        finite = _is_finite(logits := labelled.logits)
+        p = softmax(logits[finite])
+        rows = np.stack([p.max(axis=1), p.argmax(axis=1) == labelled.labels[finite]])
+        self._n_labels += len(p)
         self._learn_reference(rows[:, : self.reference_labels - int(self._reference[0])])
         while rows.shape[1]:
             if self._n_cohort == self.cohort_labels:
@@ -232,8 +238,8 @@ class Nowcasts:
         self._reference = np.array([count, mean, squares])
 
 
-def _is_finite(batch: Batch) -> NDArray[np.bool_]:
-    return np.asarray(np.isfinite(batch.logits.max(axis=1)))
+def _is_finite(logits: Array) -> NDArray[np.bool_]:
+    return np.asarray(np.isfinite(logits.max(axis=1)))
 
 
 def betting_interval(x: Array, level: float) -> tuple[float, float]:

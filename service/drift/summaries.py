@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from calibrators.conformal.calibrator import ConformalCalibrator
 from service.drift.summary import Summary, Tally
 from service.errors import CalserveError
+from service.store.following import next_look
 from service.store.journal import Journal
 from service.store.reading import Follower, Pairs
 
@@ -111,4 +112,4 @@ class Summaries:
                 await self.look()
             except Exception:
                 log.exception("the summaries could not be kept up; it is tried again")
-            await asyncio.sleep(LOOK_SECONDS)
+            await next_look(LOOK_SECONDS)

@@ -112,7 +112,7 @@ class Run:
     def part(self, name: str, start: int, stop: int) -> NDArray[Any]:
         """One request's rows of an output."""
         array = self.arrays[name]
-        return array if self.rows is None else array[start:stop]
+        return array if self.rows is None or stop - start == self.rows else array[start:stop]
 
     def raw(self, names: tuple[str, ...], start: int, stop: int) -> Sequence[bytes | memoryview]:
         """The bytes of one request's rows of outputs of numbers."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,6 @@ from service.inference.session import TensorSpec
 MOST_PROJECTIONS = 64
 MOST_NUMBERS = 4096
 """Of a row that are looked at."""
-ROWS_TOGETHER = 1024
 
 Arrays = Mapping[str, NDArray[Any]]
 Sample = Sequence[NDArray[Any]]
@@ -67,34 +66,12 @@ class InputSignals:
         rows = [(arrays[name].reshape(len(arrays[name]), -1), places) for name, places in self._places.items()]
         return [values if self._whole else values[:, places] for values, places in rows]
 
-    def of_each(self, samples: Sequence[Sample]) -> Iterator[dict[str, NDArray[np.float32]]]:
-        """The same of several samples, computed together: one by one they cost ten times as much."""
-        for together in _grouped(samples):
-            signals = self.of([np.concatenate(parts) for parts in zip(*together, strict=True)])
-            stop = 0
-            for sample in together:
-                start, stop = stop, stop + len(sample[0])
-                yield {name: column[start:stop] for name, column in signals.items()}
-
     def of(self, sample: Sample) -> dict[str, NDArray[np.float32]]:
         """The signals of each row, by name."""
         with np.errstate(over="ignore", invalid="ignore"):  # of inputs that are no numbers they are none either
             values = np.concatenate(sample, axis=1, dtype=np.float32, casting="unsafe")
             columns = [values.mean(axis=1), values.std(axis=1), *(values @ self._directions).T]
         return dict(zip(self.names, columns, strict=True))
-
-
-def _grouped(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
-    """Samples with no more than ROWS_TOGETHER rows in a group, unless it is of one."""
-    group, rows = list[Sample](), 0
-    for sample in samples:
-        if group and rows + len(sample[0]) > ROWS_TOGETHER:
-            yield group
-            group, rows = [], 0
-        group.append(sample)
-        rows += len(sample[0])
-    if group:
-        yield group
 
 
 def _is_numeric(spec: TensorSpec) -> bool:

@@ -18,6 +18,7 @@ import numpy as np
 from calibrators.conformal.calibrator import ConformalCalibrator
 from service.errors import CalserveError
 from service.inference.repository import Repository
+from service.store.following import next_look
 from service.store.journal import Journal
 from service.store.packs import probabilities_of
 from service.store.reading import NO_LABEL, Pairs, Reader
@@ -137,4 +138,4 @@ class Coverage:
                 log.error("coverage is not followed now: %s", error.message)
             except Exception:
                 log.exception("coverage could not be followed; it is tried again")
-            await asyncio.sleep(LOOK_SECONDS)
+            await next_look(LOOK_SECONDS)

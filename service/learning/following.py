@@ -8,6 +8,7 @@ import logging
 from service.learning.online_serving import OnlineServing
 from service.learning.revisions import Revisions
 from service.store.catalogue import Catalogue
+from service.store.following import next_look
 
 log = logging.getLogger(__name__)
 
@@ -45,4 +46,4 @@ class Following:
                 await self.look()
             except Exception:
                 log.exception("the catalogue could not be followed; what is served stays")
-            await asyncio.sleep(LOOK_SECONDS)
+            await next_look(LOOK_SECONDS)

@@ -20,14 +20,16 @@ from calibrators.graph import FURTHER_OUTPUTS, LOGITS
 from service.errors import NotReady
 from service.inference.batcher import Answer, Run
 from service.inference.input_signals import InputSignals, Sample
-from service.inference.model import ServedModel, Snapshot
+from service.inference.model import ServedModel
 from service.inference.prediction_sets import SET_SIZE
-from service.store.beside import MOST_SEGMENTS, NO_SEGMENT, OTHER_SEGMENT, Floats, Signals
+from service.store.beside import MOST_SEGMENTS, NO_SEGMENT, OTHER_SEGMENT, Floats
 from service.store.database import READ_ONLY
 from service.store.journal import Journal, OpenStream
-from service.store.packs import Answered
+from service.store.packs import VALUES_TOGETHER, Answered, Kept
 
 PROBABILITIES = "probabilities"
+ROWS_TOGETHER = 1024
+"""Rows of answers that are read in one piece, of many classes fewer."""
 NEEDED = (LOGITS, PROBABILITIES)
 """Outputs that a run must compute for its rows to be kept."""
 NEEDED_IF_THERE = ("density", "ood_score")
@@ -124,41 +126,46 @@ Waiting: TypeAlias = tuple[int, Answer, bytes, str, Sample]
 
 
 def _answers(of_inputs: InputSignals | None, waiting: Sequence[Waiting]) -> list[Answered]:
-    """What is kept of answers. Those of one run are read together: one by one they cost several times as much."""
-    runs = list(_runs(waiting))
-    if of_inputs is None:
-        return [_answered(run, {}) for run in runs]
-    samples = [[np.concatenate(parts) for parts in zip(*(inputs for *_, inputs in run), strict=True)] for run in runs]
-    return list(map(_answered, runs, of_inputs.of_each(samples)))
+    """What is kept of answers. Many are read together: one by one they cost ten times as much."""
+    return [_answered(together, of_inputs) for together in _together(waiting)]
 
 
-def _runs(waiting: Sequence[Waiting]) -> Iterator[list[Waiting]]:
-    """Divided where one does not follow the one before it in its run."""
+def _together(waiting: Sequence[Waiting]) -> Iterator[list[Waiting]]:
+    """Divided where another snapshot begins to answer, or to compute other outputs, and where they are many."""
     run: Run | None = None
-    together, stop = list[Waiting](), 0
+    together, room = list[Waiting](), 0
     for one in waiting:
         answer = one[1]
-        if answer.run is not run or answer.start != stop:
+        if answer.run is not run and not (run and _are_alike(answer.run, run)):
+            room = 0
+        run = answer.run
+        rows = answer.stop - answer.start
+        if rows > room:
             if together:
                 yield together
-            together, run = [], answer.run
+            together, room = [], max(1, min(ROWS_TOGETHER, VALUES_TOGETHER // run.arrays[LOGITS].shape[1]))
         together.append(one)
-        stop = answer.stop
+        room -= rows
     yield together
 
 
-def _answered(waiting: Sequence[Waiting], of_inputs: Signals) -> Answered:
-    """What one run gave for one or more requests whose rows follow each other."""
-    answer, last = waiting[0][1], waiting[-1][1]
-    if answer is not last:
-        answer = Answer(answer.run, answer.start, last.stop)
-    snapshot = answer.run.snapshot
+def _are_alike(one: Run, other: Run) -> bool:
+    return one.snapshot is other.snapshot and one.arrays.keys() == other.arrays.keys()
+
+
+def _answered(waiting: Sequence[Waiting], of_inputs: InputSignals | None) -> Answered:
+    """What one snapshot gave for one or more requests."""
+    stretches = list(_stretches([one[1] for one in waiting]))
+    run = stretches[0].run
+    signals = {name: _column(stretches, name) for name in _signals_of(run)}
+    if of_inputs is not None:
+        samples = zip(*(one[4] for one in waiting), strict=True)
+        signals |= of_inputs.of([np.concatenate(parts) for parts in samples])
     return Answered(
-        snapshot.revision,
-        snapshot.online_state or 0,
-        answer.part(LOGITS),
-        answer.part(PROBABILITIES),
-        {**_signals(answer, snapshot), **of_inputs},
+        run.snapshot.revision,
+        run.snapshot.online_state or 0,
+        Kept.of(_column(stretches, LOGITS), _column(stretches, PROBABILITIES)),
+        signals,
         [one[0] // 1_000_000 for one in waiting],
         [one[1].stop - one[1].start for one in waiting],
         [one[2] for one in waiting],
@@ -166,10 +173,27 @@ def _answered(waiting: Sequence[Waiting], of_inputs: Signals) -> Answered:
     )
 
 
-def _signals(answer: Answer, snapshot: Snapshot) -> dict[str, Floats]:
-    """What the run computed of each row besides; sizes of sets only at the revision's own level: those compare."""
-    names = [name for name in NEEDED_IF_THERE if name in answer.run.arrays]
-    sets = snapshot.sets
-    if sets is not None and SET_SIZE in answer.run.arrays and sets.confidence_level == sets.calibrator.confidence_level:
+def _stretches(answers: Sequence[Answer]) -> Iterator[Answer]:
+    """Those whose rows follow each other in a run as one."""
+    run, start, stop = answers[0]
+    for answer in answers[1:]:
+        if answer.run is not run or answer.start != stop:
+            yield Answer(run, start, stop)
+            run, start = answer.run, answer.start
+        stop = answer.stop
+    yield Answer(run, start, stop)
+
+
+def _column(stretches: Sequence[Answer], name: str) -> Floats:
+    """An output of all of their rows."""
+    parts = [run.part(name, start, stop) for run, start, stop in stretches]
+    return parts[0].astype(np.float32, copy=False) if len(parts) == 1 else np.concatenate(parts, dtype=np.float32)
+
+
+def _signals_of(run: Run) -> list[str]:
+    """What a run computed of each row besides; sizes of sets only at the revision's own level: those compare."""
+    names = [name for name in NEEDED_IF_THERE if name in run.arrays]
+    sets = run.snapshot.sets
+    if sets is not None and SET_SIZE in run.arrays and sets.confidence_level == sets.calibrator.confidence_level:
         names.append(SET_SIZE)
-    return {name: answer.part(name).astype(np.float32) for name in names}
+    return names

@@ -44,6 +44,7 @@ from service.learning.policies import Policies
 from service.learning.whole import to_its_end
 from service.store import monitors as store
 from service.store.database import Connection
+from service.store.following import next_look
 from service.store.journal import Journal
 from service.store.monitors import forget_monitor, read_monitors, write_monitor
 
@@ -280,7 +281,7 @@ class Monitoring:
                 log.error("monitors see nothing now: %s", error.message)
             except Exception:
                 log.exception("the monitors could not be looked after; it is tried again")
-            await asyncio.sleep(LOOK_SECONDS)
+            await next_look(LOOK_SECONDS)
 
     async def look(self) -> None:
         """Read what has come since the last look, of every model that is served; carry out what alarms ask for."""

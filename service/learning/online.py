@@ -31,6 +31,7 @@ from service.learning.revisions import Revisions
 from service.learning.whole import to_its_end
 from service.store.catalogue import RevisionRow
 from service.store.database import Connection
+from service.store.following import next_look
 from service.store.journal import Journal
 from service.store.online_states import (
     START,
@@ -371,7 +372,7 @@ class Online:
             except Exception:
                 log.exception("the online learners could not be looked after; what is served stays")
                 pause = RETRY_SECONDS
-            await asyncio.sleep(pause)
+            await next_look(pause)
 
     async def look(self) -> None:
         """A learner for each revision that learns, and no other."""

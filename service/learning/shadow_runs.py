@@ -36,6 +36,7 @@ from service.inference.repository import Repository
 from service.learning.journalling import Journalling, ModelJournal
 from service.learning.revisions import Revisions
 from service.learning.shadow import reads_logits
+from service.store.following import next_look
 from service.store.journal import Journal
 from service.store.online_states import START, OnlineStates
 from service.store.shadows import ShadowPack, ShadowRow, append_shadow_pack, read_shadows
@@ -295,4 +296,4 @@ class ShadowRuns:
                 log.error("shadows are not followed now: %s", error.message)
             except Exception:
                 log.exception("shadows could not be followed; it is tried again")
-            await asyncio.sleep(LOOK_SECONDS)
+            await next_look(LOOK_SECONDS)

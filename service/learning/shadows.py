@@ -28,6 +28,7 @@ from service.learning.revisions import Revisions
 from service.learning.shadow import BETTER, Comparison, Judge, from_journal, reads_logits
 from service.learning.shadow_runs import ShadowRuns
 from service.learning.whole import to_its_end
+from service.store.following import next_look
 from service.store.journal import Journal
 from service.store.shadows import PROMOTED, STOPPED, ShadowRow, read_shadows
 
@@ -214,7 +215,7 @@ class Shadows:
                 await self.look()
             except Exception:
                 log.exception("shadows could not be looked after; it is tried again")
-            await asyncio.sleep(LOOK_SECONDS)
+            await next_look(LOOK_SECONDS)
 
     async def _adopt(self) -> None:
         """A judge for each shadow that the store says is running on a model that is served."""

@@ -21,6 +21,7 @@ from service.rpc.h2_framing import Header, Opening, read_headers
 from service.rpc.limits import ConnectionLimits
 from service.rpc.methods import Method
 from service.rpc.tls import CertificateFiles
+from service.store.following import seconds_left
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +162,7 @@ class H2Front:
             except Exception:
                 log.exception("a connection could not be looked after and is closed")
                 connection.abort()
-        self._sweep = self.loop.call_later(self._look_seconds, self._look)
+        self._sweep = self.loop.call_later(seconds_left(self._look_seconds, now), self._look)
 
     async def _listen(self, host: str, port: int) -> list[socket.socket]:
         """Sockets on every address of the host, on one port."""

@@ -51,6 +51,12 @@ def open_database(path: Path, what: str, schema: str, version: int, later: Seque
     return connection
 
 
+def version_of(connection: Connection) -> int:
+    """Of what a connection sees: another number whenever another connection has written since."""
+    (version,) = connection.execute("PRAGMA data_version").fetchone()
+    return int(version)
+
+
 @contextmanager
 def reading_errors(what: str) -> Iterator[None]:
     """What cannot be read is Damaged."""

@@ -21,6 +21,7 @@ from service.store.journal_tables import (
     LATER_SCHEMAS,
     SCHEMA,
     SCHEMA_VERSION,
+    RecentPacks,
     Retention,
     StreamRow,
     append_pack,
@@ -45,6 +46,8 @@ IDS_AHEAD = 32
 LOST = ("full", "disk")
 """Why a prediction is not kept: too many wait, or the disk has failed."""
 PRUNE_SECONDS = 10.0
+RECENT_BYTES = 8 << 20
+"""Of packs that are kept in memory once they are read."""
 KEY_SECONDS = 30 * 86400.0
 """After this ids and receipts are signed with a new key. Old keys are known as long as what they signed may be kept."""
 
@@ -114,6 +117,7 @@ class Journal:
     ----------
     writer : what writes it
     keys : what signs its ids
+    packs : those that were read last; to be asked inside `reading`
     """
 
     def __init__(
@@ -133,6 +137,7 @@ class Journal:
         self._flush_at: float | None = None
         self._prune_at = time.monotonic() + PRUNE_SECONDS if learns else float("inf")
         self._reading = threading.Lock()
+        self.packs = RecentPacks(RECENT_BYTES)
         self._read_connection: Connection | None = None
         probe = partial(change_counter, name="stream", change=0)
         self.writer = Writer("journal", self.connect, verify, probe, self._due_in, self._do_due, self._ended)
@@ -166,8 +171,9 @@ class Journal:
         if self._flush_at is not None and self.writer.writable:
             self._flush_at = 0.0
         self.writer.close()
-        if self._read_connection is not None:
-            self._read_connection.close()
+        with self._reading:  # a look that was called off may still be under way in its thread
+            if self._read_connection is not None:
+                self._read_connection.close()
 
     @property
     def queued_bytes(self) -> int:
@@ -248,7 +254,7 @@ class Journal:
         before = [flight for flight in self._in_flight if flight.stream is stream]
         told, lost = before[-1].told_lost if before else stream.told_lost, stream.lost_rows.total()
         answers = stream.read(requests)
-        self._in_flight.append(_Flight(stream, requests, sum(len(answer.logits) for answer in answers), lost))
+        self._in_flight.append(_Flight(stream, requests, sum(len(answer.kept) for answer in answers), lost))
         if not stream.recorded:
             insert_stream(connection, stream.row)
         first = stream.written + sum(len(flight.requests) for flight in before)
@@ -293,7 +299,7 @@ class Journal:
 
 
 def _packed(answers: list[Answered]) -> Iterator[list[Answered]]:
-    """What goes into a pack each; runs are not divided."""
+    """What goes into a pack each; what was read together is not divided."""
     together, requests = list[Answered](), 0
     for run in answers:
         if together and requests + len(run.row_counts) > MOST_REQUESTS_IN_PACK:

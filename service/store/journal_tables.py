@@ -206,10 +206,41 @@ def find_pack(connection: Connection, stream: int, number: int) -> PackRow | Non
 
 def load_pack(connection: Connection, row: PackRow) -> Pack:
     """A pack's content, verified."""
+    return _decoded(row, _payload(connection, row))
+
+
+def _payload(connection: Connection, row: PackRow) -> bytes:
+    payload: bytes
     payload, crc = connection.execute("SELECT payload, crc FROM packs WHERE pack = ?", (row.pack,)).fetchone()
     if row.crc(payload) != crc:
         raise Damaged(f"pack {row.pack} of the journal is damaged: its checksum differs; see `calserve doctor`")
+    return payload
+
+
+def _decoded(row: PackRow, payload: bytes) -> Pack:
     return Pack.decode(row.first, row.time_ms, row.revisions.split(" "), payload)
+
+
+class RecentPacks:
+    """The packs that were read last, of so many bytes, or one: those who follow the journal read the same ones, and
+    most of them several times."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes, self._bytes = most_bytes, 0
+        self._packs: dict[int, tuple[Pack, int]] = {}
+
+    def load(self, connection: Connection, row: PackRow) -> Pack:
+        """A pack's content, verified when it was read. For one thread at a time."""
+        found = self._packs.pop(row.pack, None)
+        if found is None:
+            payload = _payload(connection, row)
+            found = _decoded(row, payload), len(payload)
+            self._bytes += len(payload)
+        self._packs[row.pack] = found
+        while self._bytes > self._most_bytes and len(self._packs) > 1:
+            _, size = self._packs.pop(next(iter(self._packs)))
+            self._bytes -= size
+        return found[0]
 
 
 def find_stream(connection: Connection, stream: int) -> StreamRow | None:

@@ -26,12 +26,14 @@ from numpy.typing import NDArray
 from service.errors import Damaged
 from service.store.beside import NO_SEGMENT, Beside, Floats, Signals
 from service.store.columns import Whole, read_column, write_column
+from service.store.most_probable import log_sum_exp_of_others, most_probable
 
 ALL_UP_TO = 64
 """Classes of which every logit and probability is kept ..."""
 MOST_PROBABLE = 32
 """... and beyond, how many are: those that are served as most probable."""
-LEAST_LOGIT = np.finfo(np.float32).min
+VALUES_TOGETHER = 1 << 16
+"""Rows times classes that are looked at in one piece: more would leave the processor's cache on the way."""
 LONGEST_CALLER_ID = 127
 """A caller's own id that is longer is not kept: the server's is there."""
 
@@ -39,36 +41,6 @@ LONGEST_MS = 2**32 - 1
 _HEAD = struct.Struct("<HIIB")
 _PARTIAL, _BESIDE = 1, 2
 """What a pack has, in the last byte of its head: not all classes; segments or signals."""
-
-
-class Answered(NamedTuple):
-    """Requests as one run answered them, one after the other: of all rows the logits and probabilities of all classes,
-    and signals, each a number a row; of each request when, how many rows, the caller's own id, the segment."""
-
-    revision: str
-    state: int
-    logits: Floats
-    probabilities: Floats
-    signals: Signals
-    times_ms: Sequence[int]
-    row_counts: Sequence[int]
-    caller_ids: Sequence[bytes]
-    segments: Sequence[str]
-
-    @classmethod
-    def one(
-        cls,
-        time_ms: int,
-        revision: str,
-        state: int,
-        logits: Floats,
-        probabilities: Floats,
-        caller_id: bytes = b"",
-        segment: str = NO_SEGMENT,
-        signals: Signals = MappingProxyType({}),
-    ) -> Self:
-        """A single request."""
-        return cls(revision, state, logits, probabilities, signals, [time_ms], [len(logits)], [caller_id], [segment])
 
 
 @dataclass(frozen=True)
@@ -89,19 +61,30 @@ class Kept:
     @classmethod
     def of(cls, logits: Floats, probabilities: Floats) -> Self:
         """What is kept of all classes' values."""
-        if logits.shape[1] <= ALL_UP_TO:
+        n_rows, n_classes = logits.shape
+        if n_classes <= ALL_UP_TO:
             return cls(logits, probabilities)
-        classes = np.argpartition(-probabilities, MOST_PROBABLE, axis=1)[:, :MOST_PROBABLE]
-        classes.sort(axis=1)  # of equals the first class comes first, as in the output `label`
-        order = np.argsort(-np.take_along_axis(probabilities, classes, 1), axis=1, kind="stable")
-        classes = np.take_along_axis(classes, order, 1)
-        others = logits.astype(np.float64)
-        np.put_along_axis(others, classes, -np.inf, 1)
-        largest = np.maximum(others.max(axis=1), LEAST_LOGIT)
-        with np.errstate(divide="ignore"):  # of classes that the model rules out nothing is left
-            rest = largest + np.log(np.exp(others - largest[:, None]).sum(axis=1))
+        step = max(1, VALUES_TOGETHER // n_classes)
+        pieces = [slice(start, start + step) for start in range(0, n_rows, step)]
+        return cls.joined([cls._most_probable(logits[piece], probabilities[piece]) for piece in pieces])
+
+    @classmethod
+    def _most_probable(cls, logits: Floats, probabilities: Floats) -> Self:
+        classes = most_probable(probabilities, MOST_PROBABLE)
+        rest = log_sum_exp_of_others(logits, classes)
         own, served = (np.take_along_axis(values, classes, 1) for values in (logits, probabilities))
         return cls(own, served, classes.astype(np.uint32), rest.astype(np.float32))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """What is kept of rows that follow each other, all of as many classes."""
+
+        def column(name: str, dtype: Any = np.float32) -> NDArray[Any]:
+            return np.concatenate([getattr(part, name) for part in parts], dtype=dtype)
+
+        if parts[0].classes is None:
+            return cls(column("logits"), column("probabilities"))
+        return cls(column("logits"), column("probabilities"), column("classes", np.uint32), column("rest"))
 
     @property
     def label(self) -> NDArray[np.int64]:
@@ -142,26 +125,66 @@ class Kept:
         return cls(logits, probabilities, classes, rest), start  # type: ignore[arg-type]
 
 
+def logit_of_others(rest: Floats, others: int) -> NDArray[np.float64]:
+    """(n_rows,) of each of so many classes that are not kept: an equal part of their sum of exponentials."""
+    return np.asarray(rest.astype(np.float64) - np.log(float(others)))
+
+
+def probability_of_others(probabilities: Floats, others: int) -> Floats:
+    """(n_rows,) of each of so many classes that are not kept, as it was served: an equal part of what is left."""
+    left = np.maximum(0.0, 1.0 - probabilities.sum(axis=1, dtype=np.float64))
+    return np.asarray((left / others).astype(np.float32))
+
+
 def logits_of(kept: Kept, n_classes: int) -> NDArray[np.float64]:
-    """The logits of all classes; of those that are not kept each gets an equal part of their sum of exponentials."""
+    """(n_rows, n_classes)"""
     own = kept.logits.astype(np.float64)
     if kept.classes is None or kept.rest is None:
         return own
-    others = n_classes - own.shape[1]
-    logits = np.repeat(kept.rest.astype(np.float64)[:, None] - np.log(float(others)), n_classes, axis=1)
+    others = logit_of_others(kept.rest, n_classes - own.shape[1])
+    logits = np.repeat(others[:, None], n_classes, axis=1)
     np.put_along_axis(logits, kept.classes.astype(np.int64), own, 1)
     return logits
 
 
 def probabilities_of(kept: Kept, n_classes: int) -> Floats:
-    """(n_rows, n_classes) as they were served; of those that are not kept each gets an equal part of what is left."""
+    """(n_rows, n_classes) as they were served."""
     if kept.classes is None:
         return kept.probabilities
-    left = np.maximum(0.0, 1.0 - kept.probabilities.sum(axis=1, dtype=np.float64))
-    each = (left / (n_classes - kept.classes.shape[1])).astype(np.float32)
-    probabilities = np.repeat(each[:, None], n_classes, axis=1)
+    others = probability_of_others(kept.probabilities, n_classes - kept.classes.shape[1])
+    probabilities = np.repeat(others[:, None], n_classes, axis=1)
     np.put_along_axis(probabilities, kept.classes.astype(np.int64), kept.probabilities, axis=1)
     return probabilities
+
+
+class Answered(NamedTuple):
+    """Requests as one snapshot answered them, one after the other: of all rows what is kept, and signals, each a number
+    a row; of each request when, how many rows, the caller's own id, the segment."""
+
+    revision: str
+    state: int
+    kept: Kept
+    signals: Signals
+    times_ms: Sequence[int]
+    row_counts: Sequence[int]
+    caller_ids: Sequence[bytes]
+    segments: Sequence[str]
+
+    @classmethod
+    def one(
+        cls,
+        time_ms: int,
+        revision: str,
+        state: int,
+        logits: Floats,
+        probabilities: Floats,
+        caller_id: bytes = b"",
+        segment: str = NO_SEGMENT,
+        signals: Signals = MappingProxyType({}),
+    ) -> Self:
+        """A single request."""
+        kept = Kept.of(logits, probabilities)
+        return cls(revision, state, kept, signals, [time_ms], [len(logits)], [caller_id], [segment])
 
 
 @dataclass(frozen=True)
@@ -199,15 +222,12 @@ class Pack:
             np.fromiter(chain.from_iterable(run.times_ms for run in answered), np.int64),
             np.repeat(np.array([places[run.revision] for run in answered], np.uint32), requests),
             np.repeat(np.array([run.state for run in answered], np.uint32), requests),
-            Kept.of(
-                np.concatenate([run.logits for run in answered], dtype=np.float32),
-                np.concatenate([run.probabilities for run in answered], dtype=np.float32),
-            ),
+            Kept.joined([run.kept for run in answered]),
             ids if any(ids) else (),
             Beside.of(
                 list(chain.from_iterable(run.segments for run in answered)),
                 [run.signals for run in answered],
-                [len(run.logits) for run in answered],
+                [len(run.kept) for run in answered],
             ),
         )
 

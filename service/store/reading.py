@@ -12,7 +12,7 @@ step is written too, so that `replay` gives again exactly what `read` gave.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from service.errors import Damaged, Stale
 from service.store.beside import Signals
-from service.store.database import Connection
+from service.store.database import Connection, version_of
 from service.store.journal import Journal
 from service.store.journal_tables import (
     PACK_COLUMNS,
@@ -127,6 +127,17 @@ class Cohort:
         return bool(self.pairs or self.late)
 
 
+class _Nothing(NamedTuple):
+    """What a reader found that found nothing: it is so until the journal changes, or a label was waited for enough."""
+
+    version: int
+    until_ms: float
+    cohort: Cohort
+
+    def is_so(self, version: int) -> bool:
+        return version == self.version and 1000 * time.time() < self.until_ms
+
+
 class Reader:
     """A named reader of one model's journal. Its methods are for any thread but the event loop's, one at a time.
 
@@ -148,6 +159,7 @@ class Reader:
         self._journal, self._model, self._name, self._wait_ms = journal, model, name, int(1000 * wait_seconds)
         self._hold_ms = int(1000 * hold_seconds)
         self._nothing_late: tuple[Position, int] = Position(), 0
+        self._nothing: _Nothing | None = None
 
     def state(self) -> tuple[Position, int, bytes]:
         """Position, number of steps and the state that was committed with them; of a new reader all are empty."""
@@ -157,13 +169,17 @@ class Reader:
     def read(self, most_rows: int = MOST_ROWS) -> Cohort:
         """The next step, empty if nothing can be passed. It is read again until it is committed."""
         with self._journal.reading() as connection:
+            version = version_of(connection)
+            if self._nothing is not None and self._nothing.is_so(version):
+                return self._nothing.cohort
             begin, number, _ = _state(connection, self._model, self._name)
             record = self._newest_record(connection)
-            end = self._watermark(connection, begin, max(record, begin.record), most_rows)
+            end, until_ms = self._watermark(connection, begin, max(record, begin.record), most_rows)
             searched = self._nothing_late[1] if self._nothing_late[0] == begin else begin.record
             cohort = self._cohort(connection, number + 1, begin, end, searched)
         if not cohort:  # labels of other models may come for days
             self._nothing_late = begin, end.record
+            self._nothing = _Nothing(version, until_ms, cohort)
         return cohort
 
     def commit(self, cohort: Cohort, state: bytes = b"") -> None:
@@ -257,25 +273,31 @@ class Reader:
         query = "SELECT coalesce(max(record), 0) FROM records"
         return int(connection.execute(query).fetchone()[0]) if self._reads_labels else 0
 
-    def _watermark(self, connection: Connection, begin: Position, record: int, most_rows: int) -> Position:
-        """The position after the last row that may be passed, of labels up to `record`."""
+    def _watermark(
+        self, connection: Connection, begin: Position, record: int, most_rows: int
+    ) -> tuple[Position, float]:
+        """The position after the last row that may be passed, of labels up to `record`; and until when it is that one,
+        if nothing comes."""
         now_ms = int(1000 * time.time())
         oldest_ms, held_ms = now_ms - self._wait_ms, now_ms - self._hold_ms if self._hold_ms else LAST
-        at, left = Position(begin.pack, begin.row, record), most_rows
+        at, left, until_ms = Position(begin.pack, begin.row, record), most_rows, float("inf")
         for row in self._packs(connection, begin, None):
-            pack = load_pack(connection, row)
+            pack = self._journal.packs.load(connection, row)
             start = begin.row if row.pack == begin.pack else 0
             labels, _ = _labels_of(connection, row, pack, 0, record)
             times_ms = np.repeat(pack.times_ms, pack.row_counts)
             waited_for = ((labels == NO_LABEL) & (times_ms > oldest_ms)) | (times_ms > held_ms)
             waited_for[:start] = False
-            passed = int(np.argmax(waited_for)) if waited_for.any() else len(labels)
+            passed = len(labels)
+            if waited_for.any():
+                passed = int(np.argmax(waited_for))
+                until_ms = float(times_ms[passed]) + max(self._hold_ms, (labels[passed] == NO_LABEL) * self._wait_ms)
             passed = min(passed, start + left)
             at = Position(row.pack, passed, record)
             left -= passed - start
             if passed < len(labels) or left <= 0:
                 break
-        return at
+        return at, until_ms
 
     def _cohort(self, connection: Connection, number: int, begin: Position, end: Position, searched: int) -> Cohort:
         pairs: list[Pairs] = []
@@ -285,7 +307,7 @@ class Reader:
             stop = end.row if row.pack == end.pack else row.rows
             dropped += row.lost if start == 0 and stop else 0
             if start < stop:
-                pairs += pairs_of(connection, row, 0, end.record, slice(start, stop))
+                pairs += self._pairs(connection, row, 0, end.record, slice(start, stop))
         return Cohort(number, begin, end, pairs, self._late(connection, begin, searched, end.record), dropped)
 
     def _late(self, connection: Connection, begin: Position, after: int, record: int) -> list[Pairs]:
@@ -308,10 +330,13 @@ class Reader:
         for number in sorted(packs):
             row = packs[number]
             stop = begin.row if number == begin.pack else row.rows
-            for part in pairs_of(connection, row, after, record, slice(0, stop)):
+            for part in self._pairs(connection, row, after, record, slice(0, stop)):
                 came = np.flatnonzero(part.labels != NO_LABEL)
                 late += [part.chosen(came)] if len(came) else []
         return late
+
+    def _pairs(self, connection: Connection, row: PackRow, after: int, record: int, chosen: slice) -> list[Pairs]:
+        return pairs_of(connection, row, after, record, chosen, self._journal.packs.load)
 
     def _packs(self, connection: Connection, begin: Position, end: Position | None) -> Iterator[PackRow]:
         """The model's packs from the position on, in the order of the journal."""
@@ -342,7 +367,7 @@ class Follower(Reader):
             begin = self._at or Position(self._first_pack(connection), 0, record)
             if self._seen == (record, pack):
                 return Cohort(0, begin, begin, (), (), 0)
-            end = self._watermark(connection, begin, record, most_rows)
+            end, _ = self._watermark(connection, begin, record, most_rows)
             cohort = self._cohort(connection, 0, begin, end, begin.record)
         self._at = end
         if not cohort:
@@ -394,13 +419,18 @@ def _labels_of(
 
 
 def pairs_of(
-    connection: Connection, row: PackRow, after: int = 0, record: int = LAST, chosen: slice | None = None
+    connection: Connection,
+    row: PackRow,
+    after: int = 0,
+    record: int = LAST,
+    chosen: slice | None = None,
+    load: Callable[[Connection, PackRow], Pack] = load_pack,
 ) -> list[Pairs]:
     """A pack's rows, a part for each stretch that one revision computed; labels after one record, up to another."""
     stream = find_stream(connection, row.stream)
     if stream is None:
         raise Damaged(f"stream {row.stream} of the journal is missing; see `calserve doctor`")
-    pack = load_pack(connection, row)
+    pack = load(connection, row)
     labels, producers = _labels_of(connection, row, pack, after, record)
     request = np.repeat(np.arange(len(pack.row_counts)), pack.row_counts)
     whole = Pairs(

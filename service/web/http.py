@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from selectors import EVENT_READ, DefaultSelector
 from typing import Any
 
 from service import __version__
@@ -26,7 +27,6 @@ Page = Callable[[], tuple[HTTPStatus, str, bytes]]
 """Gives status, content type and body."""
 
 IDLE_SECONDS = 10
-STOP_SECONDS = 0.05
 MOST_CONNECTIONS = 32
 """Each takes a thread; a further one is closed at once."""
 LEAST_COMPRESSED = 1400
@@ -102,9 +102,7 @@ class HttpServer:
             self._server = _Server((host, port), Handler)
         except OSError as error:
             raise NotReady(f"cannot listen on {host}:{port}: is another server running there?") from error
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, kwargs={"poll_interval": STOP_SECONDS}, name="http", daemon=True
-        )
+        self._thread = threading.Thread(target=self._server.serve_until_told, name="http", daemon=True)
 
     @property
     def port(self) -> int:
@@ -114,18 +112,36 @@ class HttpServer:
         self._thread.start()
 
     def stop(self) -> None:
-        self._server.shutdown()
+        self._server.tell_to_stop()
         self._thread.join()
         self._server.server_close()
 
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    timeout = 0  # who knocked may be gone when it is answered
 
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self._places = threading.BoundedSemaphore(MOST_CONNECTIONS)
+        self._told, self._tell = socket.socketpair()
         super().__init__(address, handler)
+
+    def serve_until_told(self) -> None:
+        """Waits as long as nobody comes: the base class looks up all the time to see whether it is to stop."""
+        with DefaultSelector() as selector:
+            selector.register(self.socket, EVENT_READ)
+            selector.register(self._told, EVENT_READ)
+            while all(key.fileobj is not self._told for key, _ in selector.select()):
+                self.handle_request()
+
+    def tell_to_stop(self) -> None:
+        self._tell.close()
+
+    def server_close(self) -> None:
+        super().server_close()
+        self._told.close()
+        self._tell.close()
 
     def verify_request(self, request: Any, client_address: Any) -> bool:  # noqa: ARG002  # as the base class calls it
         return self._places.acquire(blocking=False)

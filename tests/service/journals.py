@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from service.store.journal import Journal, OpenStream
 from service.store.labels import Labels, NewLabel, NewLabels, Result
@@ -16,12 +17,16 @@ MODEL, N_CLASSES = "m", 4
 
 
 def answered(seed: int = 0, rows: int = 1, **changes: Any) -> Answered:
-    rng = np.random.default_rng(seed)
-    logits = rng.standard_normal((rows, int(changes.pop("n_classes", N_CLASSES)))).astype(np.float32)
-    exponentials = np.exp(logits)
-    probabilities = (exponentials / exponentials.sum(axis=1, keepdims=True)).astype(np.float32)
+    logits, probabilities = scores(seed, rows, int(changes.pop("n_classes", N_CLASSES)))
     values = {"time_ms": 1_700_000_000_000 + seed, "revision": "temperature-1", "state": 0} | changes
     return Answered.one(logits=logits, probabilities=probabilities, **values)
+
+
+def scores(seed: int, rows: int, n_classes: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Logits and probabilities."""
+    logits = np.random.default_rng(seed).standard_normal((rows, n_classes)).astype(np.float32)
+    exponentials = np.exp(logits)
+    return logits, (exponentials / exponentials.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
 class Kept:
@@ -38,7 +43,7 @@ class Kept:
 
     def predict(self, *requests: Answered, stream: OpenStream | None = None) -> list[str]:
         """The ids of predictions, which may not be on the disk yet."""
-        ids = [(stream or self.stream).append(request, len(request.logits)).decode() for request in requests]
+        ids = [(stream or self.stream).append(request, len(request.kept)).decode() for request in requests]
         assert all(ids)
         return ids
 

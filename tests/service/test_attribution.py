@@ -143,7 +143,7 @@ def test_rows_without_probabilities_are_left_out_and_impossible_classes_allowed(
     odd[::10], odd[1::10, 9] = np.nan, -np.inf
     never = reference.logits.copy()
     never[:, 8] = -np.inf
-    found = cause({}, replace(reference, logits=never), replace(since, logits=odd))
+    found = cause({}, replace(reference, scores=never), replace(since, scores=odd))
     assert found.kind in {"score_pipeline", "class_bias", "prior_shift"}
     assert "the 900 labels since the change" in found.action
 

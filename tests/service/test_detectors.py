@@ -173,7 +173,7 @@ def test_rows_of_any_numbers_have_an_answer(kind: str, parameters: Parameters, n
     batch = draw(max(n_classes, 2), n_rows=120, change=60)
     logits = batch.logits[:, :n_classes].copy()
     logits[::3, 0], logits[1::7] = odd, odd
-    batch = replace(batch, logits=logits, labels=np.where(batch.labels < n_classes, batch.labels, 0))
+    batch = replace(batch, scores=logits, labels=np.where(batch.labels < n_classes, batch.labels, 0))
     read(detector, batch)
     assert np.isfinite(detector.statistic) and np.isfinite(detector.threshold)
     assert all(np.isfinite(array).all() for array in detector.state().values() if array.dtype.kind == "f")

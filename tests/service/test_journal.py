@@ -18,14 +18,16 @@ from hypothesis import strategies as st
 
 import service.store.journal
 from service.errors import Damaged, Stale
+from service.store import reading
 from service.store.database import Connection
-from service.store.journal_tables import Retention, prune, used_bytes
+from service.store.journal_tables import PACK_COLUMNS, PackRow, RecentPacks, Retention, prune, used_bytes
 from service.store.keys import NOWHERE, IdMaker, IdReader, Keys
 from service.store.labels import Message, NewLabel, NewLabels, Result
-from service.store.packs import ALL_UP_TO, MOST_PROBABLE, Answered, Pack
+from service.store.packs import ALL_UP_TO, MOST_PROBABLE, VALUES_TOGETHER, Answered, Pack
+from service.store.packs import Kept as RowsKept
 from service.store.reading import NO_LABEL, Cohort, Position, Reader
 from service.store.verification import problems
-from tests.service.journals import MODEL, N_CLASSES, Kept, answered
+from tests.service.journals import MODEL, N_CLASSES, Kept, answered, scores
 
 FOREVER = 1e9
 
@@ -93,14 +95,14 @@ def test_a_pack_comes_back_as_it_was(given_runs: list[Answered], first: int) -> 
     again = Pack.decode(first, begun, pack.revisions, pack.encode())
     start, index = 0, 0
     for run in given_runs:
-        chosen = slice(start, start + len(run.logits))
+        chosen = slice(start, start + len(run.kept))
         rows = again.kept.rows(chosen)
-        start += len(run.logits)
+        start += len(run.kept)
         signals = {name: values[chosen] for name, values in again.beside.signals.items()}
         assert {name for name, values in signals.items() if not np.isnan(values).any()} == run.signals.keys()
         assert all((signals[name] == values).all() for name, values in run.signals.items())
-        assert (rows.logits == run.logits).all()
-        assert (rows.probabilities == run.probabilities).all()
+        assert (rows.logits == run.kept.logits).all()
+        assert (rows.probabilities == run.kept.probabilities).all()
         for time_ms, row_count, own, segment in zip(
             run.times_ms, run.row_counts, run.caller_ids, run.segments, strict=True
         ):
@@ -134,26 +136,60 @@ def test_runs_of_many_requests_are_divided_into_packs_and_no_number_is_left_out(
     parts = reader_of(kept, 0).read(most_rows=10**6).pairs
     assert [len(part.numbers) for part in parts] == [together, together]
     assert np.concatenate([part.numbers for part in parts]).tolist() == list(range(2 * together))
-    assert (np.concatenate([part.kept.logits for part in parts]) == np.tile(one.logits, (2, 1))).all()
+    assert (np.concatenate([part.kept.logits for part in parts]) == np.tile(one.kept.logits, (2, 1))).all()
 
 
 @pytest.mark.parametrize("n_classes", [2, ALL_UP_TO, ALL_UP_TO + 1, 1000])
 def test_of_many_classes_the_most_probable_are_kept_and_the_rest_as_one_number(n_classes: int) -> None:
-    request = answered(1, rows=7, n_classes=n_classes)
-    pack = Pack.of(0, [request])
-    kept = Pack.decode(0, request.times_ms[0], pack.revisions, pack.encode()).kept
-    assert (kept.label == request.probabilities.argmax(axis=1)).all()
-    assert (kept.confidence == request.probabilities.max(axis=1)).all()
+    logits, probabilities = scores(1, 7, n_classes)
+    pack = Pack.of(0, [Answered.one(1, "r", 0, logits, probabilities)])
+    kept = Pack.decode(0, 1, pack.revisions, pack.encode()).kept
+    assert (kept.label == probabilities.argmax(axis=1)).all()
+    assert (kept.confidence == probabilities.max(axis=1)).all()
     if n_classes <= ALL_UP_TO:
         assert kept.classes is None
         return
     assert kept.classes is not None and kept.rest is not None
     assert kept.logits.shape == (7, MOST_PROBABLE)
-    order = np.argsort(-request.probabilities, axis=1)[:, :MOST_PROBABLE]
+    order = np.argsort(-probabilities, axis=1)[:, :MOST_PROBABLE]
     assert (kept.classes == order).all()
-    assert (kept.logits == np.take_along_axis(request.logits, order, 1)).all()
-    whole = np.log(np.exp(request.logits.astype(np.float64)).sum(axis=1))
+    assert (kept.logits == np.take_along_axis(logits, order, 1)).all()
+    whole = np.log(np.exp(logits.astype(np.float64)).sum(axis=1))
     assert np.allclose(np.logaddexp(np.logaddexp.reduce(kept.logits, axis=1), kept.rest), whole, atol=1e-5)
+
+
+def test_what_is_kept_of_a_row_does_not_depend_on_those_beside_it() -> None:
+    logits, probabilities = scores(1, 3 * VALUES_TOGETHER // 1000, 1000)
+    together = RowsKept.of(logits, probabilities)
+    singly = RowsKept.joined([RowsKept.of(logits[i : i + 1], probabilities[i : i + 1]) for i in range(len(logits))])
+    assert together.encode() == singly.encode()
+
+
+def test_of_equally_probable_classes_the_first_come_first_and_are_kept() -> None:
+    logits, probabilities = scores(1, 50, 300)
+    probabilities = np.round(probabilities, 3)
+    assert (RowsKept.of(logits, np.full_like(logits, 1 / 300)).classes == np.arange(MOST_PROBABLE)).all()
+    order = np.argsort(-probabilities, axis=1, kind="stable")[:, :MOST_PROBABLE]
+    assert (RowsKept.of(logits, probabilities).classes == order).all()
+
+
+def test_probabilities_that_are_no_numbers_are_the_last_to_be_kept() -> None:
+    logits, probabilities = scores(1, 9, 300)
+    probabilities[3, :290] = np.nan
+    classes = RowsKept.of(logits, probabilities).classes
+    assert classes is not None
+    assert set(range(290, 300)) < set(classes[3].tolist())
+    others = [row for row in range(9) if row != 3]
+    assert (classes[others] == np.argsort(-probabilities[others], axis=1)[:, :MOST_PROBABLE]).all()
+
+
+def test_classes_that_the_model_rules_out_are_kept_as_nothing() -> None:
+    logits, probabilities = scores(1, 2, 300)
+    first = np.argsort(-probabilities[0])[:MOST_PROBABLE]
+    logits[0] = np.where(np.isin(np.arange(300), first), logits[0], -np.inf)
+    rest = RowsKept.of(logits, probabilities).rest
+    assert rest is not None
+    assert rest[0] == -np.inf and np.isfinite(rest[1])
 
 
 def test_of_equally_probable_classes_the_first_is_the_label_as_in_the_answer() -> None:
@@ -557,6 +593,73 @@ def test_state_and_position_are_written_together_and_by_one_reader(kept: Kept) -
         second.commit(same, b"another")
     assert second.state() == (cohort.end, 1, b"state")
     assert reader_of(kept, name="monitor").state()[1] == 0
+
+
+def test_a_reader_that_found_nothing_looks_again_when_something_was_written_or_waited_for_enough(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, looks = reader_of(kept, wait_seconds=60), []
+    look = kept.journal.packs.load
+    monkeypatch.setattr(kept.journal.packs, "load", lambda *given: looks.append(1) or look(*given))
+    (waits,) = kept.predict(answered(1, time_ms=int(1000 * time.time())))
+    kept.flush()
+    assert not reader.read()
+    seen_once = len(looks)
+    assert not reader.read()
+    assert len(looks) == seen_once
+    kept.predict(answered(2, time_ms=int(1000 * time.time())))
+    kept.flush()
+    assert not reader.read()
+    assert len(looks) > seen_once
+    later = time.time() + 61
+    monkeypatch.setattr(reading.time, "time", lambda: later)
+    assert seen(reader.read()) == [(0, 0, NO_LABEL), (1, 0, NO_LABEL)]
+    kept.label_one(waits, 1)
+    assert seen(reader.read()) == [(0, 0, 1), (1, 0, NO_LABEL)]
+
+
+def test_who_still_reads_is_waited_for_at_the_close(tmp_path: Path) -> None:
+    """A look that is called off goes on in its thread, and a connection that is closed under it ends the process."""
+    kept = Kept(tmp_path)
+    closing = threading.Thread(target=kept.close)
+    with kept.journal.reading() as connection:
+        closing.start()
+        closing.join(0.2)
+        assert closing.is_alive()
+        assert connection.execute("SELECT 1").fetchone() == (1,)
+    closing.join()
+
+
+def test_packs_that_are_read_again_are_read_once_and_so_many_bytes_are_remembered(kept: Kept) -> None:
+    for seed in range(6):
+        kept.predict(answered(seed, rows=100))
+        kept.flush()
+    with kept.journal.reading() as connection:
+        query = f"SELECT {PACK_COLUMNS} FROM packs ORDER BY pack"  # noqa: S608
+        rows = [PackRow(*found) for found in connection.execute(query)]
+        packs = RecentPacks(most_bytes=3 * 100 * N_CLASSES * 8)
+        loaded = [packs.load(connection, row) for row in rows]
+        assert [packs.load(connection, row) is pack for row, pack in zip(rows[-2:], loaded[-2:], strict=True)] == [
+            True,
+            True,
+        ]
+        assert packs.load(connection, rows[0]) is not loaded[0]
+        alone = RecentPacks(most_bytes=1)
+        assert alone.load(connection, rows[0]) is alone.load(connection, rows[0])
+
+
+def test_a_reader_that_holds_rows_back_passes_them_when_their_time_has_come(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = Reader(kept.journal, MODEL, "shadow", wait_seconds=60, hold_seconds=120)
+    (labelled,) = kept.predict(answered(1, time_ms=int(1000 * time.time())))
+    kept.flush()
+    kept.label_one(labelled, 1)
+    now = time.time()
+    assert not reader.read()
+    for seconds, passed in ((61, False), (121, True)):
+        monkeypatch.setattr(reading.time, "time", lambda s=seconds: now + s)
+        assert bool(reader.read()) == passed
 
 
 def test_another_models_predictions_are_not_read(kept: Kept) -> None:

@@ -12,8 +12,10 @@ import pytest
 
 from calibrators.numerics import softmax
 from service.drift import alarms as alarm_rows
+from service.drift import monitors, nowcasting
 from service.drift.alarms import Alarms
 from service.drift.defaults import FALSE_ALARM, HORIZON_ROWS, default_monitors
+from service.drift.detectors.base import Batch
 from service.drift.monitors import (
     CHANGED,
     FRESH,
@@ -21,6 +23,8 @@ from service.drift.monitors import (
     STEP_ROWS,
     Monitor,
     Ring,
+    Turn,
+    Watching,
     detector_of,
     subject_of,
 )
@@ -157,6 +161,40 @@ def test_labels_that_stay_away_ring(kept: journals.Kept) -> None:
     first, *_ = run(kept, monitor)
     assert at + 1000_000 < first.time_ms < at + 1030_000
     assert abs(first.since_ms - (at + 1000_000)) <= 3000
+
+
+@pytest.mark.parametrize("spec", [*default_monitors(MODEL), *nowcasting.specs(MODEL)], ids=lambda spec: spec.name)
+def test_what_is_kept_of_many_classes_is_read_as_if_it_were_all_of_them(
+    kept: journals.Kept, monkeypatch: pytest.MonkeyPatch, spec: MonitorSpec
+) -> None:
+    n_classes = 100
+    kept.stream = kept.journal.open_stream(MODEL, "1", DIGEST, n_classes)
+    rng = np.random.default_rng(6)
+    logits = (2 * rng.standard_normal((900, n_classes))).astype(np.float32)
+    labels = np.where(rng.random(900) < 0.8, (logits + rng.gumbel(size=logits.shape)).argmax(axis=1), -1)
+    spec = replace(spec, baseline_rows=min(spec.baseline_rows, 500))
+    come(kept, logits, labels)
+    cohort = Reader(kept.journal, MODEL, "anyone", 0).read()
+    turn = Turn(spec, subject_of(spec.watched, DIGEST, REVISION), FRESH, 0)
+    lumped, whole = Watching(turn), Watching(turn)
+    rings = lumped.take(cohort)
+    make = monitors.scores_of
+    monkeypatch.setattr(monitors, "scores_of", lambda *given: make(*given).whole)
+    assert whole.take(cohort) == rings
+    assert (lumped.missing, lumped.detector.n_rows) == (whole.missing, whole.detector.n_rows)
+    mine, other = lumped.detector.state(), whole.detector.state()
+    assert all(np.allclose(mine[name], other[name]) for name in mine.keys() | other.keys())
+
+
+def test_a_detector_of_labels_rings_at_the_same_row_however_few_have_one(kept: journals.Kept) -> None:
+    logits, labels = rows(4000, 8, scale=3.0)
+    few = np.where(np.random.default_rng(0).random(4000) < 0.05, labels, -1)
+    spec = MonitorSpec(MODEL, "served", "recalibration", SERVED)
+    monitor, detector = begun(kept, spec), detector_of(spec)
+    come(kept, logits, few, at=1_700_000_000_000)
+    at = detector.update(Batch(np.log(softmax(logits).astype(np.float64)), few, np.zeros(4000, np.int64)))
+    first, *_ = run(kept, monitor)
+    assert at is not None and first.time_ms == 1_700_000_000_000 + 1000 * at
 
 
 def test_a_label_that_is_waited_for_holds_back_what_comes_behind_it(kept: journals.Kept) -> None:
@@ -476,7 +514,7 @@ def test_a_journal_of_the_release_before_is_brought_up_to_date_with_all_that_it_
     connection.close()
     again = journals.Kept(tmp_path)
     (part,) = Reader(again.journal, MODEL, "anyone", 0).read().pairs
-    assert (part.kept.logits == journals.answered(1).logits).all()
+    assert (part.kept.logits == journals.answered(1).kept.logits).all()
     begun(again, SHIFT)
     again.close()
     assert journal_problems(tmp_path) == []

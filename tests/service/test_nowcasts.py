@@ -174,7 +174,7 @@ def test_rows_without_probabilities_pass_by() -> None:
     before, _ = after("none", 0)
     odd = np.full((30, before.logits.shape[1]), np.nan)
     odd[::2, 0] = np.inf
-    mixed = replace(before.rows(slice(0, 30)), logits=odd)
+    mixed = replace(before.rows(slice(0, 30)), scores=odd)
     one, other = Nowcasts(), Nowcasts()
     for nowcasts, batches in ((one, [before]), (other, [mixed, before, mixed])):
         for batch in batches:

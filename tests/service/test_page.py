@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import socket
 import time
 import urllib.error
 import urllib.parse
@@ -12,6 +13,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
+from selectors import DefaultSelector, SelectorKey
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from service.cli import main
 from service.client import Client
 from service.drift.states import RAW, SERVED
 from service.errors import InvalidRequest, NotFound
-from service.web import assets, words
+from service.web import assets, http, words
 from service.web.elements import prose
 from service.web.facts import ModelFacts, Sources
 from service.web.figures import enough, wilson
@@ -389,6 +391,27 @@ def test_a_page_that_fails_says_so_and_the_server_goes_on(caplog: pytest.LogCapt
         assert fetch(f"http://127.0.0.1:{server.port}/nothing")[0] == 404
     finally:
         server.stop()
+
+
+def test_while_nobody_asks_nothing_wakes_and_the_server_stops_when_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = list[float | None]()
+
+    class Selector(DefaultSelector):
+        def select(self, timeout: float | None = None) -> list[tuple[SelectorKey, int]]:
+            waits.append(timeout)
+            return super().select(timeout)
+
+    monkeypatch.setattr(http, "DefaultSelector", Selector)
+    server = HttpServer("127.0.0.1", 0, {"/here": lambda: http.text("yes")})
+    server.start()
+    try:
+        assert fetch(f"http://127.0.0.1:{server.port}/here")[0] == 200
+        with socket.create_connection(("127.0.0.1", server.port)):
+            pass
+        assert fetch(f"http://127.0.0.1:{server.port}/here")[0] == 200
+    finally:
+        server.stop()
+    assert set(waits) == {None}
 
 
 def test_without_plotly_the_words_and_tables_are_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from scipy.stats import entropy
 
 from benchmarks.drift_streams import stream
 from service.drift.detectors import score_shift
-from service.drift.detectors.base import Array, Batch
+from service.drift.detectors.base import Array, Batch, Lumped
 from service.drift.detectors.score_shift import ScoreShift, signals_of
 
 REFERENCE, HORIZON = 300, 5000
@@ -179,6 +179,29 @@ def test_signals_are_what_scipy_says() -> None:
     ordered = np.sort(p, axis=1)
     np.testing.assert_allclose(found, [ordered[:, -1], ordered[:, -1] - ordered[:, -2], entropy(p, axis=1)], rtol=1e-9)
     np.testing.assert_array_equal(predicted, p.argmax(axis=1))
+
+
+def lumped(rng: np.random.Generator, n_rows: int, n_classes: int, *, other: float) -> Lumped:
+    classes = np.argsort(rng.random((n_rows, n_classes)), axis=1)[:, :8]
+    named = np.round(3 * rng.normal(size=classes.shape), 1)
+    return Lumped(named, classes, np.round(other + rng.normal(size=n_rows), 1), n_classes)
+
+
+@pytest.mark.parametrize("other", [-6.0, 3.0])
+def test_signals_of_lumped_logits_are_those_of_all_classes_whichever_is_the_largest(other: float) -> None:
+    scores = lumped(np.random.default_rng(0), 500, 90, other=other)
+    found, predicted = signals_of(scores)
+    wanted, class_of_all = signals_of(scores.whole)
+    np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-12)
+    np.testing.assert_array_equal(predicted, class_of_all)
+
+
+def test_lumped_rows_are_read_as_if_they_were_whole() -> None:
+    scores = lumped(np.random.default_rng(1), 3000, 90, other=-6.0)
+    labels, segments = np.full(3000, -1), np.zeros(3000, np.int64)
+    one, other = (ScoreShift("confidence,predicted_class", reference_rows=500) for _ in range(2))
+    assert one.update(Batch(scores, labels, segments)) == other.update(Batch(scores.whole, labels, segments))
+    assert one.statistic == pytest.approx(other.statistic)
 
 
 def test_of_probabilities_of_zero_the_entropy_is_finite() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from service import errors
 from service.store.blobs import Blobs
 from service.store.catalogue import ActivationRow, Catalogue, OperationRow, RevisionRow
 from service.store.files import write_whole
+from service.store.following import next_look
 
 
 def revision(model: str = "m", artifact: str = "a") -> RevisionRow:
@@ -137,3 +139,21 @@ def test_a_write_that_is_interrupted_leaves_the_old_file(tmp_path: Path, monkeyp
     with pytest.raises(OSError, match="gone"):
         write_whole(path, b"new")
     assert path.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize(("now", "left"), [(7.25, 0.75), (8.0, 1.0), (7.9999, 1.0001), (8.0001, 0.9999)])
+def test_those_who_follow_the_store_look_at_the_same_moments(
+    monkeypatch: pytest.MonkeyPatch, now: float, left: float
+) -> None:
+    waits = list[float]()
+
+    async def wait(seconds: float) -> None:
+        waits.append(seconds)
+
+    async def look() -> None:
+        monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: now)
+        await next_look(1.0)
+
+    monkeypatch.setattr(asyncio, "sleep", wait)
+    asyncio.run(look())
+    assert waits == [pytest.approx(left)]

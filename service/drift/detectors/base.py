@@ -22,21 +22,82 @@ NO_LABEL = -1
 
 
 @dataclass(frozen=True)
+class Lumped:
+    """Logits of many classes, most of which are alike: a few by name, and one number for each of all others.
+
+    Attributes
+    ----------
+    named : (n_rows, n_named) float64
+    classes : (n_rows, n_named) int64, which they are, no class twice
+    other : (n_rows,) float64, of each class that is not named
+    n_classes : of all
+    """
+
+    named: Array
+    classes: NDArray[np.int64]
+    other: Array
+    n_classes: int
+
+    def __len__(self) -> int:
+        return len(self.other)
+
+    def __getitem__(self, chosen: slice | NDArray[np.intp]) -> Lumped:
+        return Lumped(self.named[chosen], self.classes[chosen], self.other[chosen], self.n_classes)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Lumped]) -> Lumped:
+        """One after the other; all are of as many classes, and name as many."""
+        return cls(
+            np.concatenate([part.named for part in parts]),
+            np.concatenate([part.classes for part in parts]),
+            np.concatenate([part.other for part in parts]),
+            parts[0].n_classes,
+        )
+
+    @property
+    def whole(self) -> Array:
+        """(n_rows, n_classes)"""
+        logits = np.repeat(self.other[:, None], self.n_classes, axis=1)
+        np.put_along_axis(logits, self.classes, self.named, 1)
+        return logits
+
+    @property
+    def finite(self) -> NDArray[np.bool_]:
+        """Of each row whether all are."""
+        return np.asarray(np.isfinite(self.named).all(axis=1) & np.isfinite(self.other))
+
+
+@dataclass(frozen=True)
 class Batch:
     """Rows of one forecaster, in the order in which they were predicted.
 
     Attributes
     ----------
-    logits : (n_rows, n_classes) float64, whose softmax is the forecast; logarithms of probabilities are logits
+    scores : the logits, (n_rows, n_classes) float64, whose softmax is the forecast; logarithms of probabilities are
+        logits. Of many classes they may be lumped: what reads few numbers of a row need not make a thousand of them
     labels : (n_rows,) int64, the class that came true; -1: it is not known
     segments : (n_rows,) int64, the segment that each row belongs to, 0 if there is but one
     signals : name -> (n_rows,) float64, what else is known of a row: density, ood_score, projections of its input
     """
 
-    logits: Array
+    scores: Array | Lumped
     labels: NDArray[np.int64]
     segments: NDArray[np.int64]
     signals: Mapping[str, Array] = field(default_factory=dict)
+
+    @property
+    def logits(self) -> Array:
+        """(n_rows, n_classes)"""
+        return self.scores.whole if isinstance(self.scores, Lumped) else self.scores
+
+    @property
+    def n_classes(self) -> int:
+        return self.scores.n_classes if isinstance(self.scores, Lumped) else self.scores.shape[1]
+
+    @property
+    def width(self) -> int:
+        """Numbers that the scores of a row are."""
+        return 1 + self.scores.named.shape[1] if isinstance(self.scores, Lumped) else self.n_classes
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -45,7 +106,7 @@ class Batch:
         signals = {name: values[chosen] for name, values in self.signals.items()}
         return replace(
             self,
-            logits=self.logits[chosen],
+            scores=self.scores[chosen],
             labels=self.labels[chosen],
             segments=self.segments[chosen],
             signals=signals,

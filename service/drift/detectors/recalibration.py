@@ -106,10 +106,10 @@ class Recalibration(Detector):
     def update(self, batch: Batch) -> int | None:
         if not len(batch):
             return None
-        if batch.logits.shape[1] != self._n_classes:
+        if batch.n_classes != self._n_classes:
             if self.n_rows:
-                raise ValueError(f"rows so far had {self._n_classes} classes, got {batch.logits.shape[1]}")
-            self._begin(batch.logits.shape[1])
+                raise ValueError(f"rows so far had {self._n_classes} classes, got {batch.n_classes}")
+            self._begin(batch.n_classes)
         rows = (
             np.ascontiguousarray(batch.logits, np.float64),
             np.ascontiguousarray(batch.labels, np.int64),

@@ -47,7 +47,7 @@ from numpy.typing import NDArray
 from scipy.stats import beta, norm
 
 from calibrators.online.compiled import compiled
-from service.drift.detectors.base import Array, Batch, Detector, number, one_of, whole
+from service.drift.detectors.base import Array, Batch, Detector, Lumped, number, one_of, whole
 
 OF_LOGITS = ("confidence", "margin", "entropy")
 PREDICTED_CLASS = "predicted_class"
@@ -196,7 +196,7 @@ class ScoreShift(Detector):
         values = np.full((len(self._numbers), len(batch)), np.nan, dtype=np.float32)
         classes = np.zeros(len(batch), dtype=np.int64)
         if {*self._names} & {*OF_LOGITS, PREDICTED_CLASS}:
-            of_logits, classes = signals_of(np.ascontiguousarray(batch.logits, dtype=np.float64))
+            of_logits, classes = signals_of(batch.scores)
         for row, name in enumerate(self._numbers):
             if name in OF_LOGITS:
                 values[row] = of_logits[OF_LOGITS.index(name)]
@@ -204,7 +204,7 @@ class ScoreShift(Detector):
                 with np.errstate(over="ignore"):  # beyond float32 is not a finite number
                     values[row] = batch.signals[name]
         if PREDICTED_CLASS in self._names:
-            n_classes = batch.logits.shape[1]
+            n_classes = batch.n_classes
             if not len(self._classes):
                 self._classes = np.zeros(n_classes, dtype=np.int64)
             elif n_classes != len(self._classes):
@@ -309,34 +309,52 @@ def _uniforms(first: int, n: int) -> Array:
     return np.asarray(((x >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53)
 
 
-def signals_of(logits: Array) -> tuple[Array, NDArray[np.int64]]:
-    """Confidence, margin and entropy (3, n_rows), and the predicted class (n_rows,).
+def signals_of(scores: Array | Lumped) -> tuple[Array, NDArray[np.int64]]:
+    """Confidence, margin and entropy (3, n_rows), and the predicted class (n_rows,), of logits.
 
     >>> numbers, classes = signals_of(np.log([[0.2, 0.5, 0.3], [1.0, 1.0, 2.0]]))
     >>> numbers.round(3).tolist(), classes.tolist()
     ([[0.5, 0.5], [0.2, 0.25], [1.03, 1.04]], [1, 2])
+    >>> lumped = Lumped(np.log([[0.5, 0.3]]), np.array([[1, 2]]), np.log([0.1]), 4)
+    >>> all(np.allclose(*pair) for pair in zip(signals_of(lumped), signals_of(lumped.whole), strict=True))
+    True
     """
-    numbers, classes = np.empty((len(OF_LOGITS), len(logits))), np.empty(len(logits), dtype=np.int64)
-    _signals(logits, numbers, classes)
+    if not isinstance(scores, Lumped):
+        return _computed(scores, 1)
+    numbers, classes = _computed(
+        np.concatenate([scores.named, scores.other[:, None]], axis=1), scores.n_classes - scores.named.shape[1]
+    )
+    largest = scores.named.max(axis=1)
+    classes = np.where(scores.named == largest[:, None], scores.classes, scores.n_classes).min(axis=1)
+    (unnamed,) = np.nonzero(scores.other >= largest)  # one of those is the predicted class, or may be
+    if len(unnamed):
+        numbers[:, unnamed], classes[unnamed] = signals_of(scores[unnamed].whole)
     return numbers, classes
 
 
+def _computed(logits: Array, times: int) -> tuple[Array, NDArray[np.int64]]:
+    """The same, with the column of the largest; the last column stands for so many classes."""
+    numbers, largest = np.empty((len(OF_LOGITS), len(logits))), np.empty(len(logits), dtype=np.int64)
+    _signals(np.ascontiguousarray(logits, np.float64), float(times), numbers, largest)
+    return numbers, largest
+
+
 @compiled
-def _signals(logits: Array, numbers: Array, classes: NDArray[np.int64]) -> None:
-    n_rows, n_classes = logits.shape
+def _signals(logits: Array, times: float, numbers: Array, classes: NDArray[np.int64]) -> None:
+    n_rows, n_columns = logits.shape
     for t in range(n_rows):
         top, second, first = -np.inf, -np.inf, 0
-        for k in range(n_classes):
+        for k in range(n_columns):
             z = logits[t, k]
             if z > top:
                 top, second, first = z, top, k
             elif z > second:
                 second = z
         total, weighted = 1.0, 0.0
-        for k in range(n_classes):
+        for k in range(n_columns):
             if k != first:
                 below = logits[t, k] - top
-                e = exp(below)
+                e = exp(below) * (times if k == n_columns - 1 else 1.0)
                 total += e
                 if e > 0.0:
                     weighted += below * e
