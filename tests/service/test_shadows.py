@@ -357,8 +357,9 @@ def test_an_online_challenger_learns_in_shadow_and_serves_what_it_has_learned(
     found = until(lambda: (s := client.shadow("mlp", ONLINE)).verdict == "better" and s)
     assert found.gain.low > 0
     assert client.promote("mlp", ONLINE).outcome == "promoted"
-    answer = client.predict("mlp", X)
-    assert answer.online_state == client.online_state("mlp").serving > 0
+    # it goes on learning, so that another state may serve a moment later
+    answer = until(lambda: (a := client.predict("mlp", X)).online_state == client.online_state("mlp").serving and a)
+    assert answer.online_state
     artifact = _artifact(server, ONLINE, answer.online_state)
     np.testing.assert_allclose(answer.probabilities, calibrators.loads(artifact).predict_proba(LOGITS), atol=1e-5)
     assert server.app._online._learners["mlp", ONLINE][0] is learner  # it goes on learning
