@@ -16,7 +16,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -134,16 +134,27 @@ class Answer(NamedTuple):
         return self.run.part(name, self.start, self.stop)
 
 
+class Waiter(Protocol):
+    """Who waits for an answer: a future, or what is told in its place. It raises nothing."""
+
+    def done(self) -> bool: ...
+    def set_result(self, answer: Answer, /) -> None: ...
+    def set_exception(self, error: Exception, /) -> None: ...
+
+
+W = TypeVar("W", bound=Waiter)
+
+
 class _Pending:
     """One request in the queue. `feeds` are arrays or bytes-like objects, one for each of the lane's inputs."""
 
-    __slots__ = ("asked_ns", "caller", "deadline", "feeds", "future", "rows", "size")
+    __slots__ = ("asked_ns", "caller", "deadline", "feeds", "rows", "size", "waiter")
 
     def __init__(
-        self, feeds: Sequence[Any], rows: int, size: int, deadline: float, caller: str, future: asyncio.Future[Answer]
+        self, feeds: Sequence[Any], rows: int, size: int, deadline: float, caller: str, waiter: Waiter
     ) -> None:
         self.feeds, self.rows, self.size = feeds, rows, size
-        self.deadline, self.caller, self.future = deadline, caller, future
+        self.deadline, self.caller, self.waiter = deadline, caller, waiter
         self.asked_ns = time.perf_counter_ns()
 
 
@@ -230,22 +241,37 @@ class Batcher:
         InvalidRequest
             if it is run at once and the graph cannot compute its inputs
         """
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        return self.submit_for(future, lane, feeds, rows, deadline, caller, more=more)
+
+    def submit_for(
+        self,
+        waiter: W,
+        lane: Lane,
+        feeds: Sequence[Any],
+        rows: int,
+        deadline: float,
+        caller: Callable[[], str] = str,
+        *,
+        more: bool = False,
+    ) -> Answer | W:
+        """The same with a waiter of one's own; it is returned if it waits."""
         if self._closed:
             raise NotReady(f"model {self._name} is being unloaded")
         if self._timer is not None or self._in_thread or self._queued:
-            pending = self._queue(lane, feeds, rows, deadline, caller())
+            self._queue(waiter, lane, feeds, rows, deadline, caller())
             if self._timer is not None and self._is_complete():
                 self._timer.cancel()
                 self._wait(0.0)
-            return pending.future
+            return waiter
         costs = self.costs.of(lane.inputs)
         expected_ns = costs.expected_ns(rows)
         hold = self._hold_seconds(lane, rows, expected_ns)
         if not (hold or more) and self._in_loop and expected_ns < SHORT_RUN_NS:
             return self._run_now(lane, feeds, rows, costs)
-        pending = self._queue(lane, feeds, rows, deadline, caller())
+        self._queue(waiter, lane, feeds, rows, deadline, caller())
         self._wait(hold)
-        return pending.future
+        return waiter
 
     def _hold_seconds(self, lane: Lane, rows: int, expected_ns: float) -> float:
         """How long a request that finds the model idle waits for company."""
@@ -271,25 +297,22 @@ class Batcher:
         self._statistics.ran(rows, (0,), took)
         return answer
 
-    def _queue(self, lane: Lane, feeds: Sequence[Any], rows: int, deadline: float, caller: str) -> _Pending:
+    def _queue(self, waiter: Waiter, lane: Lane, feeds: Sequence[Any], rows: int, deadline: float, caller: str) -> None:
         size = bytes_of(feeds)
         self._pressure.came(caller)
         self._admit(lane, rows, caller, size)
-        loop = self._loop = self._loop or asyncio.get_running_loop()
-        pending = _Pending(feeds, rows, size, deadline, caller, loop.create_future())
         queue = self._lanes.get(lane)
         if queue is None:
             queue = self._lanes[lane] = FairQueue()
-        queue.push(caller, pending)
+        queue.push(caller, _Pending(feeds, rows, size, deadline, caller, waiter))
         self._queued += 1
         self._rows += rows
         self._bytes += size
         self._held[caller] += 1
-        return pending
 
     def _wait(self, seconds: float) -> None:
         """Make the next run after this time, or at the end of this turn of the loop with all that it brings."""
-        loop = self._loop or asyncio.get_running_loop()
+        loop = self._loop = self._loop or asyncio.get_running_loop()
         self._timer = loop.call_later(seconds, self._next) if seconds else loop.call_soon(self._next)
 
     async def drain(self) -> None:
@@ -389,7 +412,7 @@ class Batcher:
             while taken := queue.take(most - rows, one=not waiting):
                 for pending in taken:
                     self._left(pending)
-                    if pending.future.done():
+                    if pending.waiter.done():
                         self._statistics.dropped["cancelled"] += 1
                     elif pending.deadline <= now:
                         self._statistics.dropped["deadline"] += 1
@@ -416,7 +439,7 @@ class Batcher:
     def _look_after(self, batch: _Batch) -> None:
         """End a run that nobody waits for any more."""
         now = time.monotonic()
-        if all(pending.future.done() or pending.deadline <= now for pending in batch.waiting):
+        if all(pending.waiter.done() or pending.deadline <= now for pending in batch.waiting):
             batch.stop.now()
         else:
             loop = self._loop or asyncio.get_running_loop()
@@ -444,12 +467,12 @@ class Batcher:
     def _settle(self, batch: _Batch, outcome: _Outcome) -> None:
         """Tell each waiter its own fate, then go on with what came meanwhile."""
         for pending, answer in zip(batch.waiting, outcome.answers, strict=True):
-            if pending.future.done():
+            if pending.waiter.done():
                 continue  # its caller left
             if isinstance(answer, Answer):
-                pending.future.set_result(answer)
+                pending.waiter.set_result(answer)
             else:
-                pending.future.set_exception(answer)
+                pending.waiter.set_exception(answer)
         if batch.stop.asked:
             self._statistics.dropped["stopped"] += len(batch.waiting)
         else:
@@ -523,8 +546,8 @@ def _closed(*_: Any) -> NoReturn:
 
 
 def _fail(pending: _Pending, error: Exception) -> None:
-    if not pending.future.done():
-        pending.future.set_exception(error)
+    if not pending.waiter.done():
+        pending.waiter.set_exception(error)
 
 
 def _joined(parts: Sequence[Any], dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:

@@ -96,6 +96,11 @@ class Plan:
         return snapshot
 
     @property
+    def waits(self) -> bool:
+        """Whether its answers wait for the disk."""
+        return self.journal is not None and self.journal.waits
+
+    @property
     def divided(self) -> bool:
         """Whether it has more rows than a run takes."""
         return self.lane.joins and self.rows > self.model.batcher.limits.rows

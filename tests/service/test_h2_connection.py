@@ -9,6 +9,7 @@ import inspect
 import struct
 import zlib
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -18,9 +19,9 @@ from google.rpc import error_details_pb2, status_pb2
 
 from service.errors import Overloaded
 from service.rpc import h2_connection
-from service.rpc.h2_calls import MESSAGE_BYTES, TASKLESS, UNREAD_BYTES
+from service.rpc.h2_calls import MESSAGE_BYTES, UNREAD_BYTES
 from service.rpc.limits import ConnectionLimits
-from service.rpc.methods import Call
+from service.rpc.methods import Call, Direct, Tell
 from tests.service.h2_pair import CHAT, COUNT, ECHO, NEVER, SUM, Never, Pair, Turn, front_with, run, turns_until
 
 Code = grpc.StatusCode
@@ -73,16 +74,15 @@ async def test_a_stream_is_answered_while_it_is_open() -> None:
 async def test_calls_of_one_read_are_run_together_and_answered_in_one_write() -> None:
     together: list[bool] = []
 
-    async def told(request: bytes, call: Call) -> bytes:
+    def told(request: bytes, call: Call, tell: Tell) -> None:
         together.append(call.more)
-        return request
+        tell(request, None)
 
     front = front_with()
-    path = next(iter(TASKLESS))
-    front._methods[path] = front._methods[ECHO].__class__(path, False, False, told, bytes)  # type: ignore[arg-type]
+    front._methods[ECHO] = replace(front._methods[ECHO], handler=Direct(told))
     pair = Pair(front)
     for index in range(5):
-        pair.ask(path, b"%d" % index)
+        pair.ask(ECHO, b"%d" % index)
     writes = []
     pair.wire.write = writes.append  # type: ignore[method-assign]
     pair.deliver()

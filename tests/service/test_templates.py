@@ -18,7 +18,7 @@ from service.inference.session import Device
 from service.rpc.health import Health
 from service.rpc.infer_plan import MAX_TEMPLATES
 from service.rpc.inference_service import Inference
-from service.rpc.methods import Call
+from service.rpc.methods import Call, Direct
 from service.rpc.shared_memory import Regions
 from tests.service import models
 from tests.service.conftest import ECHO_TYPES
@@ -51,7 +51,7 @@ class Both:
         """The response, or the error's class and text."""
 
         async def asked() -> bytes:
-            return await servicer.model_infer_bytes(data, Call())
+            return await Direct(servicer.model_infer_direct)(data, Call())
 
         try:
             reply = self._loop.run_until_complete(asked())
