@@ -80,7 +80,7 @@ class Limits:
 class Run:
     """The results of one run, shared by those whose rows are in it."""
 
-    __slots__ = ("_finite", "_views", "arrays", "layout", "rows", "snapshot", "times_ns")
+    __slots__ = ("_finite", "arrays", "layout", "rows", "snapshot", "times_ns")
 
     def __init__(
         self,
@@ -96,7 +96,6 @@ class Run:
         self.times_ns = times_ns  # when it began and ended, on time.perf_counter_ns()
         shapes = [array.shape for array in arrays] if rows is None else [array.shape[1:] for array in arrays]
         self.layout = (snapshot.revision, snapshot.online_state, snapshot.session.provider, *shapes)
-        self._views: dict[tuple[str, ...], list[tuple[memoryview, int]]] = {}
         self._finite: bool | None = None
 
     def finite(self, name: str) -> bool:
@@ -111,16 +110,6 @@ class Run:
         """One request's rows of an output."""
         array = self.arrays[name]
         return array if self.rows is None else array[start:stop]
-
-    def raw(self, names: tuple[str, ...], start: int, stop: int) -> Sequence[bytes | memoryview]:
-        """The bytes of one request's rows of outputs of numbers."""
-        rows, views = self.rows, self._views.get(names)
-        if not rows or stop - start == rows:
-            return [self.arrays[name].tobytes() for name in names]
-        if views is None:
-            whole = [_byte_view(self.arrays[name]) for name in names]
-            views = self._views[names] = [(view, len(view) // rows) for view in whole]
-        return [view[start * size : stop * size] for view, size in views]
 
 
 class Answer(NamedTuple):
@@ -198,7 +187,6 @@ class Batcher:
         self._name, self._execute, self._statistics = name, execute, statistics
         self._lanes: OrderedDict[Lane, FairQueue[_Pending]] = OrderedDict()
         self._queued, self._rows, self._bytes = 0, 0, 0
-        self._held: Counter[str] = Counter()
         self._row_seconds = 0.0  # what a row took in the runs made lately
         self._company, self._pressure = Company(), Pressure()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -308,7 +296,6 @@ class Batcher:
         self._queued += 1
         self._rows += rows
         self._bytes += size
-        self._held[caller] += 1
 
     def _wait(self, seconds: float) -> None:
         """Make the next run after this time, or at the end of this turn of the loop with all that it brings."""
@@ -331,7 +318,6 @@ class Batcher:
                     _fail(pending, NotReady(f"model {self._name} is being unloaded"))
         self._lanes.clear()
         self._queued, self._rows, self._bytes = 0, 0, 0
-        self._held.clear()
         if self._in_thread:
             self._in_thread.stop.now()
         self._batches.put(None)
@@ -345,8 +331,9 @@ class Batcher:
             and (not self._pressure.is_high() or self._is_quick(lane, self._rows + rows, self._queued + 1))
         ):
             return
-        greediest, most = self._held.most_common(1)[0]
-        if self._held[caller] + 1 < most or self._pressure.asks_less(caller, greediest):
+        held = self._held()
+        greediest, most = held.most_common(1)[0]
+        if held[caller] + 1 < most or self._pressure.asks_less(caller, greediest):
             self._give_way(greediest)
         else:
             raise self._full()
@@ -368,23 +355,29 @@ class Batcher:
         """Refuse the caller's newest request, or its oldest."""
         given = (queue.give_way(caller, oldest=oldest) for queue in reversed(self._lanes.values()))
         pending = next(found for found in given if found is not None)
-        self._left(pending)
+        self._left([pending])
         _fail(pending, self._full())
+
+    def _held(self) -> Counter[str]:
+        """How many requests each caller has waiting."""
+        held: Counter[str] = Counter()
+        for queue in self._lanes.values():
+            for caller, count in queue.held():
+                held[caller] += count
+        return held
 
     def _shed(self) -> None:
         """Refuse what may not wait under overload: the oldest of who holds most, as long as it is late already."""
         while self._queued > 1:
             if self._is_quick(next(iter(self._lanes)), self._rows, self._queued):
                 return
-            self._give_way(self._held.most_common(1)[0][0], oldest=True)
+            self._give_way(self._held().most_common(1)[0][0], oldest=True)
 
-    def _left(self, pending: _Pending) -> None:
-        self._queued -= 1
-        self._rows -= pending.rows
-        self._bytes -= pending.size
-        self._held[pending.caller] -= 1
-        if not self._held[pending.caller]:
-            del self._held[pending.caller]
+    def _left(self, taken: Sequence[_Pending]) -> None:
+        self._queued -= len(taken)
+        for pending in taken:
+            self._rows -= pending.rows
+            self._bytes -= pending.size
 
     def _next(self) -> None:
         self._timer = None
@@ -410,8 +403,8 @@ class Batcher:
             waiting: list[_Pending] = []
             rows = 0
             while taken := queue.take(most - rows, one=not waiting):
+                self._left(taken)
                 for pending in taken:
-                    self._left(pending)
                     if pending.waiter.done():
                         self._statistics.dropped["cancelled"] += 1
                     elif pending.deadline <= now:
@@ -558,7 +551,3 @@ def _joined(parts: Sequence[Any], dtype: np.dtype[Any], shape: tuple[int, ...]) 
         return np.concatenate(parts)
     buffer = parts[0] if len(parts) == 1 else b"".join(parts)
     return np.frombuffer(buffer, dtype).reshape(shape) if len(buffer) else np.empty(shape, dtype)
-
-
-def _byte_view(array: NDArray[Any]) -> memoryview:
-    return np.ascontiguousarray(array).data.cast("B") if array.size else memoryview(b"")  # 0 has no cast

@@ -20,7 +20,7 @@ from service.learning.revisions import Revisions
 from service.rpc import infer_plan
 from service.rpc.health import Health
 from service.rpc.infer_plan import RECEIPT, Reading, Templates, own_id, varint
-from service.rpc.infer_response import PREDICTION_ID, encode, parameter
+from service.rpc.infer_response import PREDICTION_ID, Encoder, parameter
 from service.rpc.methods import Call, Cancellable, Tell, in_task, parse
 from service.rpc.shared_memory import Regions
 from service.rpc.status import status_of
@@ -103,7 +103,7 @@ class Inference:
         self._repository, self._revisions, self._health = repository, revisions, health
         self._regions, self._default_deadline_seconds = regions, default_deadline_seconds
         self._journalling, self._tracing = journalling, tracing
-        self._templates, self._known_at = Templates(), -1
+        self._templates, self._known_at, self._encoder = Templates(), -1, Encoder()
 
     def model_infer_direct(self, data: bytes, call: Call, tell: Tell) -> Cancellable | None:
         asked = _Asked(call, tell, self._finish_now)
@@ -203,7 +203,7 @@ class Inference:
     def _reply(self, begun: _Begun, answer: Answer, call: Call, method: str, computed: int, said: bytes) -> bytes:
         plan, kept = begun.reading.plan, 0 if self._tracing is None else time.perf_counter_ns()
         final = plan.final and method == "ModelStreamInfer"
-        reply = encode(plan, answer, begun.reading.id_field, said, final=final)
+        reply = self._encoder.encode(plan, answer, begun.reading.id_field, said, final=final)
         plan.model.statistics.answered(plan.rows, time.perf_counter_ns() - begun.begun_ns)
         if self._tracing is not None:
             self._tracing.answered(method, call, begun.begun_ns, plan, answer.run, (computed, kept))
@@ -229,6 +229,7 @@ class Inference:
             raise NotReady("the server is shutting down")
         if self._known_at != self._repository.generation:  # other models are served: the old must not be kept alive
             self._templates.clear()
+            self._encoder = Encoder()
             self._known_at = self._repository.generation
         reading = self._templates.match(data)
         if reading is not None:

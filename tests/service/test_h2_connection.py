@@ -90,6 +90,49 @@ async def test_calls_of_one_read_are_run_together_and_answered_in_one_write() ->
     assert len(writes) == 1
 
 
+class Waiting:
+    """What a direct handler leaves behind when it does not answer at once."""
+
+    def __init__(self) -> None:
+        self.tells: list[Tell] = []
+
+    def __call__(self, _request: bytes, _call: Call, tell: Tell) -> Waiting:
+        self.tells.append(tell)
+        return self
+
+    def cancel(self) -> None:
+        self.tells.pop()(b"", asyncio.CancelledError())
+
+
+@in_loop
+async def test_a_direct_handler_answers_later_and_is_told_when_its_caller_leaves() -> None:
+    front, waiting = front_with(), Waiting()
+    front._methods[ECHO] = replace(front._methods[ECHO], handler=Direct(waiting))
+    pair = Pair(front)
+    answered, failed, left = (pair.ask(ECHO, b"") for _ in range(3))
+    pair.deliver()
+    pair.caller.reset_stream(left)
+    pair.deliver()
+    assert len(waiting.tells) == 2
+    waiting.tells[0](b"late", None)
+    waiting.tells[1](b"", Overloaded("too much"))
+    assert (await pair.answer(answered)).messages == [b"late"]
+    assert (await pair.answer(failed)).status == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+    assert not pair.heard[left].messages
+
+
+@in_loop
+async def test_a_direct_handler_is_one_of_tasks_too() -> None:
+    waiting = Waiting()
+    asked, left = (asyncio.ensure_future(Direct(waiting)(b"", Call())) for _ in range(2))
+    await asyncio.sleep(0)
+    left.cancel()
+    await asyncio.wait([left])
+    assert len(waiting.tells) == 1
+    waiting.tells[0](b"late", None)
+    assert await asked == b"late"
+
+
 @pytest.mark.parametrize("size", [1, 7, 1000])
 @in_loop
 async def test_requests_come_in_pieces_of_any_size(size: int) -> None:
