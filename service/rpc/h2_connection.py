@@ -84,6 +84,7 @@ class Http2Connection(asyncio.Protocol):
         self.now = self._begun = self._idle_since = self.loop.time()
         self._retire_at = self._begun + self.limits.age_seconds * random.uniform(1 - AGE_SPREAD, 1 + AGE_SPREAD)  # noqa: S311 # no secret
         self._peer = ""
+        self._headers: tuple[Header, ...] = ()
 
     # From the transport
 
@@ -282,7 +283,9 @@ class Http2Connection(asyncio.Protocol):
         return events
 
     def _request(self, number: int, headers: tuple[Header, ...], end: bool) -> None:
-        opening, method = self._front.opening(headers)
+        if headers != self._headers:  # which costs less than to look them up
+            self._headers, self._opened = headers, self._front.opening(headers)
+        opening, method = self._opened
         if opening.http_status != b"200":
             with suppress(ngh2.StreamUnavailableError):
                 self._h2.send_response(number, [(b":status", opening.http_status)], end_stream=True)

@@ -255,7 +255,8 @@ class Templates:
                         break
                     position += len(after)
                 else:
-                    return Reading(plan, data[end:at], feeds) if data[end:at].isascii() else None
+                    id_field = data[end:at]
+                    return Reading(plan, id_field, feeds) if id_field.isascii() else None
         return None
 
     def keep(self, request: Any, data: bytes, plan: Plan) -> None:

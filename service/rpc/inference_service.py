@@ -248,14 +248,14 @@ class Inference:
         return reading
 
     def _submit(self, reading: Reading, call: Call, asked: _Asked | None) -> Answer | Awaitable[Answer] | None:
-        plan = reading.plan
+        plan, feeds = reading.plan, reading.feeds
         deadline = call.deadline or time.monotonic() + self._default_deadline_seconds
         if plan.revision is not None or plan.divided:
             return self._run(reading, deadline, call.peer)
-        batcher, wanted = plan.model.batcher, (plan.lane, reading.feeds, plan.rows, deadline, call.peer)
+        batcher = plan.model.batcher
         if asked is None or plan.waits:
-            return batcher.submit(*wanted, more=call.more)
-        answer = batcher.submit_for(asked, *wanted, more=call.more)
+            return batcher.submit(plan.lane, feeds, plan.rows, deadline, call.peer, more=call.more)
+        answer = batcher.submit_for(asked, plan.lane, feeds, plan.rows, deadline, call.peer, more=call.more)
         return answer if isinstance(answer, Answer) else None
 
     async def _run(self, reading: Reading, deadline: float, caller: Callable[[], str]) -> Answer:
