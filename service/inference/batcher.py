@@ -29,7 +29,7 @@ from service.inference.run_costs import Costs, RunCosts
 from service.inference.session import Stop
 from service.inference.statistics import Statistics
 
-SHORT_RUN_NS, SHORT_BATCH = 150_000, 4
+SHORT_RUN_NS, SHORT_BATCH = 150_000, 8
 """Runs expected to take less are made in the event loop; those for several requests may take that many times as long:
 they hold up the loop less than those requests would one by one."""
 HELD_RUN_NS = 1_000_000

@@ -20,6 +20,7 @@ from google.rpc import error_details_pb2, status_pb2
 from service.errors import Overloaded
 from service.rpc import h2_connection
 from service.rpc.h2_calls import MESSAGE_BYTES, UNREAD_BYTES
+from service.rpc.h2_connection import PROMPT_BYTES
 from service.rpc.limits import ConnectionLimits
 from service.rpc.methods import Call, Direct, Tell
 from tests.service.h2_pair import CHAT, COUNT, ECHO, NEVER, SUM, Never, Pair, Turn, front_with, run, turns_until
@@ -119,6 +120,25 @@ async def test_a_direct_handler_answers_later_and_is_told_when_its_caller_leaves
     assert (await pair.answer(answered)).messages == [b"late"]
     assert (await pair.answer(failed)).status == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
     assert not pair.heard[left].messages
+
+
+@in_loop
+async def test_many_bytes_of_answers_do_not_wait_for_the_end_of_the_turn() -> None:
+    front, waiting = front_with(), Waiting()
+    front._methods[ECHO] = replace(front._methods[ECHO], handler=Direct(waiting))
+    pair = Pair(front, settings={4: 1 << 24})
+    calls = [pair.ask(ECHO, b"") for _ in range(3)]
+    pair.deliver()
+    waiting.tells[0](b"a few", None)
+    assert not pair.wire.written
+    waiting.tells[1](bytes(PROMPT_BYTES), None)
+    assert len(pair.wire.written) > 60_000  # all that the caller's window lets through
+    waiting.tells[2](b"a few more", None)
+    assert [len((await pair.answer(call)).messages[0]) for call in calls] == [
+        len(b"a few"),
+        PROMPT_BYTES,
+        len(b"a few more"),
+    ]
 
 
 @in_loop
