@@ -4,9 +4,9 @@
 
 The server runs on core 0. Four callers who wait for each answer run on the last core, in a process of their own: of an
 MLP with a temperature, of a head of 1,000 classes, of a conformal revision, and of one that learns from the labels they
-send. The attacks are those of the tests (`tests/service/attacks.py`), from a third process of low priority. None of the
-four may see an error, and they send nothing again. Memory and open files are compared when an attack's connections are
-gone and the callers are alone.
+send. The attacks are those of the tests (`tests/service/attacks.py`), from a third process, which has what the callers
+leave of that core. None of the four may see an error, and they send nothing again. Memory and open files are compared
+when the connections of the attacks are gone and the callers are alone.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ def soak(running: Running, target: Target, cores: set[int], minutes: float) -> S
         found = Soak(running, target, ours)
         found.phase("the first calls")
         found.calm()
-        os.nice(10)
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # the callers have their core first
         found.sample()
         end = time.monotonic() + 60 * minutes
         cycles = 0

@@ -36,7 +36,7 @@ from service.rpc.access import Access, check_complete
 from service.rpc.calibrator_service import CalibratorService
 from service.rpc.feedback_service import FeedbackService
 from service.rpc.forward import Forward
-from service.rpc.fronts import front_of
+from service.rpc.fronts import COMPANY_SECONDS, chosen, front_of
 from service.rpc.health import PROCESS, READY, Health
 from service.rpc.inference_service import Inference
 from service.rpc.limits import ConnectionLimits
@@ -439,4 +439,5 @@ def _queue_limits(settings: Settings) -> QueueLimits:
         wait_seconds=settings.max_queue_seconds,
         rows=settings.max_batch_rows,
         delay_us=settings.max_queue_delay_us,
+        company_seconds=COMPANY_SECONDS[chosen(settings.front)],
     )

@@ -212,7 +212,7 @@ HELP = {
     "max_queued_bytes": "bytes of inputs that may wait for one model",
     "max_queue_seconds": "a request that would wait longer for its run is refused; under overload much sooner",
     "max_batch_rows": "most rows in one run where config.pbtxt sets no max_batch_size; fewer if more make none cheaper",
-    "max_queue_delay_us": "how long each incomplete batch waits for company; 0: 4 ms at most, and no lone caller's",
+    "max_queue_delay_us": "how long each incomplete batch waits for company; 0: 1 ms at most (front grpc: 4)",
     "default_deadline_seconds": "deadline of an inference whose caller set none",
     "drain_seconds": "how long calls in flight may take after SIGTERM",
     "drain_delay_seconds": "time between NOT_SERVING and the refusal of new calls, for a balancer to notice",

@@ -68,6 +68,7 @@ class Limits:
     wait_seconds : a request that would wait longer than this, by what runs take, is refused
     rows : the most in one run
     delay_us : how long every incomplete batch waits for company; 0 leaves it to `Company`
+    company_seconds : the longest that `Company` holds a request
     """
 
     requests: int = 256
@@ -75,6 +76,7 @@ class Limits:
     wait_seconds: float = 1.0
     rows: int = 64
     delay_us: int = 0
+    company_seconds: float = 0.001
 
 
 class Run:
@@ -188,7 +190,7 @@ class Batcher:
         self._lanes: OrderedDict[Lane, FairQueue[_Pending]] = OrderedDict()
         self._queued, self._rows, self._bytes = 0, 0, 0
         self._row_seconds = 0.0  # what a row took in the runs made lately
-        self._company, self._pressure = Company(), Pressure()
+        self._company, self._pressure = Company(limits.company_seconds), Pressure()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.Handle | None = None
         self._in_thread: _Batch | None = None
@@ -243,14 +245,17 @@ class Batcher:
         *,
         more: bool = False,
     ) -> Answer | W:
-        """The same with a waiter of one's own; it is returned if it waits."""
+        """The same with a waiter of one's own. It is returned if it waits, or was told: of a run that it made full."""
         if self._closed:
             raise NotReady(f"model {self._name} is being unloaded")
         if self._timer is not None or self._in_thread or self._queued:
             self._queue(waiter, lane, feeds, rows, deadline, caller())
             if self._timer is not None and self._is_complete():
                 self._timer.cancel()
-                self._wait(0.0)
+                if self._rows >= self.limits.rows:
+                    self._next()  # at once: one read may bring more than may wait
+                else:
+                    self._wait(0.0)
             return waiter
         costs = self.costs.of(lane.inputs)
         expected_ns = costs.expected_ns(rows)

@@ -13,24 +13,30 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-HOLD_SECONDS = 0.004
-"""The longest that a request is held. Whole milliseconds: the event loop counts no less."""
 FIRST_SPACING_SECONDS, LONGEST_SPACING_SECONDS = 0.02, 0.4
 """From one probe to the next; doubled by each that nobody joined. A lone caller loses a hundredth of the time."""
 COUNT_EVERY = 8
 """Every so many waits nobody is counted off: then more callers than before show themselves."""
-BUSY = 0.3
+BUSY = 0.5
 """The share of a core from which on the process has no time to spare; it may have to share that core with others."""
 LOOK_SECONDS = 0.05
 
 
 class Company:
-    """How many requests come together, learned by waiting for them."""
+    """How many requests come together, learned by waiting for them.
+
+    A request is held for `seconds` at most: as long as the transport takes to hand over those that are on their way.
+    Whole milliseconds: the event loop counts no less.
+    """
 
     def __init__(
-        self, now: Callable[[], float] = time.monotonic, used: Callable[[], float] = time.process_time
+        self,
+        seconds: float,
+        now: Callable[[], float] = time.monotonic,
+        used: Callable[[], float] = time.process_time,
     ) -> None:
         self.expected = 1
+        self._seconds = seconds
         self._now, self._load = now, _Load(now, used)
         self._spacing = FIRST_SPACING_SECONDS
         self._next_probe = now() + self._spacing
@@ -45,7 +51,7 @@ class Company:
             return 0.0
         self._waits += 1
         self._waiting = True
-        return HOLD_SECONDS
+        return self._seconds
 
     def is_complete(self, waiting: int) -> bool:
         """Whether all that were expected wait."""

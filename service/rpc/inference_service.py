@@ -107,9 +107,9 @@ class Inference:
 
     def model_infer_direct(self, data: bytes, call: Call, tell: Tell) -> Cancellable | None:
         asked = _Asked(call, tell, self._finish_now)
-        begun = asked.begun = self._begin(data, call, "ModelInfer", asked)
+        begun = self._begin(data, call, "ModelInfer", asked)
         if begun.answer is None:
-            return asked
+            return None if asked.done() else asked
         if isinstance(begun.answer, Answer) and not begun.reading.plan.waits:
             asked.set_result(begun.answer)
             return None
@@ -149,6 +149,8 @@ class Inference:
         begun, reading = time.perf_counter_ns(), None
         try:
             reading = self._read(data, call, begun)
+            if asked is not None:
+                asked.begun = _Begun(reading, None, begun)  # it may be told at once
             return _Begun(reading, self._submit(reading, call, asked), begun)
         except Exception as error:
             if reading is not None:

@@ -171,7 +171,7 @@ async def test_a_request_that_finds_the_model_idle_is_answered_at_once(model: Mo
 @running
 async def test_as_many_as_are_expected_are_waited_for_and_no_longer(model: Model) -> None:
     batcher = batcher_of(model, delay_us=0)
-    batcher._company = CompanyOfThree()
+    batcher._company = CompanyOfThree(0.001)
     for _ in range(2):
         await asyncio.gather(*[submit(batcher, n) for n in range(3)])
     assert model.batches == [3, 3]
@@ -406,23 +406,29 @@ async def test_when_overload_shows_itself_those_who_waited_longest_are_refused(m
     batcher.limits = Limits(rows=1, delay_us=1000)
     batcher._pressure._high = False
     model.go_on.clear()
-    waiting = [submit(batcher, n) for n in range(6)]
+    under_way = submit(batcher, 9)
     await model.hold()
+    waiting = [submit(batcher, n) for n in range(6)]
+    model.go_on.set()
     refused = await asyncio.gather(*waiting[1:5], return_exceptions=True)
     assert all(isinstance(error, Overloaded) for error in refused)
-    model.go_on.set()
+    assert doubled(await under_way) == [18]
     assert [doubled(await waiting[n]) for n in (0, 5)] == [[0], [10]]
     assert batcher._statistics.dropped == {"full": 4}
 
 
 @running
 async def test_callers_take_turns(model: Model) -> None:
-    batcher = batcher_of(model, rows=1)
+    batcher = batcher_of(model, rows=1, short=False)
+    model.go_on.clear()
+    under_way = submit(batcher, 9, caller="d")
+    await model.hold()
     order: list[str] = []
     waiting = [submit(batcher, n, caller=caller) for n, caller in enumerate("aaabc")]
     for caller, future in zip("aaabc", waiting, strict=True):
         future.add_done_callback(lambda _, caller=caller: order.append(caller))
-    await asyncio.gather(*waiting)
+    model.go_on.set()
+    await asyncio.gather(under_way, *waiting)
     assert "".join(order) == "abcaa"
 
 
@@ -432,6 +438,14 @@ async def test_a_delay_gathers_company_until_the_batch_is_full(model: Model) -> 
     waiting = [submit(batcher, n) for n in range(3)]  # the third one makes the batch full: nobody waits the minute
     await asyncio.gather(*waiting)
     assert model.batches == [3]
+
+
+@running
+async def test_an_idle_model_refuses_nothing_however_much_one_turn_of_the_loop_brings(model: Model) -> None:
+    batcher = batcher_of(model, rows=3, requests=4, delay_us=60_000_000)
+    answers = await asyncio.gather(*[submit(batcher, n) for n in range(30)])
+    assert [doubled(answer) for answer in answers] == [[2 * n] for n in range(30)]
+    assert model.batches == [3] * 10
 
 
 @running

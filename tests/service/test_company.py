@@ -6,8 +6,9 @@ from itertools import pairwise
 
 import pytest
 
-from service.inference.company import COUNT_EVERY, HOLD_SECONDS, LONGEST_SPACING_SECONDS, Company
+from service.inference.company import COUNT_EVERY, LONGEST_SPACING_SECONDS, Company
 
+HOLD_SECONDS = 0.004
 STEP_SECONDS = 0.01
 """From one request to the next."""
 UNTIL_JOINED = 10
@@ -25,7 +26,7 @@ class Machine:
         self.used += self.share * seconds
 
     def company(self) -> Company:
-        return Company(lambda: self.seconds, lambda: self.used)
+        return Company(HOLD_SECONDS, lambda: self.seconds, lambda: self.used)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ FRONTS = pytest.mark.parametrize("front", ["h2", "grpc"])
 
 
 @pytest.mark.parametrize(("front", "runs"), [("h2", "h2"), ("grpc", "grpc"), ("auto", "h2")])
-def test_the_front_that_runs_is_told_in_the_log(
+def test_the_front_that_runs_is_told_and_says_how_long_company_is_waited_for(
     root: Path, front: str, runs: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
@@ -30,6 +30,8 @@ def test_the_front_that_runs_is_told_in_the_log(
         assert re.search(rf"gRPC on 127\.0\.0\.1:{server.app.port}, .*, front {runs}", caplog.text)
         with grpc.insecure_channel(server.address) as channel:
             assert channel.unary_unary(INFER)(infer(), timeout=10)
+        held = {model.batcher.limits.company_seconds for model in server.app.repository.models()}
+        assert held == {{"h2": 0.001, "grpc": 0.004}[runs]}
     finally:
         server.stop()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import queue
 import re
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -300,6 +302,33 @@ def test_a_hangup_reads_the_tokens_again_and_ends_nothing(start: Start, tmp_path
     process.send(signal.SIGTERM)
     assert process.end() == 0
     assert any("token file read again: 1 tokens" in line for line in process.lines)
+
+
+@pytest.fixture
+def collector() -> Iterator[None]:
+    thresholds = gc.get_threshold()
+    yield
+    gc.unfreeze()
+    gc.set_threshold(*thresholds)
+
+
+class Knot:
+    """Refers to itself, so that counting references never frees it."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+@pytest.mark.usefixtures("collector")
+def test_the_collector_passes_over_what_was_imported_and_still_frees_what_refers_to_itself() -> None:
+    lifecycle.spare_collections()
+    assert gc.get_freeze_count() > 10_000
+    assert not gc.get_objects(generation=2)
+    first = weakref.ref(Knot())
+    kept: list[list[int]] = []
+    while first() is not None and len(kept) < 2 * lifecycle.COLLECT_AFTER[0]:
+        kept.append([])
+    assert first() is None
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "example.org", "127.0.0.1.example.org"])  # noqa: S104
