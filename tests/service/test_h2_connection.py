@@ -145,7 +145,7 @@ async def test_many_bytes_of_answers_do_not_wait_for_the_end_of_the_turn() -> No
 async def test_a_direct_handler_is_one_of_tasks_too() -> None:
     waiting = Waiting()
     asked, left = (asyncio.ensure_future(Direct(waiting)(b"", Call())) for _ in range(2))
-    await asyncio.sleep(0)
+    await turns_until(lambda: len(waiting.tells) == 2)
     left.cancel()
     await asyncio.wait([left])
     assert len(waiting.tells) == 1
