@@ -16,7 +16,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,7 @@ from service.inference.run_costs import Costs, RunCosts
 from service.inference.session import Stop
 from service.inference.statistics import Statistics
 
-SHORT_RUN_NS, SHORT_BATCH = 150_000, 4
+SHORT_RUN_NS, SHORT_BATCH = 150_000, 8
 """Runs expected to take less are made in the event loop; those for several requests may take that many times as long:
 they hold up the loop less than those requests would one by one."""
 HELD_RUN_NS = 1_000_000
@@ -82,7 +82,7 @@ class Limits:
 class Run:
     """The results of one run, shared by those whose rows are in it."""
 
-    __slots__ = ("_finite", "_views", "arrays", "layout", "rows", "snapshot", "times_ns")
+    __slots__ = ("_finite", "arrays", "layout", "rows", "snapshot", "times_ns")
 
     def __init__(
         self,
@@ -98,7 +98,6 @@ class Run:
         self.times_ns = times_ns  # when it began and ended, on time.perf_counter_ns()
         shapes = [array.shape for array in arrays] if rows is None else [array.shape[1:] for array in arrays]
         self.layout = (snapshot.revision, snapshot.online_state, snapshot.session.provider, *shapes)
-        self._views: dict[tuple[str, ...], list[tuple[memoryview, int]]] = {}
         self._finite: bool | None = None
 
     def finite(self, name: str) -> bool:
@@ -114,16 +113,6 @@ class Run:
         array = self.arrays[name]
         return array if self.rows is None or stop - start == self.rows else array[start:stop]
 
-    def raw(self, names: tuple[str, ...], start: int, stop: int) -> Sequence[bytes | memoryview]:
-        """The bytes of one request's rows of outputs of numbers."""
-        rows, views = self.rows, self._views.get(names)
-        if not rows or stop - start == rows:
-            return [self.arrays[name].tobytes() for name in names]
-        if views is None:
-            whole = [_byte_view(self.arrays[name]) for name in names]
-            views = self._views[names] = [(view, len(view) // rows) for view in whole]
-        return [view[start * size : stop * size] for view, size in views]
-
 
 class Answer(NamedTuple):
     """What a waiter gets: rows `start` to `stop` of a run."""
@@ -136,16 +125,27 @@ class Answer(NamedTuple):
         return self.run.part(name, self.start, self.stop)
 
 
+class Waiter(Protocol):
+    """Who waits for an answer: a future, or what is told in its place. It raises nothing."""
+
+    def done(self) -> bool: ...
+    def set_result(self, answer: Answer, /) -> None: ...
+    def set_exception(self, error: Exception, /) -> None: ...
+
+
+W = TypeVar("W", bound=Waiter)
+
+
 class _Pending:
     """One request in the queue. `feeds` are arrays or bytes-like objects, one for each of the lane's inputs."""
 
-    __slots__ = ("asked_ns", "caller", "deadline", "feeds", "future", "rows", "size")
+    __slots__ = ("asked_ns", "caller", "deadline", "feeds", "rows", "size", "waiter")
 
     def __init__(
-        self, feeds: Sequence[Any], rows: int, size: int, deadline: float, caller: str, future: asyncio.Future[Answer]
+        self, feeds: Sequence[Any], rows: int, size: int, deadline: float, caller: str, waiter: Waiter
     ) -> None:
         self.feeds, self.rows, self.size = feeds, rows, size
-        self.deadline, self.caller, self.future = deadline, caller, future
+        self.deadline, self.caller, self.waiter = deadline, caller, waiter
         self.asked_ns = time.perf_counter_ns()
 
 
@@ -189,7 +189,6 @@ class Batcher:
         self._name, self._execute, self._statistics = name, execute, statistics
         self._lanes: OrderedDict[Lane, FairQueue[_Pending]] = OrderedDict()
         self._queued, self._rows, self._bytes = 0, 0, 0
-        self._held: Counter[str] = Counter()
         self._row_seconds = 0.0  # what a row took in the runs made lately
         self._company, self._pressure = Company(limits.company_seconds), Pressure()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -232,25 +231,40 @@ class Batcher:
         InvalidRequest
             if it is run at once and the graph cannot compute its inputs
         """
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        return self.submit_for(future, lane, feeds, rows, deadline, caller, more=more)
+
+    def submit_for(
+        self,
+        waiter: W,
+        lane: Lane,
+        feeds: Sequence[Any],
+        rows: int,
+        deadline: float,
+        caller: Callable[[], str] = str,
+        *,
+        more: bool = False,
+    ) -> Answer | W:
+        """The same with a waiter of one's own. It is returned if it waits, or was told: of a run that it made full."""
         if self._closed:
             raise NotReady(f"model {self._name} is being unloaded")
         if self._timer is not None or self._in_thread or self._queued:
-            pending = self._queue(lane, feeds, rows, deadline, caller())
+            self._queue(waiter, lane, feeds, rows, deadline, caller())
             if self._timer is not None and self._is_complete():
                 self._timer.cancel()
                 if self._rows >= self.limits.rows:
                     self._next()  # at once: one read may bring more than may wait
                 else:
                     self._wait(0.0)
-            return pending.future
+            return waiter
         costs = self.costs.of(lane.inputs)
         expected_ns = costs.expected_ns(rows)
         hold = self._hold_seconds(lane, rows, expected_ns)
         if not (hold or more) and self._in_loop and expected_ns < SHORT_RUN_NS:
             return self._run_now(lane, feeds, rows, costs)
-        pending = self._queue(lane, feeds, rows, deadline, caller())
+        self._queue(waiter, lane, feeds, rows, deadline, caller())
         self._wait(hold)
-        return pending.future
+        return waiter
 
     def _hold_seconds(self, lane: Lane, rows: int, expected_ns: float) -> float:
         """How long a request that finds the model idle waits for company."""
@@ -276,25 +290,21 @@ class Batcher:
         self._statistics.ran(rows, (0,), took)
         return answer
 
-    def _queue(self, lane: Lane, feeds: Sequence[Any], rows: int, deadline: float, caller: str) -> _Pending:
+    def _queue(self, waiter: Waiter, lane: Lane, feeds: Sequence[Any], rows: int, deadline: float, caller: str) -> None:
         size = bytes_of(feeds)
         self._pressure.came(caller)
         self._admit(lane, rows, caller, size)
-        loop = self._loop = self._loop or asyncio.get_running_loop()
-        pending = _Pending(feeds, rows, size, deadline, caller, loop.create_future())
         queue = self._lanes.get(lane)
         if queue is None:
             queue = self._lanes[lane] = FairQueue()
-        queue.push(caller, pending)
+        queue.push(caller, _Pending(feeds, rows, size, deadline, caller, waiter))
         self._queued += 1
         self._rows += rows
         self._bytes += size
-        self._held[caller] += 1
-        return pending
 
     def _wait(self, seconds: float) -> None:
         """Make the next run after this time, or at the end of this turn of the loop with all that it brings."""
-        loop = self._loop or asyncio.get_running_loop()
+        loop = self._loop = self._loop or asyncio.get_running_loop()
         self._timer = loop.call_later(seconds, self._next) if seconds else loop.call_soon(self._next)
 
     async def drain(self) -> None:
@@ -313,7 +323,6 @@ class Batcher:
                     _fail(pending, NotReady(f"model {self._name} is being unloaded"))
         self._lanes.clear()
         self._queued, self._rows, self._bytes = 0, 0, 0
-        self._held.clear()
         if self._in_thread:
             self._in_thread.stop.now()
         self._batches.put(None)
@@ -327,8 +336,9 @@ class Batcher:
             and (not self._pressure.is_high() or self._is_quick(lane, self._rows + rows, self._queued + 1))
         ):
             return
-        greediest, most = self._held.most_common(1)[0]
-        if self._held[caller] + 1 < most or self._pressure.asks_less(caller, greediest):
+        held = self._held()
+        greediest, most = held.most_common(1)[0]
+        if held[caller] + 1 < most or self._pressure.asks_less(caller, greediest):
             self._give_way(greediest)
         else:
             raise self._full()
@@ -350,23 +360,29 @@ class Batcher:
         """Refuse the caller's newest request, or its oldest."""
         given = (queue.give_way(caller, oldest=oldest) for queue in reversed(self._lanes.values()))
         pending = next(found for found in given if found is not None)
-        self._left(pending)
+        self._left([pending])
         _fail(pending, self._full())
+
+    def _held(self) -> Counter[str]:
+        """How many requests each caller has waiting."""
+        held: Counter[str] = Counter()
+        for queue in self._lanes.values():
+            for caller, count in queue.held():
+                held[caller] += count
+        return held
 
     def _shed(self) -> None:
         """Refuse what may not wait under overload: the oldest of who holds most, as long as it is late already."""
         while self._queued > 1:
             if self._is_quick(next(iter(self._lanes)), self._rows, self._queued):
                 return
-            self._give_way(self._held.most_common(1)[0][0], oldest=True)
+            self._give_way(self._held().most_common(1)[0][0], oldest=True)
 
-    def _left(self, pending: _Pending) -> None:
-        self._queued -= 1
-        self._rows -= pending.rows
-        self._bytes -= pending.size
-        self._held[pending.caller] -= 1
-        if not self._held[pending.caller]:
-            del self._held[pending.caller]
+    def _left(self, taken: Sequence[_Pending]) -> None:
+        self._queued -= len(taken)
+        for pending in taken:
+            self._rows -= pending.rows
+            self._bytes -= pending.size
 
     def _next(self) -> None:
         self._timer = None
@@ -392,9 +408,9 @@ class Batcher:
             waiting: list[_Pending] = []
             rows = 0
             while taken := queue.take(most - rows, one=not waiting):
+                self._left(taken)
                 for pending in taken:
-                    self._left(pending)
-                    if pending.future.done():
+                    if pending.waiter.done():
                         self._statistics.dropped["cancelled"] += 1
                     elif pending.deadline <= now:
                         self._statistics.dropped["deadline"] += 1
@@ -421,7 +437,7 @@ class Batcher:
     def _look_after(self, batch: _Batch) -> None:
         """End a run that nobody waits for any more."""
         now = time.monotonic()
-        if all(pending.future.done() or pending.deadline <= now for pending in batch.waiting):
+        if all(pending.waiter.done() or pending.deadline <= now for pending in batch.waiting):
             batch.stop.now()
         else:
             loop = self._loop or asyncio.get_running_loop()
@@ -449,12 +465,12 @@ class Batcher:
     def _settle(self, batch: _Batch, outcome: _Outcome) -> None:
         """Tell each waiter its own fate, then go on with what came meanwhile."""
         for pending, answer in zip(batch.waiting, outcome.answers, strict=True):
-            if pending.future.done():
+            if pending.waiter.done():
                 continue  # its caller left
             if isinstance(answer, Answer):
-                pending.future.set_result(answer)
+                pending.waiter.set_result(answer)
             else:
-                pending.future.set_exception(answer)
+                pending.waiter.set_exception(answer)
         if batch.stop.asked:
             self._statistics.dropped["stopped"] += len(batch.waiting)
         else:
@@ -528,8 +544,8 @@ def _closed(*_: Any) -> NoReturn:
 
 
 def _fail(pending: _Pending, error: Exception) -> None:
-    if not pending.future.done():
-        pending.future.set_exception(error)
+    if not pending.waiter.done():
+        pending.waiter.set_exception(error)
 
 
 def _joined(parts: Sequence[Any], dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
@@ -540,7 +556,3 @@ def _joined(parts: Sequence[Any], dtype: np.dtype[Any], shape: tuple[int, ...]) 
         return np.concatenate(parts)
     buffer = parts[0] if len(parts) == 1 else b"".join(parts)
     return np.frombuffer(buffer, dtype).reshape(shape) if len(buffer) else np.empty(shape, dtype)
-
-
-def _byte_view(array: NDArray[Any]) -> memoryview:
-    return np.ascontiguousarray(array).data.cast("B") if array.size else memoryview(b"")  # 0 has no cast

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Iterator
 from typing import Generic, Protocol, TypeVar
 
 
@@ -37,16 +38,23 @@ class FairQueue(Generic[T]):
         taken: list[T] = []
         while self._callers:
             caller, own = next(iter(self._callers.items()))
-            most -= own[0].rows
-            if most < 0 and not one:
-                break
-            one = False
-            taken.append(own.popleft())
-            if not own:
-                del self._callers[caller]
-            elif len(self._callers) > 1:
+            turn = 1 if len(self._callers) > 1 else len(own)
+            while own and turn:
+                most -= own[0].rows
+                if most < 0 and not one:
+                    return taken
+                one = False
+                taken.append(own.popleft())
+                turn -= 1
+            if own:
                 self._callers.move_to_end(caller)
+            else:
+                del self._callers[caller]
         return taken
+
+    def held(self) -> Iterator[tuple[str, int]]:
+        """How many each caller has here."""
+        return ((caller, len(own)) for caller, own in self._callers.items())
 
     def give_way(self, caller: str, *, oldest: bool = False) -> T | None:
         """Take back the caller's newest request, or its oldest; None if it has none here."""

@@ -169,15 +169,18 @@ class Stop:
 
     def __init__(self) -> None:
         self.asked = False
-        self._options = _graph_options(-1)
-        self._options.log_severity_level = _SILENT  # the runtime takes it for an error
+        self._options: Any = None
 
     def now(self) -> None:
         self.asked = True
-        self._options.terminate = True
+        if self._options is not None:
+            self._options.terminate = True
 
     def __enter__(self) -> Self:
-        _thread.options = self._options
+        _thread.options = self._options = _graph_options(-1)
+        self._options.log_severity_level = _SILENT  # the runtime takes it for an error
+        if self.asked:
+            self._options.terminate = True
         return self
 
     def __exit__(self, *exc_info: object) -> None:

@@ -19,6 +19,9 @@ RUNS_PER_SIZE = 5
 NO_CHEAPER = 0.1
 """A row that costs no more than this above the cheapest one costs the same: timings differ by as much by chance."""
 
+AROUND_A_RUN_SECONDS = 1e-4
+"""What a run costs besides, in the server that gathers it, answers it, writes and reads again."""
+
 SLOW_ROW_SECONDS, NOT_WORTH_WAITING = 0.002, 0.3
 """Rows that take so long share a run if that saves more than this: each waits for the others of its run."""
 
@@ -36,9 +39,9 @@ class Costs:
 
     @property
     def knee(self) -> int:
-        """The fewest rows of a run beyond which a row gets no cheaper, of the sizes that were measured; of slow rows,
-        not cheaper by enough."""
-        row = {rows: seconds / rows for rows, seconds in self.seconds.items()}
+        """The fewest rows of a run beyond which a row gets no cheaper to serve, of the sizes that were measured; of
+        slow rows, not cheaper by enough."""
+        row = {rows: (seconds + AROUND_A_RUN_SECONDS) / rows for rows, seconds in self.seconds.items()}
         saved = NO_CHEAPER if min(row.values()) < SLOW_ROW_SECONDS else NOT_WORTH_WAITING
         return min(rows for rows, cost in row.items() if cost <= (1 + saved) * min(row.values()))
 

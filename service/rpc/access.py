@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from service.errors import Forbidden, Refused, Unauthenticated
-from service.rpc.methods import Call, Metadata, Method, parse
+from service.rpc.methods import Call, Direct, Metadata, Method, parse
 from service.rpc.tokens import EVERY_MODEL, Role, Token, TokenFile
 
 OPEN: frozenset[Role] = frozenset()
@@ -117,6 +117,10 @@ class Access:
                 return request
             check = _checked_one_by_one if method.client_streaming else _checked
             return check(method, request, call)
+
+        if isinstance(handler, Direct):
+            begin = handler.begin
+            return replace(method, handler=Direct(lambda data, call, tell: begin(allowed(data, call), call, tell)))
 
         async def one(request: Any, call: Call) -> bytes:
             answer: bytes = await handler(allowed(request, call), call)

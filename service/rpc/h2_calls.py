@@ -1,7 +1,6 @@
 """The calls of an HTTP/2 connection: requests gathered, handlers run, answers given back.
 
-A handler that never waits costs no task: its coroutine is driven here, and one of `TASKLESS` is driven by hand even
-when it waits. A stream has a task of its own (see `streams`).
+A handler that is `Direct` costs no task. A stream has a task of its own (see `streams`).
 """
 
 from __future__ import annotations
@@ -10,20 +9,18 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import aclosing
 from typing import Any, Protocol, Self
 
 from service.errors import CalserveError
 from service.rpc.h2_framing import OK_TRAILERS, Header, Messages, Opening, fail, inflate, trailers
 from service.rpc.limits import ConnectionLimits
-from service.rpc.methods import Call, Method
+from service.rpc.methods import Call, Cancellable, Direct, Method
 from service.rpc.status import Code, Relayed, Status, status_of, transport_status
 
 log = logging.getLogger(__name__)
 
-TASKLESS = frozenset({"/inference.GRPCInferenceService/ModelInfer"})
-"""Methods whose handlers ask for no current task (asyncio.timeout does): they are run without one."""
 UNREAD_BYTES = 1 << 20
 """Of one stream's messages that its handler has not read; beyond that what comes is left as it came, and the caller's
 window is not opened again."""
@@ -95,7 +92,7 @@ class Exchange:
         deadline = None if timeout is None else time.monotonic() + timeout
         self.call = Call(deadline, opening.metadata, connection.peer)
         self._messages: Messages | None = None
-        self._runner: asyncio.Task[None] | _Driven | None = None
+        self._runner: Cancellable | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._single = not method.client_streaming
         self._begun = connection.now if self._single else None
@@ -246,13 +243,15 @@ class Unary(Exchange):
         call, request = self.call, self._request
         self._request = b""
         call.more = more
-        if self._compressed or self._method.path not in TASKLESS:
+        handler = self._method.handler
+        if self._compressed or not isinstance(handler, Direct):
             self._runner = self._connection.keep(self._connection.loop.create_task(self._in_task(request)))
             self._set_timer()
             return
-        driven = _Driven(self._method.handler(request, call), self._done)
-        if driven.step():
-            self._runner = driven
+        try:
+            self._runner = handler.begin(request, call, self._done)
+        except Exception as error:
+            self._done(b"", error)
 
     async def _in_task(self, request: bytes) -> None:
         try:
@@ -394,43 +393,3 @@ class Streaming(Exchange):
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
-
-
-class _Driven:
-    """A coroutine run by hand, as a task would: one that never waits is over before a task could be made."""
-
-    __slots__ = ("_coroutine", "_done", "_must_cancel", "_waits_for")
-
-    def __init__(
-        self, coroutine: Coroutine[Any, Any, bytes], done: Callable[[bytes, BaseException | None], None]
-    ) -> None:
-        self._coroutine, self._done = coroutine, done
-        self._waits_for: asyncio.Future[Any] | None = None
-        self._must_cancel = False
-
-    def step(self, _: object = None) -> bool:
-        """Run on to the next wait; whether there is one."""
-        self._waits_for = None
-        try:
-            if self._must_cancel:
-                self._must_cancel = False
-                waits_for = self._coroutine.throw(asyncio.CancelledError())
-            else:
-                waits_for = self._coroutine.send(None)
-        except StopIteration as over:
-            self._done(over.value, None)
-            return False
-        except (Exception, asyncio.CancelledError) as error:
-            self._done(b"", error)
-            return False
-        if waits_for is None:  # asyncio.sleep(0)
-            asyncio.get_running_loop().call_soon(self.step)
-        else:
-            waits_for._asyncio_future_blocking = False  # what a task does to say that it has seen it
-            waits_for.add_done_callback(self.step)
-            self._waits_for = waits_for
-        return True
-
-    def cancel(self) -> None:
-        if self._waits_for is None or not self._waits_for.cancel():
-            self._must_cancel = True

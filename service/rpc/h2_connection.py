@@ -38,6 +38,8 @@ STREAM_WINDOW, CONNECTION_WINDOW, FRAME_BYTES = 4 << 20, 32 << 20, 256 << 10
 """What a caller may send ahead on one stream and on all, and in one frame."""
 WRITE_BYTES = 1 << 20
 """Given to the transport at a time; as much may wait in it."""
+PROMPT_BYTES = 128 << 10
+"""Of answers in a turn of the loop: so many are written before it ends, while they are in the processor's cache."""
 NOISE, NOISE_A_MESSAGE = 10_000, 8
 """Frames that bring nothing, between two looks: so many, and so many more for each frame that brings something."""
 RESETS = 1_000, 200
@@ -76,7 +78,7 @@ class Http2Connection(asyncio.Protocol):
         self._paused = self._flush_asked = self._reading = self._closing = False
         self._greeted = False  # the caller has said something; before that it costs next to nothing
         self._settled = False  # it was HTTP/2
-        self._noise = self._strikes = self._held = 0
+        self._noise = self._strikes = self._held = self._fresh = 0
         self._pinged_at: float | None = None
         self._heard_ping = float("-inf")
         self._retired_at: float | None = None
@@ -84,6 +86,7 @@ class Http2Connection(asyncio.Protocol):
         self.now = self._begun = self._idle_since = self.loop.time()
         self._retire_at = self._begun + self.limits.age_seconds * random.uniform(1 - AGE_SPREAD, 1 + AGE_SPREAD)  # noqa: S311 # no secret
         self._peer = ""
+        self._headers: tuple[Header, ...] = ()
 
     # From the transport
 
@@ -282,7 +285,9 @@ class Http2Connection(asyncio.Protocol):
         return events
 
     def _request(self, number: int, headers: tuple[Header, ...], end: bool) -> None:
-        opening, method = self._front.opening(headers)
+        if headers != self._headers:  # which costs less than to look them up
+            self._headers, self._opened = headers, self._front.opening(headers)
+        opening, method = self._opened
         if opening.http_status != b"200":
             with suppress(ngh2.StreamUnavailableError):
                 self._h2.send_response(number, [(b":status", opening.http_status)], end_stream=True)
@@ -404,6 +409,7 @@ class Http2Connection(asyncio.Protocol):
                 call.run(more=index < last)
 
     def _send_body(self, number: int, message: bytes) -> None:
+        self._fresh += len(message)
         if len(message) < WRITE_BYTES:
             self._h2.send_data(number, PREFIX.pack(0, len(message)) + message)
         else:  # spares a copy
@@ -415,7 +421,11 @@ class Http2Connection(asyncio.Protocol):
         if not call.heard:
             self._early.append(call)
         self._strikes, self._heard_ping = 0, float("-inf")
-        if not self._reading:
+        if self._reading:
+            return
+        if self._fresh > PROMPT_BYTES:
+            self._flush()
+        else:
             self._ask_flush()
 
     def _ask_flush(self) -> None:
@@ -425,7 +435,7 @@ class Http2Connection(asyncio.Protocol):
             self.loop.call_soon(self._flush)
 
     def _flush(self) -> None:
-        self._flush_asked = False
+        self._flush_asked, self._fresh = False, 0
         if self._paused or self._closing:
             return
         h2, transport = self._h2, self._transport

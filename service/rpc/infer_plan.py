@@ -28,6 +28,8 @@ from service.store.packs import LONGEST_CALLER_ID
 ID_TAG, RAW_INPUT_TAG, RAW_OUTPUT_TAG = b"\x1a", b"\x3a", b"\x32"
 MAX_TEMPLATES = 256
 MAX_VARINT_BYTE = 0x80
+COPIED_BYTES = 16 << 10
+"""The values of a shorter message are copied: that costs less than to look at them where they are."""
 CONFIDENCE_LEVEL = "confidence_level"
 RECEIPT = "receipt"
 SEGMENT, LONGEST_SEGMENT = "segment", 64
@@ -94,6 +96,11 @@ class Plan:
         common = computed.keys() <= set(self.model.common_outputs)
         self.lane = self.lane._replace(outputs=tuple(computed), snapshot=None if common else snapshot)
         return snapshot
+
+    @property
+    def waits(self) -> bool:
+        """Whether its answers wait for the disk."""
+        return self.journal is not None and self.journal.waits
 
     @property
     def divided(self) -> bool:
@@ -239,8 +246,8 @@ class Templates:
             return None
         for middle, values, plan in self._kept.get((data[:end], len(data) - at), ()):
             if data.startswith(middle, at):
-                feeds, position = [], at + len(middle)
-                view = memoryview(data)
+                feeds: list[bytes | memoryview] = []
+                position, view = at + len(middle), data if len(data) <= COPIED_BYTES else memoryview(data)
                 for length, after in values:
                     feeds.append(view[position : position + length])
                     position += length
@@ -248,7 +255,8 @@ class Templates:
                         break
                     position += len(after)
                 else:
-                    return Reading(plan, data[end:at], feeds) if data[end:at].isascii() else None
+                    id_field = data[end:at]
+                    return Reading(plan, id_field, feeds) if id_field.isascii() else None
         return None
 
     def keep(self, request: Any, data: bytes, plan: Plan) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 from numpy.typing import NDArray
 
 from service.inference.batcher import Answer, Run
@@ -14,44 +16,91 @@ from service.store.keys import ID_CHARACTERS
 
 MAX_REPLIES = 64
 """Layouts of answers kept for one plan; a revision or a shape that comes new makes a new one."""
+JOINED_BYTES = 4 << 20
+"""Of a run's answers: those of a longer run are not laid out together."""
 
 
-def encode(plan: Plan, answer: Answer, id_field: bytes, said: bytes = b"", *, final: bool = False) -> bytes:
-    """A ModelInferResponse: the bytes that every such answer has, and between them this one's id and values.
+class _Layout(NamedTuple):
+    """What one run's answers to one plan have in common.
 
-    `said` are parameters of this answer alone, as bytes of the message.
+    Attributes
+    ----------
+    before, after : the bytes before the id, those between it and the values
+    values : of each its name and the bytes before it
+    rows : the values of all rows, each behind its bytes; empty where they were not joined
+    row_bytes : what they are of each row
     """
-    run, start, stop = answer
-    if not plan.plain:
-        return _spelled(plan, answer, id_field + said, final)
-    key = (run.layout, final)
-    reply = plan.replies.get(key)
-    if reply is None:
-        reply = _remember(plan, key, _around(plan, answer, final))
-    before, after, names, tags = reply
-    parts = [before, id_field, said, after]
-    for tag, value in zip(tags, run.raw(names, start, stop), strict=True):
-        parts += (tag, value)
-    return b"".join(parts)
+
+    run: Run | None
+    plan: Plan | None
+    final: bool
+    before: bytes = b""
+    after: bytes = b""
+    values: Sequence[tuple[str, bytes]] = ()
+    rows: memoryview = memoryview(b"")
+    row_bytes: int = 0
 
 
-def _remember(plan: Plan, key: Any, reply: Any) -> Any:
-    if len(plan.replies) >= MAX_REPLIES:
-        plan.replies.clear()
-    plan.replies[key] = reply
-    return reply
+class Encoder:
+    """Spells answers. Those of one run mostly come one after the other, so their rows are laid out once for all."""
+
+    def __init__(self) -> None:
+        self._layout = _Layout(None, None, False)
+
+    def encode(self, plan: Plan, answer: Answer, id_field: bytes, said: bytes = b"", *, final: bool = False) -> bytes:
+        """A ModelInferResponse: the bytes that every such answer has, and between them this one's id and values.
+
+        `said` are parameters of this answer alone, as bytes of the message.
+        """
+        run, start, stop = answer
+        if not plan.plain:
+            return _spelled(plan, answer, id_field + said, final)
+        layout = self._layout
+        if layout.run is not run or layout.plan is not plan or layout.final is not final:
+            layout = self._layout = _laid_out(plan, answer, final)
+        if size := layout.row_bytes:
+            return b"".join((layout.before, id_field, said, layout.after, layout.rows[start * size : stop * size]))
+        parts = [layout.before, id_field, said, layout.after]
+        for name, tag in layout.values:
+            parts += (tag, run.part(name, start, stop).tobytes())
+        return b"".join(parts)
 
 
-def _around(plan: Plan, answer: Answer, final: bool) -> tuple[bytes, bytes, tuple[str, ...], list[bytes]]:
+def _laid_out(plan: Plan, answer: Answer, final: bool) -> _Layout:
+    key, run = (answer.run.layout, final), answer.run
+    if key not in plan.replies:
+        if len(plan.replies) >= MAX_REPLIES:
+            plan.replies.clear()
+        plan.replies[key] = _around(plan, answer, final)
+    before, after, values = plan.replies[key]
+    sizes = [run.arrays[name].nbytes for name, _ in values]
+    if plan.rows == 1 and run.rows and run.rows > 1 and all(sizes) and sum(sizes) <= JOINED_BYTES:
+        return _Layout(run, plan, final, before, after, values, *_joined(run, values))
+    return _Layout(
+        None, None, final, before, after, values
+    )  # nothing is kept of a long run, nor of one that nobody shares
+
+
+def _joined(run: Run, values: Sequence[tuple[str, bytes]]) -> tuple[memoryview, int]:
+    columns = []
+    for name, tag in values:
+        array = np.ascontiguousarray(run.arrays[name])
+        columns.append(np.frombuffer(tag * len(array), np.uint8).reshape(len(array), len(tag)))
+        columns.append(array.view(np.uint8).reshape(len(array), -1))
+    rows = np.concatenate(columns, axis=1)
+    return rows.data.cast("B"), rows.shape[1]
+
+
+def _around(plan: Plan, answer: Answer, final: bool) -> tuple[bytes, bytes, list[tuple[str, bytes]]]:
     """The bytes before the id, those between it and the values; of each value its name and the bytes before it."""
     arrays = {name: answer.part(name) for name in plan.datatypes}
-    tags = [RAW_OUTPUT_TAG + varint(array.nbytes) for array in arrays.values()]
+    values = [(name, RAW_OUTPUT_TAG + varint(array.nbytes)) for name, array in arrays.items()]
     head = inference.ModelInferResponse(model_name=plan.model.name, model_version=plan.model.version)
     rest = inference.ModelInferResponse()
     _say(rest, plan, answer.run, final)
     for name, array in arrays.items():
         rest.outputs.add(name=name, datatype=_datatype(plan, name, array), shape=array.shape)
-    return head.SerializeToString(), rest.SerializeToString(), tuple(arrays), tags
+    return head.SerializeToString(), rest.SerializeToString(), values
 
 
 def parameter(name: str, value: bytes) -> bytes:

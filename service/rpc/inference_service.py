@@ -6,9 +6,9 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,8 +20,8 @@ from service.learning.revisions import Revisions
 from service.rpc import infer_plan
 from service.rpc.health import Health
 from service.rpc.infer_plan import RECEIPT, Reading, Templates, own_id, varint
-from service.rpc.infer_response import PREDICTION_ID, encode, parameter
-from service.rpc.methods import Call, parse
+from service.rpc.infer_response import PREDICTION_ID, Encoder, parameter
+from service.rpc.methods import Call, Cancellable, Tell, in_task, parse
 from service.rpc.shared_memory import Regions
 from service.rpc.status import status_of
 from service.rpc.tracing import Tracing
@@ -35,11 +35,41 @@ MOST_IN_FLIGHT = 128
 
 
 class _Begun(NamedTuple):
-    """A request that was run, or whose run is awaited."""
+    """A request that was run, or whose run is awaited, or told of (`answer` is None)."""
 
     reading: Reading
-    answer: Answer | Awaitable[Answer]
+    answer: Answer | Awaitable[Answer] | None
     begun_ns: int
+
+
+class _Asked:
+    """A call of ModelInfer that waits for nothing but its run: told of its answer, it tells the front."""
+
+    __slots__ = ("_call", "_finish", "_over", "_tell", "begun")
+    begun: _Begun
+
+    def __init__(self, call: Call, tell: Tell, finish: Callable[[_Begun, Answer | Exception, Call], bytes]) -> None:
+        self._call, self._tell, self._finish = call, tell, finish
+        self._over = False
+
+    def done(self) -> bool:
+        return self._over
+
+    def set_result(self, answer: Answer | Exception) -> None:
+        self._over = True
+        try:
+            reply = self._finish(self.begun, answer, self._call)
+        except Exception as error:
+            self._tell(b"", error)
+        else:
+            self._tell(reply, None)
+
+    set_exception = set_result
+
+    def cancel(self) -> None:
+        if not self._over:
+            self._over = True
+            self._tell(b"", asyncio.CancelledError())
 
 
 class _Signal:
@@ -73,10 +103,17 @@ class Inference:
         self._repository, self._revisions, self._health = repository, revisions, health
         self._regions, self._default_deadline_seconds = regions, default_deadline_seconds
         self._journalling, self._tracing = journalling, tracing
-        self._templates, self._known_at = Templates(), -1
+        self._templates, self._known_at, self._encoder = Templates(), -1, Encoder()
 
-    def model_infer_bytes(self, data: bytes, call: Call) -> Coroutine[Any, Any, bytes]:
-        return self._finish(self._begin(data, call, "ModelInfer"), call)
+    def model_infer_direct(self, data: bytes, call: Call, tell: Tell) -> Cancellable | None:
+        asked = _Asked(call, tell, self._finish_now)
+        begun = self._begin(data, call, "ModelInfer", asked)
+        if begun.answer is None:
+            return None if asked.done() else asked
+        if isinstance(begun.answer, Answer) and not begun.reading.plan.waits:
+            asked.set_result(begun.answer)
+            return None
+        return in_task(self._finish(begun, call), tell)
 
     async def model_stream_infer_bytes(self, requests: AsyncIterator[bytes], call: Call) -> AsyncIterator[bytes]:
         """Answers in the order of the requests; runs are made meanwhile. An error is an answer."""
@@ -107,12 +144,14 @@ class Inference:
             for _, begun in waiting:
                 _abandon(begun)
 
-    def _begin(self, data: bytes, call: Call, method: str) -> _Begun:
-        """Read a request and queue it for its run."""
+    def _begin(self, data: bytes, call: Call, method: str, asked: _Asked | None = None) -> _Begun:
+        """Read a request and queue it for its run; where it waits for no more than that, `asked` is told of it."""
         begun, reading = time.perf_counter_ns(), None
         try:
             reading = self._read(data, call, begun)
-            return _Begun(reading, self._submit(reading, call), begun)
+            if asked is not None:
+                asked.begun = _Begun(reading, None, begun)  # it may be told at once
+            return _Begun(reading, self._submit(reading, call, asked), begun)
         except Exception as error:
             if reading is not None:
                 reading.plan.model.statistics.refused(time.perf_counter_ns() - begun)
@@ -132,29 +171,51 @@ class Inference:
 
     async def _finish(self, begun: _Begun, call: Call, *, in_stream: bool = False) -> bytes:
         """The bytes of the answer, or the request's error; either is counted."""
-        plan, tracing, computed, kept = begun.reading.plan, self._tracing, 0, 0
         method = "ModelStreamInfer" if in_stream else "ModelInfer"
         try:
+            assert begun.answer is not None  # noqa: S101 # nobody else is told
             answer = begun.answer if isinstance(begun.answer, Answer) else await begun.answer
-            if plan.model.is_classifier and not answer.run.finite("confidence"):
-                _check_confidence(answer, begun.reading)
-            if tracing is not None:
-                computed = time.perf_counter_ns()
-            said = b"" if plan.journal is None else _keep(plan.journal, answer, begun.reading)
-            if said and plan.journal is not None and plan.journal.waits:
-                await plan.journal.flush()
-            if tracing is not None:
-                kept = time.perf_counter_ns()
-            reply = encode(plan, answer, begun.reading.id_field, said, final=in_stream and plan.final)
+            computed, said = self._kept(begun.reading, answer)
+            journal = begun.reading.plan.journal
+            if said and journal is not None and journal.waits:
+                await journal.flush()
+            return self._reply(begun, answer, call, method, computed, said)
         except Exception as error:
-            plan.model.statistics.refused(time.perf_counter_ns() - begun.begun_ns)
-            if tracing is not None:
-                tracing.refused(method, call, begun.begun_ns, error, plan)
+            self._refused(begun, call, method, error)
             raise
+
+    def _finish_now(self, begun: _Begun, answer: Answer | Exception, call: Call) -> bytes:
+        """The same of a call whose run was made, or could not be."""
+        try:
+            if isinstance(answer, Exception):
+                raise answer
+            return self._reply(begun, answer, call, "ModelInfer", *self._kept(begun.reading, answer))
+        except Exception as error:
+            self._refused(begun, call, "ModelInfer", error)
+            raise
+
+    def _kept(self, reading: Reading, answer: Answer) -> tuple[int, bytes]:
+        """When the answer was there, if calls are traced, and what it says of its place in the journal."""
+        plan = reading.plan
+        if plan.model.is_classifier and not answer.run.finite("confidence"):
+            _check_confidence(answer, reading)
+        computed = 0 if self._tracing is None else time.perf_counter_ns()
+        return computed, b"" if plan.journal is None else _keep(plan.journal, answer, reading)
+
+    def _reply(self, begun: _Begun, answer: Answer, call: Call, method: str, computed: int, said: bytes) -> bytes:
+        plan, kept = begun.reading.plan, 0 if self._tracing is None else time.perf_counter_ns()
+        final = plan.final and method == "ModelStreamInfer"
+        reply = self._encoder.encode(plan, answer, begun.reading.id_field, said, final=final)
         plan.model.statistics.answered(plan.rows, time.perf_counter_ns() - begun.begun_ns)
-        if tracing is not None:
-            tracing.answered(method, call, begun.begun_ns, plan, answer.run, (computed, kept))
+        if self._tracing is not None:
+            self._tracing.answered(method, call, begun.begun_ns, plan, answer.run, (computed, kept))
         return reply
+
+    def _refused(self, begun: _Begun, call: Call, method: str, error: Exception) -> None:
+        plan = begun.reading.plan
+        plan.model.statistics.refused(time.perf_counter_ns() - begun.begun_ns)
+        if self._tracing is not None:
+            self._tracing.refused(method, call, begun.begun_ns, error, plan)
 
     async def _stream_answer(self, data: bytes, begun: _Begun | Exception, call: Call) -> bytes:
         try:
@@ -170,6 +231,7 @@ class Inference:
             raise NotReady("the server is shutting down")
         if self._known_at != self._repository.generation:  # other models are served: the old must not be kept alive
             self._templates.clear()
+            self._encoder = Encoder()
             self._known_at = self._repository.generation
         reading = self._templates.match(data)
         if reading is not None:
@@ -187,12 +249,16 @@ class Inference:
         self._templates.keep(request, data, reading.plan)
         return reading
 
-    def _submit(self, reading: Reading, call: Call) -> Answer | Awaitable[Answer]:
-        plan = reading.plan
+    def _submit(self, reading: Reading, call: Call, asked: _Asked | None) -> Answer | Awaitable[Answer] | None:
+        plan, feeds = reading.plan, reading.feeds
         deadline = call.deadline or time.monotonic() + self._default_deadline_seconds
         if plan.revision is not None or plan.divided:
             return self._run(reading, deadline, call.peer)
-        return plan.model.batcher.submit(plan.lane, reading.feeds, plan.rows, deadline, call.peer, more=call.more)
+        batcher = plan.model.batcher
+        if asked is None or plan.waits:
+            return batcher.submit(plan.lane, feeds, plan.rows, deadline, call.peer, more=call.more)
+        answer = batcher.submit_for(asked, plan.lane, feeds, plan.rows, deadline, call.peer, more=call.more)
+        return answer if isinstance(answer, Answer) else None
 
     async def _run(self, reading: Reading, deadline: float, caller: Callable[[], str]) -> Answer:
         """A request that names a revision, or has more rows than a run takes."""
@@ -251,5 +317,5 @@ def _error_in_band(error: Exception, data: bytes, call: Call) -> bytes:
 
 def _abandon(begun: _Begun | Exception) -> None:
     """Give up a request whose stream has ended."""
-    if isinstance(begun, _Begun) and not isinstance(begun.answer, Answer):
+    if isinstance(begun, _Begun) and isinstance(begun.answer, Awaitable):
         asyncio.ensure_future(begun.answer).cancel()

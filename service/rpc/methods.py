@@ -6,13 +6,14 @@ turned into a status by the front.
 
 from __future__ import annotations
 
+import asyncio
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, TypeVar
+from functools import cached_property, partial
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from google.protobuf import message_factory
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
@@ -74,6 +75,65 @@ class Call:
             raise Forbidden(named if model else "the token is for some models only; name one of them")
 
 
+Tell: TypeAlias = Callable[[bytes, BaseException | None], None]
+"""(the answer, why there is none)"""
+
+
+class Cancellable(Protocol):
+    """What waits for an answer."""
+
+    def cancel(self) -> object: ...
+
+
+Begin: TypeAlias = "Callable[[bytes, Call, Tell], Cancellable | None]"
+
+
+class Direct:
+    """The handler of one request that takes no task: it tells its answer to whoever asks.
+
+    Attributes
+    ----------
+    begin : (request, call, tell): `tell` is called once, at once or later. What it returns while nothing was told can
+        be cancelled, and then tells CancelledError. It may raise instead.
+    """
+
+    __slots__ = ("begin",)
+
+    def __init__(self, begin: Begin) -> None:
+        self.begin = begin
+
+    async def __call__(self, request: bytes, call: Call) -> bytes:
+        """The same for a front that has tasks."""
+        answered: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+        def tell(answer: bytes, error: BaseException | None) -> None:
+            if answered.done():
+                return  # its caller left
+            if error is None:
+                answered.set_result(answer)
+            else:
+                answered.set_exception(error)
+
+        begun = self.begin(request, call, tell)
+        try:
+            return await answered
+        finally:
+            if begun is not None and answered.cancelled():
+                begun.cancel()
+
+
+def in_task(answer: Coroutine[Any, Any, bytes], tell: Tell) -> Cancellable:
+    """What a `Direct` begins where it has to wait for more than it is told."""
+
+    def ended(task: asyncio.Task[bytes]) -> None:
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        tell(b"" if error else task.result(), error)
+
+    task = asyncio.ensure_future(answer)
+    task.add_done_callback(ended)
+    return task
+
+
 @dataclass(frozen=True)
 class Method:
     """One method: bytes in, bytes out; a stream of either is an async iterator."""
@@ -96,21 +156,31 @@ def parse(kind: type[M], data: bytes) -> M:
 def methods_of(service: ServiceDescriptor, *servicers: object, name: str | None = None) -> list[Method]:
     """The methods of a service, each carried out by the one servicer that has a method of that name in snake case.
 
-    The servicer's method takes and gives messages; one whose name ends in `_bytes` takes and gives their bytes. `name`
-    overrides the service's full name in the paths.
+    The servicer's method takes and gives messages; one whose name ends in `_bytes` takes and gives their bytes, one
+    whose name ends in `_direct` is what a `Direct` begins with. `name` overrides the service's full name in the paths.
     """
     return [_method(method, servicers, f"/{name or service.full_name}/{method.name}") for method in service.methods]
 
 
 def _method(method: MethodDescriptor, servicers: Sequence[object], path: str) -> Method:
     snake = _snake(method.name)
-    names = (snake, f"{snake}_bytes")
-    ((behaviour, of_bytes),) = (
-        (getattr(servicer, name), name != snake) for servicer in servicers for name in names if hasattr(servicer, name)
+    makers: dict[str, Callable[..., Any]] = {
+        snake: partial(_of_bytes, method),
+        f"{snake}_bytes": _as_it_is,
+        f"{snake}_direct": Direct,
+    }
+    (handler,) = (
+        make(getattr(servicer, name))
+        for servicer in servicers
+        for name, make in makers.items()
+        if hasattr(servicer, name)
     )
-    handler = behaviour if of_bytes else _of_bytes(method, behaviour)
     request = message_factory.GetMessageClass(method.input_type)
     return Method(path, method.client_streaming, method.server_streaming, handler, request)
+
+
+def _as_it_is(behaviour: Callable[..., Any]) -> Callable[..., Any]:
+    return behaviour
 
 
 def _of_bytes(method: MethodDescriptor, behaviour: Callable[..., Any]) -> Callable[[Any, Call], Any]:

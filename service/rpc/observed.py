@@ -6,9 +6,10 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from service.rpc.methods import Call, Method
+from service.rpc.methods import Begin, Call, Cancellable, Direct, Method, Tell
 from service.rpc.status import status_of
 
 Record = Callable[[str, float], None]
@@ -39,7 +40,23 @@ def observed(method: Method, recorder: Callable[[str], Record]) -> Method:
             raise
         record("OK", time.perf_counter() - begun)
 
+    if isinstance(method.handler, Direct):
+        return replace(method, handler=Direct(partial(_told, method.handler.begin, record)))
     return replace(method, handler=many if method.server_streaming else one)
+
+
+def _told(begin: Begin, record: Record, request: bytes, call: Call, tell: Tell) -> Cancellable | None:
+    begun = time.perf_counter()
+
+    def told(answer: bytes, error: BaseException | None) -> None:
+        record("OK" if error is None else _code_of(error), time.perf_counter() - begun)
+        tell(answer, error)
+
+    try:
+        return begin(request, call, told)
+    except Exception as error:
+        record(_code_of(error), time.perf_counter() - begun)
+        raise
 
 
 def _code_of(error: BaseException) -> str:

@@ -118,13 +118,25 @@ async def test_requests_that_come_together_share_a_run_and_each_gets_its_rows(mo
 
 
 @running
-async def test_the_bytes_of_each_share_are_those_of_its_rows(model: Model) -> None:
-    batcher = batcher_of(model)
-    one, two = await asyncio.gather(submit(batcher, 1), submit(batcher, 2, 3))
-    assert bytes(*one.run.raw(("y",), one.start, one.stop)) == one.part("y").tobytes()
-    assert bytes(*two.run.raw(("y",), two.start, two.stop)) == two.part("y").tobytes()
-    alone = await submit(batcher, 5)
-    assert bytes(*alone.run.raw(("y",), 0, 1)) == rows(10).tobytes()
+async def test_who_is_told_in_place_of_a_future_is_told_when_the_run_is_made(model: Model) -> None:
+    class Told:
+        def __init__(self) -> None:
+            self.of: list[Answer | Exception] = []
+            self.set_exception = self.set_result = self.of.append
+
+        def done(self) -> bool:
+            return bool(self.of)
+
+    batcher, one, bad, left = batcher_of(model), Told(), Told(), Told()
+    for first, told in ((1, one), (666, bad), (2, left)):
+        assert batcher.submit_for(told, LANE, [rows(first)], 1, math.inf) is told
+    left.of.append(NotReady("its caller left"))
+    await batcher.drain()
+    assert isinstance(one.of[0], Answer)
+    assert doubled(one.of[0]) == [2]
+    assert isinstance(bad.of[0], InvalidRequest)
+    assert len(left.of) == 1
+    assert sum(model.batches[1:]) == 2
 
 
 @running

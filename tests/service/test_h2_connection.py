@@ -9,6 +9,7 @@ import inspect
 import struct
 import zlib
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -18,9 +19,10 @@ from google.rpc import error_details_pb2, status_pb2
 
 from service.errors import Overloaded
 from service.rpc import h2_connection
-from service.rpc.h2_calls import MESSAGE_BYTES, TASKLESS, UNREAD_BYTES
+from service.rpc.h2_calls import MESSAGE_BYTES, UNREAD_BYTES
+from service.rpc.h2_connection import PROMPT_BYTES
 from service.rpc.limits import ConnectionLimits
-from service.rpc.methods import Call
+from service.rpc.methods import Call, Direct, Tell
 from tests.service.h2_pair import CHAT, COUNT, ECHO, NEVER, SUM, Never, Pair, Turn, front_with, run, turns_until
 
 Code = grpc.StatusCode
@@ -73,21 +75,82 @@ async def test_a_stream_is_answered_while_it_is_open() -> None:
 async def test_calls_of_one_read_are_run_together_and_answered_in_one_write() -> None:
     together: list[bool] = []
 
-    async def told(request: bytes, call: Call) -> bytes:
+    def told(request: bytes, call: Call, tell: Tell) -> None:
         together.append(call.more)
-        return request
+        tell(request, None)
 
     front = front_with()
-    path = next(iter(TASKLESS))
-    front._methods[path] = front._methods[ECHO].__class__(path, False, False, told, bytes)  # type: ignore[arg-type]
+    front._methods[ECHO] = replace(front._methods[ECHO], handler=Direct(told))
     pair = Pair(front)
     for index in range(5):
-        pair.ask(path, b"%d" % index)
+        pair.ask(ECHO, b"%d" % index)
     writes = []
     pair.wire.write = writes.append  # type: ignore[method-assign]
     pair.deliver()
     assert together == [True] * 4 + [False]
     assert len(writes) == 1
+
+
+class Waiting:
+    """What a direct handler leaves behind when it does not answer at once."""
+
+    def __init__(self) -> None:
+        self.tells: list[Tell] = []
+
+    def __call__(self, _request: bytes, _call: Call, tell: Tell) -> Waiting:
+        self.tells.append(tell)
+        return self
+
+    def cancel(self) -> None:
+        self.tells.pop()(b"", asyncio.CancelledError())
+
+
+@in_loop
+async def test_a_direct_handler_answers_later_and_is_told_when_its_caller_leaves() -> None:
+    front, waiting = front_with(), Waiting()
+    front._methods[ECHO] = replace(front._methods[ECHO], handler=Direct(waiting))
+    pair = Pair(front)
+    answered, failed, left = (pair.ask(ECHO, b"") for _ in range(3))
+    pair.deliver()
+    pair.caller.reset_stream(left)
+    pair.deliver()
+    assert len(waiting.tells) == 2
+    waiting.tells[0](b"late", None)
+    waiting.tells[1](b"", Overloaded("too much"))
+    assert (await pair.answer(answered)).messages == [b"late"]
+    assert (await pair.answer(failed)).status == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+    assert not pair.heard[left].messages
+
+
+@in_loop
+async def test_many_bytes_of_answers_do_not_wait_for_the_end_of_the_turn() -> None:
+    front, waiting = front_with(), Waiting()
+    front._methods[ECHO] = replace(front._methods[ECHO], handler=Direct(waiting))
+    pair = Pair(front, settings={4: 1 << 24})
+    calls = [pair.ask(ECHO, b"") for _ in range(3)]
+    pair.deliver()
+    waiting.tells[0](b"a few", None)
+    assert not pair.wire.written
+    waiting.tells[1](bytes(PROMPT_BYTES), None)
+    assert len(pair.wire.written) > 60_000  # all that the caller's window lets through
+    waiting.tells[2](b"a few more", None)
+    assert [len((await pair.answer(call)).messages[0]) for call in calls] == [
+        len(b"a few"),
+        PROMPT_BYTES,
+        len(b"a few more"),
+    ]
+
+
+@in_loop
+async def test_a_direct_handler_is_one_of_tasks_too() -> None:
+    waiting = Waiting()
+    asked, left = (asyncio.ensure_future(Direct(waiting)(b"", Call())) for _ in range(2))
+    await turns_until(lambda: len(waiting.tells) == 2)
+    left.cancel()
+    await asyncio.wait([left])
+    assert len(waiting.tells) == 1
+    waiting.tells[0](b"late", None)
+    assert await asked == b"late"
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from service.inference.session import Device
 from service.rpc.health import Health
 from service.rpc.infer_plan import MAX_TEMPLATES
 from service.rpc.inference_service import Inference
-from service.rpc.methods import Call
+from service.rpc.methods import Call, Direct
 from service.rpc.shared_memory import Regions
 from tests.service import models
 from tests.service.conftest import ECHO_TYPES
@@ -51,7 +52,7 @@ class Both:
         """The response, or the error's class and text."""
 
         async def asked() -> bytes:
-            return await servicer.model_infer_bytes(data, Call())
+            return await Direct(servicer.model_infer_direct)(data, Call())
 
         try:
             reply = self._loop.run_until_complete(asked())
@@ -180,3 +181,23 @@ def test_a_damaged_request_meets_the_same_fate_either_way(both: Both) -> None:
         assert known == read
 
     same_fate()
+
+
+def test_a_request_that_fills_a_run_is_told_before_its_call_returns(both: Both) -> None:
+    batcher = both.repository.get("mlp", "").batcher
+    batcher.limits = replace(batcher.limits, rows=2, delay_us=60_000_000)
+    told: list[bytes] = []
+
+    async def ask_twice() -> None:
+        def tell(answer: bytes, error: BaseException | None) -> None:
+            assert error is None
+            told.append(answer)
+
+        first, second = (
+            both.known.model_infer_direct(request(name).SerializeToString(), Call(), tell) for name in ("one", "two")
+        )
+        assert first is not None
+        assert second is None
+
+    asyncio.run(ask_twice())
+    assert [messages.ModelInferResponse.FromString(answer).id for answer in told] == ["one", "two"]

@@ -147,7 +147,7 @@ def test_a_refused_request_says_why_and_is_an_error_only_if_the_server_is_at_fau
             for rows in (np.ones((1, 5), np.float32), np.full((1, 6), np.nan, np.float32)):
                 with pytest.raises(InvalidRequest):
                     client.predict("mlp", rows)
-            monkeypatch.setattr("service.rpc.inference_service.encode", lambda *_, **__: 1 / 0)
+            monkeypatch.setattr("service.rpc.infer_response.Encoder.encode", lambda *_, **__: 1 / 0)
             with pytest.raises(Exception, match=r"INTERNAL|internal"):
                 client.predict("mlp", X[:1])
 
