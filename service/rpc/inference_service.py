@@ -2,59 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from service.errors import CalserveError, InvalidRequest, NotReady, Refused
+from service.errors import InvalidRequest, NotReady, Refused
 from service.inference.batcher import Answer, bytes_of
 from service.inference.repository import Repository
 from service.learning.journalling import Journalling, ModelJournal
 from service.learning.revisions import Revisions
 from service.rpc import infer_plan
 from service.rpc.health import Health
-from service.rpc.infer_plan import RECEIPT, Reading, Templates, own_id, varint
+from service.rpc.infer_plan import RECEIPT, Reading, Templates, own_id
 from service.rpc.infer_response import PREDICTION_ID, encode, parameter
+from service.rpc.infer_stream import Begun, InferStream
 from service.rpc.methods import Call, parse
+from service.rpc.sessions import Line
 from service.rpc.shared_memory import Regions
-from service.rpc.status import status_of
 from service.rpc.tracing import Tracing
 from service.rpc.wire import inference
-
-log = logging.getLogger(__name__)
-
-STREAM_ANSWER_TAG = b"\x12"  # ModelStreamInferResponse.infer_response, field 2
-MOST_IN_FLIGHT = 128
-"""Requests of one stream that may wait for their answers; more are not read until one is answered."""
-
-
-class _Begun(NamedTuple):
-    """A request that was run, or whose run is awaited."""
-
-    reading: Reading
-    answer: Answer | Awaitable[Answer]
-    begun_ns: int
-
-
-class _Signal:
-    """Something that one task waits for and another tells it."""
-
-    def __init__(self) -> None:
-        self._waiter: asyncio.Future[None] | None = None
-
-    def tell(self, _: object = None) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def wait(self) -> None:
-        self._waiter = asyncio.get_running_loop().create_future()
-        await self._waiter
 
 
 class Inference:
@@ -78,41 +47,16 @@ class Inference:
     def model_infer_bytes(self, data: bytes, call: Call) -> Coroutine[Any, Any, bytes]:
         return self._finish(self._begin(data, call, "ModelInfer"), call)
 
-    async def model_stream_infer_bytes(self, requests: AsyncIterator[bytes], call: Call) -> AsyncIterator[bytes]:
-        """Answers in the order of the requests; runs are made meanwhile. An error is an answer."""
-        waiting: deque[tuple[bytes, _Begun | Exception]] = deque()
-        changed = _Signal()
+    def model_stream_infer_session(self, line: Line, call: Call) -> InferStream:
+        begin = partial(self._begin, call=call, method="ModelStreamInfer")
+        return InferStream(line, call, begin, partial(self._finish, call=call, in_stream=True))
 
-        async def read() -> None:
-            async for data in requests:
-                waiting.append((data, self._begin_ahead(data, call)))
-                changed.tell()
-                while len(waiting) >= MOST_IN_FLIGHT:
-                    await changed.wait()
-
-        reader = asyncio.create_task(read())
-        reader.add_done_callback(changed.tell)
-        try:
-            while waiting or not reader.done():
-                if not waiting:
-                    await changed.wait()
-                    continue
-                yield await self._stream_answer(*waiting[0], call)
-                waiting.popleft()
-                if len(waiting) == MOST_IN_FLIGHT - 1:
-                    changed.tell()
-            await reader  # a message that could not be read ends the stream with its error
-        finally:
-            reader.cancel()
-            for _, begun in waiting:
-                _abandon(begun)
-
-    def _begin(self, data: bytes, call: Call, method: str) -> _Begun:
+    def _begin(self, data: bytes, call: Call, method: str) -> Begun:
         """Read a request and queue it for its run."""
         begun, reading = time.perf_counter_ns(), None
         try:
             reading = self._read(data, call, begun)
-            return _Begun(reading, self._submit(reading, call), begun)
+            return Begun(reading, self._submit(reading, call), begun)
         except Exception as error:
             if reading is not None:
                 reading.plan.model.statistics.refused(time.perf_counter_ns() - begun)
@@ -120,17 +64,7 @@ class Inference:
                 self._tracing.refused(method, call, begun, error)
             raise
 
-    def _begin_ahead(self, data: bytes, call: Call) -> _Begun | Exception:
-        """The same for a stream, whose next request may be read before this one's answer is awaited."""
-        try:
-            begun = self._begin(data, call, "ModelStreamInfer")
-        except Exception as error:
-            return error
-        if asyncio.iscoroutine(begun.answer):
-            return begun._replace(answer=asyncio.ensure_future(begun.answer))
-        return begun
-
-    async def _finish(self, begun: _Begun, call: Call, *, in_stream: bool = False) -> bytes:
+    async def _finish(self, begun: Begun, call: Call, *, in_stream: bool = False) -> bytes:
         """The bytes of the answer, or the request's error; either is counted."""
         plan, tracing, computed, kept = begun.reading.plan, self._tracing, 0, 0
         method = "ModelStreamInfer" if in_stream else "ModelInfer"
@@ -155,15 +89,6 @@ class Inference:
         if tracing is not None:
             tracing.answered(method, call, begun.begun_ns, plan, answer.run, (computed, kept))
         return reply
-
-    async def _stream_answer(self, data: bytes, begun: _Begun | Exception, call: Call) -> bytes:
-        try:
-            if isinstance(begun, Exception):
-                raise begun
-            reply = await self._finish(begun, call, in_stream=True)
-        except Exception as error:
-            return _error_in_band(error, data, call)
-        return STREAM_ANSWER_TAG + varint(len(reply)) + reply
 
     def _read(self, data: bytes, call: Call, begun_ns: int) -> Reading:
         if self._health.draining:
@@ -230,26 +155,3 @@ def _check_confidence(answer: Answer, reading: Reading) -> None:
                 f"the model's probabilities of row {row} are then not numbers"
             )
     raise Refused(f"model {model.name!r} gave scores that are not numbers for row {row}", reason="MODEL_GAVE_NAN")
-
-
-def _error_in_band(error: Exception, data: bytes, call: Call) -> bytes:
-    """An error as a stream's answer, under the id of its request if that can be read."""
-    if not isinstance(error, CalserveError):
-        log.error("call %s failed in a stream", call.id, exc_info=error)
-    status = status_of(error, call.id)
-    answer = inference.ModelStreamInferResponse(error_message=status.message)
-    answer.infer_response.parameters["error_code"].string_param = status.code.name
-    try:
-        request = parse(inference.ModelInferRequest, data)
-    except InvalidRequest:
-        return bytes(answer.SerializeToString())
-    answer.infer_response.id = request.id
-    if infer_plan.wants_final(request):
-        answer.infer_response.parameters["triton_final_response"].bool_param = True
-    return bytes(answer.SerializeToString())
-
-
-def _abandon(begun: _Begun | Exception) -> None:
-    """Give up a request whose stream has ended."""
-    if isinstance(begun, _Begun) and not isinstance(begun.answer, Answer):
-        asyncio.ensure_future(begun.answer).cancel()

@@ -76,13 +76,17 @@ class Call:
 
 @dataclass(frozen=True)
 class Method:
-    """One method: bytes in, bytes out; a stream of either is an async iterator."""
+    """One method: bytes in, bytes out; a stream of either is an async iterator.
+
+    `by_session`: the handler of a stream of both opens a session instead (`sessions.Open`).
+    """
 
     path: str
     client_streaming: bool
     server_streaming: bool
     handler: Callable[[Any, Call], Any]
     request: type[Message]
+    by_session: bool = False
 
 
 def parse(kind: type[M], data: bytes) -> M:
@@ -96,21 +100,26 @@ def parse(kind: type[M], data: bytes) -> M:
 def methods_of(service: ServiceDescriptor, *servicers: object, name: str | None = None) -> list[Method]:
     """The methods of a service, each carried out by the one servicer that has a method of that name in snake case.
 
-    The servicer's method takes and gives messages; one whose name ends in `_bytes` takes and gives their bytes. `name`
-    overrides the service's full name in the paths.
+    The servicer's method takes and gives messages; one whose name ends in `_bytes` takes and gives their bytes, one in
+    `_session` opens a session. `name` overrides the service's full name in the paths.
     """
     return [_method(method, servicers, f"/{name or service.full_name}/{method.name}") for method in service.methods]
 
 
 def _method(method: MethodDescriptor, servicers: Sequence[object], path: str) -> Method:
     snake = _snake(method.name)
-    names = (snake, f"{snake}_bytes")
-    ((behaviour, of_bytes),) = (
-        (getattr(servicer, name), name != snake) for servicer in servicers for name in names if hasattr(servicer, name)
+    suffixes = ("", "_bytes", "_session")
+    ((behaviour, suffix),) = (
+        (getattr(servicer, snake + suffix), suffix)
+        for servicer in servicers
+        for suffix in suffixes
+        if hasattr(servicer, snake + suffix)
     )
-    handler = behaviour if of_bytes else _of_bytes(method, behaviour)
+    handler = behaviour if suffix else _of_bytes(method, behaviour)
     request = message_factory.GetMessageClass(method.input_type)
-    return Method(path, method.client_streaming, method.server_streaming, handler, request)
+    return Method(
+        path, method.client_streaming, method.server_streaming, handler, request, by_session=suffix == "_session"
+    )
 
 
 def _of_bytes(method: MethodDescriptor, behaviour: Callable[..., Any]) -> Callable[[Any, Call], Any]:

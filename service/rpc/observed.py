@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from service.rpc.methods import Call, Method
+from service.rpc.sessions import Line, Session
 from service.rpc.status import status_of
 
 Record = Callable[[str, float], None]
@@ -39,7 +40,33 @@ def observed(method: Method, recorder: Callable[[str], Record]) -> Method:
             raise
         record("OK", time.perf_counter() - begun)
 
+    def session(line: Line, call: Call) -> Session:
+        watched = _Watched(line, record)
+        try:
+            opened: Session = method.handler(watched, call)
+        except Exception as error:
+            watched.record(error)
+            raise
+        return opened
+
+    if method.by_session:
+        return replace(method, handler=session)
     return replace(method, handler=many if method.server_streaming else one)
+
+
+class _Watched:
+    """A line whose end is recorded."""
+
+    def __init__(self, line: Line, record: Record) -> None:
+        self.next, self.send, self.has_room, self._over = line.next, line.send, line.has_room, line.over
+        self._record, self._begun = record, time.perf_counter()
+
+    def record(self, error: BaseException | None) -> None:
+        self._record("OK" if error is None else _code_of(error), time.perf_counter() - self._begun)
+
+    def over(self, error: BaseException | None) -> None:
+        self.record(error)
+        self._over(error)
 
 
 def _code_of(error: BaseException) -> str:
