@@ -12,6 +12,7 @@ from typing import Any
 
 from service.errors import Forbidden, Refused, Unauthenticated
 from service.rpc.methods import Call, Direct, Metadata, Method, parse
+from service.rpc.sessions import Line, Session
 from service.rpc.tokens import EVERY_MODEL, Role, Token, TokenFile
 
 OPEN: frozenset[Role] = frozenset()
@@ -130,6 +131,13 @@ class Access:
             async for answer in handler(allowed(request, call), call):
                 yield answer
 
+        def session(line: Line, call: Call) -> Session:
+            self.admit(path, call)
+            opened: Session = handler(line, call)
+            return opened
+
+        if method.by_session:
+            return replace(method, handler=session)
         return replace(method, handler=many if method.server_streaming else one)
 
     def recheck(self, path: str, call: Call) -> None:
@@ -152,7 +160,8 @@ class Access:
 
 def check_complete(methods: Iterable[Method]) -> None:
     """Refused if a method is not in the table."""
-    missing = sorted(method.path for method in methods if method.path not in ROLES)
+    known = [ROLES.keys(), ROLES.keys() & CHECK_THEIR_MODEL]  # of a session nobody else reads what it is asked
+    missing = sorted(method.path for method in methods if method.path not in known[method.by_session])
     if missing:
         raise Refused(f"service/rpc/access.py does not say who may call {', '.join(missing)}")
 

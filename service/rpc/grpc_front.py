@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import grpc
 from service.errors import CalserveError, NotReady
 from service.rpc.limits import ConnectionLimits
 from service.rpc.methods import Call, Method
+from service.rpc.sessions import iterated
 from service.rpc.status import DETAILS_KEY, Relayed, status_of
 from service.rpc.tls import CertificateFiles, Certificates
 
@@ -109,10 +110,12 @@ class _Table(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc ships no typ
 
 
 def _rpc_handler(method: Method) -> grpc.RpcMethodHandler:
+    handler: Callable[[Any, Call], Any] = iterated(method.handler) if method.by_session else method.handler
+
     async def answer_one(request: Any, context: grpc.aio.ServicerContext) -> bytes:
         call = _call(context)
         try:
-            answer: bytes = await method.handler(request, call)
+            answer: bytes = await handler(request, call)
         except Exception as error:
             await _abort(context, error, call, method.path)
             raise  # not reached: abort raises
@@ -121,7 +124,7 @@ def _rpc_handler(method: Method) -> grpc.RpcMethodHandler:
     async def answer_many(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
         call = _call(context)
         try:
-            async for answer in method.handler(request, call):
+            async for answer in handler(request, call):
                 yield answer
         except Exception as error:
             await _abort(context, error, call, method.path)

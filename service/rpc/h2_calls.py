@@ -1,6 +1,7 @@
 """The calls of an HTTP/2 connection: requests gathered, handlers run, answers given back.
 
-A handler that is `Direct` costs no task. A stream has a task of its own (see `streams`).
+A handler that is `Direct` costs no task, nor does a stream that a session answers; any other has a task of its own (see
+`streams`).
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import aclosing
+from functools import partial
 from typing import Any, Protocol, Self
 
 from service.errors import CalserveError
 from service.rpc.h2_framing import OK_TRAILERS, Header, Messages, Opening, fail, inflate, trailers
 from service.rpc.limits import ConnectionLimits
 from service.rpc.methods import Call, Cancellable, Direct, Method
+from service.rpc.sessions import Session
 from service.rpc.status import Code, Relayed, Status, status_of, transport_status
 
 log = logging.getLogger(__name__)
@@ -50,7 +53,7 @@ class Connection(Protocol):
     def acknowledge(self, call: Exchange, size: int) -> None: ...
     def hold(self, size: int) -> None: ...
     def has_room(self, call: Exchange, size: int) -> bool: ...
-    async def room(self, call: Exchange) -> None: ...
+    def when_room(self, call: Exchange, then: Callable[[], None]) -> None: ...
     def keep(self, task: asyncio.Task[None]) -> asyncio.Task[None]: ...
     async def in_thread(self, work: Callable[..., bytes], *arguments: Any) -> bytes: ...
 
@@ -312,20 +315,18 @@ class Streaming(Exchange):
         return self
 
     async def __anext__(self) -> bytes:
-        while not self._ready:
-            if self._raw:
-                self._cut_up_next()
-            elif self.heard:
-                if self._messages is not None and not self._messages.is_whole:
-                    fail(Code.INTERNAL, "the last message did not come whole", "BAD_FRAMING")
+        while not self._has_next():
+            if self.heard:
                 raise StopAsyncIteration
-            else:
-                self._waiter = self._connection.loop.create_future()
-                await self._waiter
+            await self._told()
         message, compressed = self._ready.popleft()
         self._count(-len(message) - MESSAGE_BYTES)
         self.call.more = bool(self._ready)
         return await self._plain(message, compressed) if compressed else message
+
+    async def _told(self) -> None:
+        self._waiter = self._connection.loop.create_future()
+        await self._waiter
 
     async def _serve(self) -> None:
         try:
@@ -353,7 +354,9 @@ class Streaming(Exchange):
                     return
                 self._connection.send(self, answer)
                 if not self._connection.has_room(self, UNTAKEN_BYTES):
-                    await self._connection.room(self)
+                    room = self._connection.loop.create_future()
+                    self._connection.when_room(self, partial(_tell, room))
+                    await room
 
     async def _only_request(self) -> bytes:
         only: bytes | None = None
@@ -365,6 +368,16 @@ class Streaming(Exchange):
         if only is None:
             fail(Code.UNIMPLEMENTED, f"{self._method.path} takes one message", "ONE_MESSAGE")
         return only
+
+    def _has_next(self) -> bool:
+        """Whether a message is there. Relayed if the caller has sent its last, and not to its end."""
+        while not self._ready and self._raw:
+            self._cut_up_next()
+        if self._ready:
+            return True
+        if self.heard and self._messages is not None and not self._messages.is_whole:
+            fail(Code.INTERNAL, "the last message did not come whole", "BAD_FRAMING")
+        return False
 
     def _cut_up(self, data: bytes) -> None:
         found = self._feed(data)
@@ -391,5 +404,103 @@ class Streaming(Exchange):
         self._raw.clear()
 
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        """Something came."""
+        if self._waiter is not None:
+            _tell(self._waiter)
+
+
+class Conversation(Streaming):
+    """A stream of both that a session answers: it reads with the read that brought something, and has no task."""
+
+    __slots__ = ("_inflated", "_inflating", "_others", "_session", "_started")
+
+    def __init__(self, connection: Connection, number: int, opening: Opening, method: Method) -> None:
+        self._started, self._others, self._inflating = True, False, False
+        self._session: Session | None = None
+        self._inflated: bytes | Exception | None = None
+        super().__init__(connection, number, opening, method)
+
+    def run(self, *, more: bool) -> None:
+        self._started, self._others = False, more
+        if self._session is None:
+            try:
+                self._session = self._method.handler(self, self.call)
+            except Exception as error:
+                self.fail(error)
+                return
+            self._set_timer()
+        self._go_on()
+
+    def gone(self) -> None:
+        super().gone()
+        self._stop()
+
+    def next(self) -> bytes | None:
+        if self._inflating:
+            return None
+        if self._inflated is not None:
+            inflated, self._inflated = self._inflated, None
+            if isinstance(inflated, Exception):
+                raise inflated
+            return inflated
+        if not self._ready and not self._has_next():
+            if self.heard:
+                raise StopIteration
+            return None
+        message, compressed = self._ready.popleft()
+        if not self._ready:
+            self._count(-self._unread)
+        self.call.more = self._others or bool(self._ready)
+        if not compressed:
+            return message
+        self._inflating = True
+        self._runner = self._connection.keep(self._connection.loop.create_task(self._inflate(message)))
+        return None
+
+    def send(self, answer: bytes) -> None:
+        self._connection.send(self, answer)
+
+    def has_room(self) -> bool:
+        if self._connection.has_room(self, UNTAKEN_BYTES):
+            return True
+        self._connection.when_room(self, self._go_on)
+        return False
+
+    def over(self, error: BaseException | None) -> None:
+        if self.said:
+            return
+        if error is None:
+            self._let_go()
+            self._connection.end(self)
+        elif isinstance(error, asyncio.CancelledError):
+            self._connection.reset(self)
+        else:
+            self.fail(error)
+
+    def _go_on(self) -> None:
+        if self._session is not None:
+            self._session.go_on()
+        self._others = False
+
+    def _stop(self) -> None:
+        super()._stop()
+        if self._session is not None:
+            self._session.end(asyncio.CancelledError())
+
+    def _wake(self) -> None:
+        if not self._started:
+            self._started = True
+            self._connection.start(self)
+
+    async def _inflate(self, message: bytes) -> None:
+        try:
+            self._inflated = await self._plain(message, compressed=True)
+        except Exception as error:
+            self._inflated = error
+        self._inflating = False
+        self._go_on()
+
+
+def _tell(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)

@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast
 import ngh2
 from ngh2 import ErrorCode, Setting
 
-from service.rpc.h2_calls import UNTAKEN_BYTES, Exchange, Streaming, Unary
+from service.rpc.h2_calls import UNTAKEN_BYTES, Conversation, Exchange, Streaming, Unary
 from service.rpc.h2_framing import (
     ENCODINGS,
     OK_TRAILERS,
@@ -74,7 +74,7 @@ class Http2Connection(asyncio.Protocol):
         self._calls: dict[int, Exchange] = {}
         self._ready: list[Exchange] = []
         self._early: list[Exchange] = []
-        self._rooms: dict[Exchange, asyncio.Future[None]] = {}
+        self._rooms: dict[Exchange, Callable[[], None]] = {}
         self._paused = self._flush_asked = self._reading = self._closing = False
         self._greeted = False  # the caller has said something; before that it costs next to nothing
         self._settled = False  # it was HTTP/2
@@ -224,13 +224,9 @@ class Http2Connection(asyncio.Protocol):
         waits = self._h2.queued_body_size(call.id)
         return waits < size and (not waits or self._h2.queued_body_size() <= self.limits.message_bytes + UNTAKEN_BYTES)
 
-    async def room(self, call: Exchange) -> None:
-        """Return when the caller has taken most of what waits for it."""
-        future = self._rooms[call] = self.loop.create_future()
-        try:
-            await future
-        finally:
-            self._rooms.pop(call, None)
+    def when_room(self, call: Exchange, then: Callable[[], None]) -> None:
+        """Call `then` when the caller has taken most of what waits for it, or its stream is closed."""
+        self._rooms[call] = then
 
     # For the front
 
@@ -299,7 +295,9 @@ class Http2Connection(asyncio.Protocol):
             self._calls[number] = call
             self.end(call, trailers(error or _UNKNOWN_METHOD))
             return
-        kind = Streaming if method.client_streaming or method.server_streaming else Unary
+        kind: type[Exchange] = Unary
+        if method.client_streaming or method.server_streaming:
+            kind = Conversation if method.by_session else Streaming
         call = self._calls[number] = kind(self, number, opening, method)
         if end:
             self._guarded(call, call.ended)
@@ -474,9 +472,9 @@ class Http2Connection(asyncio.Protocol):
                 self._wake(call)
 
     def _wake(self, call: Exchange) -> None:
-        room = self._rooms.get(call)
-        if room is not None and not room.done():
-            room.set_result(None)
+        then = self._rooms.pop(call, None)
+        if then is not None:
+            then()
 
     # Ends
 

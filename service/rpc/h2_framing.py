@@ -120,6 +120,10 @@ class Messages:
 
     def feed(self, data: bytes) -> list[tuple[bytes, bool]]:
         """The messages that these bytes complete, and of each whether it is compressed."""
+        if not self._prefix and len(data) >= PREFIX.size:
+            flag, length = PREFIX.unpack_from(data)
+            if not flag and length == len(data) - PREFIX.size <= self._most:  # just one, as most come
+                return [(data[PREFIX.size :], False)]
         found: list[tuple[bytes, bool]] = []
         at = 0
         while at < len(data):

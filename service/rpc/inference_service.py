@@ -3,52 +3,38 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 
-from service.errors import CalserveError, InvalidRequest, NotReady, Refused
+from service.errors import InvalidRequest, NotReady, Refused
 from service.inference.batcher import Answer, bytes_of
 from service.inference.repository import Repository
 from service.learning.journalling import Journalling, ModelJournal
 from service.learning.revisions import Revisions
 from service.rpc import infer_plan
 from service.rpc.health import Health
-from service.rpc.infer_plan import RECEIPT, Reading, Templates, own_id, varint
+from service.rpc.infer_plan import RECEIPT, Reading, Templates, own_id
 from service.rpc.infer_response import PREDICTION_ID, Encoder, parameter
+from service.rpc.infer_stream import Begun, InferStream
 from service.rpc.methods import Call, Cancellable, Tell, in_task, parse
+from service.rpc.sessions import Line
 from service.rpc.shared_memory import Regions
-from service.rpc.status import status_of
 from service.rpc.tracing import Tracing
 from service.rpc.wire import inference
 
-log = logging.getLogger(__name__)
-
-STREAM_ANSWER_TAG = b"\x12"  # ModelStreamInferResponse.infer_response, field 2
-MOST_IN_FLIGHT = 128
-"""Requests of one stream that may wait for their answers; more are not read until one is answered."""
-
-
-class _Begun(NamedTuple):
-    """A request that was run, or whose run is awaited, or told of (`answer` is None)."""
-
-    reading: Reading
-    answer: Answer | Awaitable[Answer] | None
-    begun_ns: int
+INFER, STREAM_INFER = "ModelInfer", "ModelStreamInfer"
 
 
 class _Asked:
     """A call of ModelInfer that waits for nothing but its run: told of its answer, it tells the front."""
 
     __slots__ = ("_call", "_finish", "_over", "_tell", "begun")
-    begun: _Begun
+    begun: Begun
 
-    def __init__(self, call: Call, tell: Tell, finish: Callable[[_Begun, Answer | Exception, Call], bytes]) -> None:
+    def __init__(self, call: Call, tell: Tell, finish: Callable[[Begun, Answer | Exception, Call, str], bytes]) -> None:
         self._call, self._tell, self._finish = call, tell, finish
         self._over = False
 
@@ -58,7 +44,7 @@ class _Asked:
     def set_result(self, answer: Answer | Exception) -> None:
         self._over = True
         try:
-            reply = self._finish(self.begun, answer, self._call)
+            reply = self._finish(self.begun, answer, self._call, INFER)
         except Exception as error:
             self._tell(b"", error)
         else:
@@ -70,21 +56,6 @@ class _Asked:
         if not self._over:
             self._over = True
             self._tell(b"", asyncio.CancelledError())
-
-
-class _Signal:
-    """Something that one task waits for and another tells it."""
-
-    def __init__(self) -> None:
-        self._waiter: asyncio.Future[None] | None = None
-
-    def tell(self, _: object = None) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def wait(self) -> None:
-        self._waiter = asyncio.get_running_loop().create_future()
-        await self._waiter
 
 
 class Inference:
@@ -107,51 +78,27 @@ class Inference:
 
     def model_infer_direct(self, data: bytes, call: Call, tell: Tell) -> Cancellable | None:
         asked = _Asked(call, tell, self._finish_now)
-        begun = self._begin(data, call, "ModelInfer", asked)
+        begun = self._begin(data, call, INFER, asked)
         if begun.answer is None:
             return None if asked.done() else asked
         if isinstance(begun.answer, Answer) and not begun.reading.plan.waits:
             asked.set_result(begun.answer)
             return None
-        return in_task(self._finish(begun, call), tell)
+        return in_task(self._finish(begun, call, INFER), tell)
 
-    async def model_stream_infer_bytes(self, requests: AsyncIterator[bytes], call: Call) -> AsyncIterator[bytes]:
-        """Answers in the order of the requests; runs are made meanwhile. An error is an answer."""
-        waiting: deque[tuple[bytes, _Begun | Exception]] = deque()
-        changed = _Signal()
+    def model_stream_infer_session(self, line: Line, call: Call) -> InferStream:
+        begin = partial(self._begin, call=call, method=STREAM_INFER)
+        finish = partial(self._finish, call=call, method=STREAM_INFER)
+        return InferStream(line, call, begin, finish, partial(self._finish_now, call=call, method=STREAM_INFER))
 
-        async def read() -> None:
-            async for data in requests:
-                waiting.append((data, self._begin_ahead(data, call)))
-                changed.tell()
-                while len(waiting) >= MOST_IN_FLIGHT:
-                    await changed.wait()
-
-        reader = asyncio.create_task(read())
-        reader.add_done_callback(changed.tell)
-        try:
-            while waiting or not reader.done():
-                if not waiting:
-                    await changed.wait()
-                    continue
-                yield await self._stream_answer(*waiting[0], call)
-                waiting.popleft()
-                if len(waiting) == MOST_IN_FLIGHT - 1:
-                    changed.tell()
-            await reader  # a message that could not be read ends the stream with its error
-        finally:
-            reader.cancel()
-            for _, begun in waiting:
-                _abandon(begun)
-
-    def _begin(self, data: bytes, call: Call, method: str, asked: _Asked | None = None) -> _Begun:
+    def _begin(self, data: bytes, call: Call, method: str, asked: _Asked | None = None) -> Begun:
         """Read a request and queue it for its run; where it waits for no more than that, `asked` is told of it."""
         begun, reading = time.perf_counter_ns(), None
         try:
             reading = self._read(data, call, begun)
             if asked is not None:
-                asked.begun = _Begun(reading, None, begun)  # it may be told at once
-            return _Begun(reading, self._submit(reading, call, asked), begun)
+                asked.begun = Begun(reading, None, begun)  # it may be told at once
+            return Begun(reading, self._submit(reading, call, asked), begun)
         except Exception as error:
             if reading is not None:
                 reading.plan.model.statistics.refused(time.perf_counter_ns() - begun)
@@ -159,19 +106,8 @@ class Inference:
                 self._tracing.refused(method, call, begun, error)
             raise
 
-    def _begin_ahead(self, data: bytes, call: Call) -> _Begun | Exception:
-        """The same for a stream, whose next request may be read before this one's answer is awaited."""
-        try:
-            begun = self._begin(data, call, "ModelStreamInfer")
-        except Exception as error:
-            return error
-        if asyncio.iscoroutine(begun.answer):
-            return begun._replace(answer=asyncio.ensure_future(begun.answer))
-        return begun
-
-    async def _finish(self, begun: _Begun, call: Call, *, in_stream: bool = False) -> bytes:
+    async def _finish(self, begun: Begun, call: Call, method: str) -> bytes:
         """The bytes of the answer, or the request's error; either is counted."""
-        method = "ModelStreamInfer" if in_stream else "ModelInfer"
         try:
             assert begun.answer is not None  # noqa: S101 # nobody else is told
             answer = begun.answer if isinstance(begun.answer, Answer) else await begun.answer
@@ -184,14 +120,14 @@ class Inference:
             self._refused(begun, call, method, error)
             raise
 
-    def _finish_now(self, begun: _Begun, answer: Answer | Exception, call: Call) -> bytes:
-        """The same of a call whose run was made, or could not be."""
+    def _finish_now(self, begun: Begun, answer: Answer | BaseException, call: Call, method: str) -> bytes:
+        """The same of a request whose run was made, or could not be."""
         try:
-            if isinstance(answer, Exception):
+            if isinstance(answer, BaseException):
                 raise answer
-            return self._reply(begun, answer, call, "ModelInfer", *self._kept(begun.reading, answer))
+            return self._reply(begun, answer, call, method, *self._kept(begun.reading, answer))
         except Exception as error:
-            self._refused(begun, call, "ModelInfer", error)
+            self._refused(begun, call, method, error)
             raise
 
     def _kept(self, reading: Reading, answer: Answer) -> tuple[int, bytes]:
@@ -202,29 +138,20 @@ class Inference:
         computed = 0 if self._tracing is None else time.perf_counter_ns()
         return computed, b"" if plan.journal is None else _keep(plan.journal, answer, reading)
 
-    def _reply(self, begun: _Begun, answer: Answer, call: Call, method: str, computed: int, said: bytes) -> bytes:
+    def _reply(self, begun: Begun, answer: Answer, call: Call, method: str, computed: int, said: bytes) -> bytes:
         plan, kept = begun.reading.plan, 0 if self._tracing is None else time.perf_counter_ns()
-        final = plan.final and method == "ModelStreamInfer"
+        final = plan.final and method == STREAM_INFER
         reply = self._encoder.encode(plan, answer, begun.reading.id_field, said, final=final)
         plan.model.statistics.answered(plan.rows, time.perf_counter_ns() - begun.begun_ns)
         if self._tracing is not None:
             self._tracing.answered(method, call, begun.begun_ns, plan, answer.run, (computed, kept))
         return reply
 
-    def _refused(self, begun: _Begun, call: Call, method: str, error: Exception) -> None:
+    def _refused(self, begun: Begun, call: Call, method: str, error: Exception) -> None:
         plan = begun.reading.plan
         plan.model.statistics.refused(time.perf_counter_ns() - begun.begun_ns)
         if self._tracing is not None:
             self._tracing.refused(method, call, begun.begun_ns, error, plan)
-
-    async def _stream_answer(self, data: bytes, begun: _Begun | Exception, call: Call) -> bytes:
-        try:
-            if isinstance(begun, Exception):
-                raise begun
-            reply = await self._finish(begun, call, in_stream=True)
-        except Exception as error:
-            return _error_in_band(error, data, call)
-        return STREAM_ANSWER_TAG + varint(len(reply)) + reply
 
     def _read(self, data: bytes, call: Call, begun_ns: int) -> Reading:
         if self._health.draining:
@@ -254,10 +181,9 @@ class Inference:
         deadline = call.deadline or time.monotonic() + self._default_deadline_seconds
         if plan.revision is not None or plan.divided:
             return self._run(reading, deadline, call.peer)
-        batcher = plan.model.batcher
         if asked is None or plan.waits:
-            return batcher.submit(plan.lane, feeds, plan.rows, deadline, call.peer, more=call.more)
-        answer = batcher.submit_for(asked, plan.lane, feeds, plan.rows, deadline, call.peer, more=call.more)
+            return plan.model.batcher.submit(plan.lane, feeds, plan.rows, deadline, call.peer, more=call.more)
+        answer = plan.model.batcher.submit_for(asked, plan.lane, feeds, plan.rows, deadline, call.peer, more=call.more)
         return answer if isinstance(answer, Answer) else None
 
     async def _run(self, reading: Reading, deadline: float, caller: Callable[[], str]) -> Answer:
@@ -296,26 +222,3 @@ def _check_confidence(answer: Answer, reading: Reading) -> None:
                 f"the model's probabilities of row {row} are then not numbers"
             )
     raise Refused(f"model {model.name!r} gave scores that are not numbers for row {row}", reason="MODEL_GAVE_NAN")
-
-
-def _error_in_band(error: Exception, data: bytes, call: Call) -> bytes:
-    """An error as a stream's answer, under the id of its request if that can be read."""
-    if not isinstance(error, CalserveError):
-        log.error("call %s failed in a stream", call.id, exc_info=error)
-    status = status_of(error, call.id)
-    answer = inference.ModelStreamInferResponse(error_message=status.message)
-    answer.infer_response.parameters["error_code"].string_param = status.code.name
-    try:
-        request = parse(inference.ModelInferRequest, data)
-    except InvalidRequest:
-        return bytes(answer.SerializeToString())
-    answer.infer_response.id = request.id
-    if infer_plan.wants_final(request):
-        answer.infer_response.parameters["triton_final_response"].bool_param = True
-    return bytes(answer.SerializeToString())
-
-
-def _abandon(begun: _Begun | Exception) -> None:
-    """Give up a request whose stream has ended."""
-    if isinstance(begun, _Begun) and isinstance(begun.answer, Awaitable):
-        asyncio.ensure_future(begun.answer).cancel()

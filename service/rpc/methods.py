@@ -136,13 +136,17 @@ def in_task(answer: Coroutine[Any, Any, bytes], tell: Tell) -> Cancellable:
 
 @dataclass(frozen=True)
 class Method:
-    """One method: bytes in, bytes out; a stream of either is an async iterator."""
+    """One method: bytes in, bytes out; a stream of either is an async iterator.
+
+    `by_session`: the handler of a stream of both opens a session instead (`sessions.Open`).
+    """
 
     path: str
     client_streaming: bool
     server_streaming: bool
     handler: Callable[[Any, Call], Any]
     request: type[Message]
+    by_session: bool = False
 
 
 def parse(kind: type[M], data: bytes) -> M:
@@ -157,7 +161,8 @@ def methods_of(service: ServiceDescriptor, *servicers: object, name: str | None 
     """The methods of a service, each carried out by the one servicer that has a method of that name in snake case.
 
     The servicer's method takes and gives messages; one whose name ends in `_bytes` takes and gives their bytes, one
-    whose name ends in `_direct` is what a `Direct` begins with. `name` overrides the service's full name in the paths.
+    whose name ends in `_direct` is what a `Direct` begins with, one in `_session` opens a session. `name` overrides the
+    service's full name in the paths.
     """
     return [_method(method, servicers, f"/{name or service.full_name}/{method.name}") for method in service.methods]
 
@@ -168,15 +173,18 @@ def _method(method: MethodDescriptor, servicers: Sequence[object], path: str) ->
         snake: partial(_of_bytes, method),
         f"{snake}_bytes": _as_it_is,
         f"{snake}_direct": Direct,
+        f"{snake}_session": _as_it_is,
     }
-    (handler,) = (
-        make(getattr(servicer, name))
+    ((name, handler),) = (
+        (name, make(getattr(servicer, name)))
         for servicer in servicers
         for name, make in makers.items()
         if hasattr(servicer, name)
     )
     request = message_factory.GetMessageClass(method.input_type)
-    return Method(path, method.client_streaming, method.server_streaming, handler, request)
+    return Method(
+        path, method.client_streaming, method.server_streaming, handler, request, by_session=name == f"{snake}_session"
+    )
 
 
 def _as_it_is(behaviour: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from service.rpc.methods import Begin, Call, Cancellable, Direct, Method, Tell
+from service.rpc.sessions import Line, Session
 from service.rpc.status import status_of
 
 Record = Callable[[str, float], None]
@@ -40,6 +41,17 @@ def observed(method: Method, recorder: Callable[[str], Record]) -> Method:
             raise
         record("OK", time.perf_counter() - begun)
 
+    def session(line: Line, call: Call) -> Session:
+        watched = _Watched(line, record)
+        try:
+            opened: Session = method.handler(watched, call)
+        except Exception as error:
+            watched.record(error)
+            raise
+        return opened
+
+    if method.by_session:
+        return replace(method, handler=session)
     if isinstance(method.handler, Direct):
         return replace(method, handler=Direct(partial(_told, method.handler.begin, record)))
     return replace(method, handler=many if method.server_streaming else one)
@@ -57,6 +69,21 @@ def _told(begin: Begin, record: Record, request: bytes, call: Call, tell: Tell) 
     except Exception as error:
         record(_code_of(error), time.perf_counter() - begun)
         raise
+
+
+class _Watched:
+    """A line whose end is recorded."""
+
+    def __init__(self, line: Line, record: Record) -> None:
+        self.next, self.send, self.has_room, self._over = line.next, line.send, line.has_room, line.over
+        self._record, self._begun = record, time.perf_counter()
+
+    def record(self, error: BaseException | None) -> None:
+        self._record("OK" if error is None else _code_of(error), time.perf_counter() - self._begun)
+
+    def over(self, error: BaseException | None) -> None:
+        self.record(error)
+        self._over(error)
 
 
 def _code_of(error: BaseException) -> str:

@@ -16,8 +16,11 @@ from service.rpc.h2_connection import Http2Connection
 from service.rpc.h2_front import H2Front
 from service.rpc.limits import ConnectionLimits
 from service.rpc.methods import Call, Method
+from service.rpc.sessions import Line
 
 ECHO, COUNT, SUM, CHAT, NEVER = "/t/Echo", "/t/Count", "/t/Sum", "/t/Chat", "/t/Never"
+TALK = "/t/Talk"
+"""The same as a chat, answered by a session."""
 
 
 async def echo(request: bytes, call: Call) -> bytes:
@@ -36,6 +39,27 @@ async def total(requests: Any, call: Call) -> bytes:
 async def chat(requests: Any, call: Call) -> Any:
     async for request in requests:
         yield request
+
+
+class Talk:
+    """The session that gives back what it gets."""
+
+    def __init__(self, line: Line, call: Call) -> None:
+        self.line, self.call, self.is_over = line, call, False
+
+    def go_on(self) -> None:
+        try:
+            while not self.is_over and self.line.has_room() and (request := self.line.next()) is not None:
+                self.line.send(request)
+        except StopIteration:
+            self.end(None)
+        except Exception as error:
+            self.end(error)
+
+    def end(self, error: BaseException | None) -> None:
+        if not self.is_over:
+            self.is_over = True
+            self.line.over(error)
 
 
 class Never:
@@ -211,6 +235,7 @@ def front_with(limits: ConnectionLimits | None = None, **handlers: Callable[...,
         Method(COUNT, False, True, handlers.get("count", count), bytes),  # type: ignore[arg-type]
         Method(SUM, True, False, handlers.get("total", total), bytes),  # type: ignore[arg-type]
         Method(CHAT, True, True, handlers.get("chat", chat), bytes),  # type: ignore[arg-type]
+        Method(TALK, True, True, handlers.get("talk", Talk), bytes, by_session=True),  # type: ignore[arg-type]
         Method(NEVER, False, False, handlers.get("never", Never()), bytes),  # type: ignore[arg-type]
     ]
     front = H2Front(methods, limits or ConnectionLimits())

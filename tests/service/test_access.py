@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 import logging
 import queue
@@ -127,6 +128,14 @@ def test_a_method_that_is_not_in_the_table_keeps_the_server_from_starting() -> N
     method = Method("/new.Service/New", False, False, lambda *_: b"", messages.ModelInferRequest)
     with pytest.raises(Refused, match=r"does not say who may call /new\.Service/New"):
         check_complete([method])
+
+
+def test_a_session_whose_method_does_not_check_its_model_keeps_the_server_from_starting() -> None:
+    path = f"{CALIBRATORS}/FitCalibrator"
+    method = Method(path, True, True, lambda *_: b"", messages.ModelInferRequest, by_session=True)
+    with pytest.raises(Refused, match="does not say who may call"):
+        check_complete([method])
+    check_complete([dataclasses.replace(method, path=STREAM_INFER)])
 
 
 def test_without_a_token_only_the_status_questions_are_answered(guarded: Guarded, paths: list[str]) -> None:

@@ -25,7 +25,7 @@ from service.rpc.h2_connection import FINAL
 from service.rpc.h2_framing import PREFIX, Messages, inflate, percent_encoded, read_headers
 from service.rpc.limits import ConnectionLimits
 from service.rpc.status import Relayed
-from tests.service.h2_pair import CHAT, COUNT, ECHO, NEVER, SUM, Pair, Turn, front_with, run, turns_until
+from tests.service.h2_pair import CHAT, COUNT, ECHO, NEVER, SUM, TALK, Pair, Turn, front_with, run, turns_until
 
 MOST = 300
 LIMITS = ConnectionLimits(message_bytes=MOST, half_sent_bytes=40 * MOST, streams=8)
@@ -191,7 +191,7 @@ class Plan:
 
 plans = st.builds(
     Plan,
-    st.sampled_from([ECHO, COUNT, SUM, CHAT]),
+    st.sampled_from([ECHO, COUNT, SUM, CHAT, TALK]),
     st.sampled_from([b"", b"gzip", b"deflate"]),
     st.lists(
         st.tuples(st.integers(0, 30), st.sampled_from(["plain"] * 5 + ["packed", "large", "bomb", "broken"])),
@@ -290,7 +290,7 @@ frames = st.one_of(
     st.builds(
         opened,
         streams,
-        st.sampled_from([ECHO, COUNT, SUM, CHAT, NEVER, "/t/None"]),
+        st.sampled_from([ECHO, COUNT, SUM, CHAT, TALK, NEVER, "/t/None"]),
         st.sampled_from([b"", b"gzip", b"br"]),
         st.sampled_from([b"", b"0n", b"1m", b"soon"]),
         st.sampled_from([4, 4, 4, 5, 0]),  # END_HEADERS, END_STREAM

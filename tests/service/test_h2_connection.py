@@ -23,7 +23,21 @@ from service.rpc.h2_calls import MESSAGE_BYTES, UNREAD_BYTES
 from service.rpc.h2_connection import PROMPT_BYTES
 from service.rpc.limits import ConnectionLimits
 from service.rpc.methods import Call, Direct, Tell
-from tests.service.h2_pair import CHAT, COUNT, ECHO, NEVER, SUM, Never, Pair, Turn, front_with, run, turns_until
+from tests.service.h2_pair import (
+    CHAT,
+    COUNT,
+    ECHO,
+    NEVER,
+    SUM,
+    TALK,
+    Never,
+    Pair,
+    Talk,
+    Turn,
+    front_with,
+    run,
+    turns_until,
+)
 
 Code = grpc.StatusCode
 NO_ERROR, CANCEL, CALM = 0, 8, 11
@@ -53,6 +67,7 @@ async def test_all_four_kinds_of_call_are_answered() -> None:
         pair.ask(COUNT, b"3"): [b"0", b"1", b"2"],
         pair.ask(SUM, b"1", b"2", b"3"): [b"6"],
         pair.ask(CHAT, b"a", b"", b"c"): [b"a", b"", b"c"],
+        pair.ask(TALK, b"a", b"", b"c"): [b"a", b"", b"c"],
     }
     for call, wanted in calls.items():
         heard = await pair.answer(call)
@@ -60,10 +75,11 @@ async def test_all_four_kinds_of_call_are_answered() -> None:
         assert (heard.messages, heard.trailers) == (wanted, {b"grpc-status": b"0"})
 
 
+@pytest.mark.parametrize("path", [CHAT, TALK])
 @in_loop
-async def test_a_stream_is_answered_while_it_is_open() -> None:
+async def test_a_stream_is_answered_while_it_is_open(path: str) -> None:
     pair = Pair(front_with())
-    call = pair.open(CHAT)
+    call = pair.open(path)
     for text in (b"first", b"second"):
         pair.send(call, text)
         await pair.until(lambda text=text: pair.heard[call].messages[-1:] == [text])
@@ -157,12 +173,13 @@ async def test_a_direct_handler_is_one_of_tasks_too() -> None:
 @in_loop
 async def test_requests_come_in_pieces_of_any_size(size: int) -> None:
     pair = Pair(front_with())
-    calls = [pair.ask(ECHO, bytes(3000)), pair.ask(CHAT, b"x" * 2000, b"y" * 10)]
+    calls = [pair.ask(ECHO, bytes(3000)), *(pair.ask(path, b"x" * 2000, b"y" * 10) for path in (CHAT, TALK))]
     data = pair.caller.data_to_send()
     for at in range(0, len(data), size):
         pair.connection.data_received(data[at : at + size])
     assert (await pair.answer(calls[0])).messages == [bytes(3000)]
-    assert (await pair.answer(calls[1])).messages == [b"x" * 2000, b"y" * 10]
+    for call in calls[1:]:
+        assert (await pair.answer(call)).messages == [b"x" * 2000, b"y" * 10]
 
 
 @in_loop
@@ -210,6 +227,7 @@ def packed(text: bytes) -> bytes:
             "a message of 1001 bytes is larger than the 1000 that max_message_bytes allows",
         ),
         (CHAT, [bytes(1001)], {}, Code.RESOURCE_EXHAUSTED, "larger than the 1000"),
+        (TALK, [bytes(1001)], {}, Code.RESOURCE_EXHAUSTED, "larger than the 1000"),
         (COUNT, [b"1"], {"grpc_timeout": b"soon"}, Code.INVALID_ARGUMENT, "grpc-timeout"),
         (COUNT, [b"1"], {"grpc_timeout": b"123456789S"}, Code.INVALID_ARGUMENT, "grpc-timeout"),
         (ECHO, [b"x"], {"grpc_encoding": b"br"}, Code.UNIMPLEMENTED, "gzip or deflate only"),
@@ -276,7 +294,7 @@ async def test_a_stream_that_fails_after_answers_ends_with_trailers() -> None:
 async def test_compressed_requests_are_read(encoding: bytes, pack: Callable[[bytes], bytes], size: int) -> None:
     pair = Pair(front_with())
     text = bytes(range(250)) * (size // 250) + bytes(size % 250)
-    for path in (ECHO, CHAT):
+    for path in (ECHO, CHAT, TALK):
         call = pair.open(path, grpc_encoding=encoding)
         pair.send(call, pack(text), flag=1, end=True)
         assert (await pair.answer(call)).messages == [text]
@@ -301,7 +319,7 @@ async def test_a_compressed_message_is_bounded_by_what_it_becomes(message: bytes
 
 
 @pytest.mark.parametrize("data", [b"\1\0\0\0\1x", b"\2\0\0\0\1x", b"\0\0\0\0\5x", b"\0\0"])
-@pytest.mark.parametrize("path", [ECHO, CHAT])
+@pytest.mark.parametrize("path", [ECHO, CHAT, TALK])
 @in_loop
 async def test_broken_framing_ends_the_call_alone(path: str, data: bytes) -> None:
     pair = Pair(front_with())
@@ -311,7 +329,7 @@ async def test_broken_framing_ends_the_call_alone(path: str, data: bytes) -> Non
     assert (await pair.answer(pair.ask(ECHO, b"x"))).messages == [b"x"]
 
 
-@pytest.mark.parametrize("path", [NEVER, CHAT])
+@pytest.mark.parametrize("path", [NEVER, CHAT, TALK])
 @in_loop
 async def test_a_deadline_ends_a_call_and_what_runs_for_it(path: str) -> None:
     never = Never()
@@ -353,6 +371,7 @@ async def test_a_call_that_is_taken_back_in_the_read_that_brought_it_is_never_ru
     [
         (ECHO, bytes(1001), {}),
         (CHAT, bytes(1001), {}),
+        (TALK, bytes(1001), {}),
         ("/t/None", b"", {}),
         (ECHO, b"", {"grpc_timeout": b"soon"}),
         (ECHO, b"", {":method": b"GET"}),
@@ -408,11 +427,11 @@ async def test_half_messages_are_counted_and_bounded_together() -> None:
     assert front._held == 0
 
 
-@pytest.mark.parametrize("path", [ECHO, COUNT, CHAT])
+@pytest.mark.parametrize("path", [ECHO, COUNT, CHAT, TALK])
 @pytest.mark.parametrize("sent", [b"", b"\0\0", b"\0\0\0\0\5abc"])
 @in_loop
 async def test_a_message_that_is_sent_slowly_is_cut(path: str, sent: bytes) -> None:
-    if path == CHAT and not sent:
+    if path in (CHAT, TALK) and not sent:
         return  # between two messages a stream has time: see StreamLimits
     pair = Pair(front_with())
     call = pair.open(path)
@@ -453,6 +472,99 @@ async def test_messages_that_no_handler_reads_close_the_window_and_open_it_when_
     gate.set()
     pair.send(call, end=True)
     assert (await pair.answer(call)).messages == [b"%d" % (1 << 20)] * 20
+
+
+@in_loop
+async def test_a_session_answers_all_that_a_read_brought_in_one_write_and_without_a_task() -> None:
+    together: list[bool] = []
+
+    class Told(Talk):
+        def go_on(self) -> None:
+            take = self.line.next
+            self.line.next = lambda: (take(), together.append(self.call.more))[0]  # type: ignore[method-assign]
+            super().go_on()
+            self.line.next = take  # type: ignore[method-assign]
+
+    class Reading:
+        """The session's line, with a method that may be replaced."""
+
+        def __init__(self, line: Any) -> None:
+            self.next, self.send, self.has_room, self.over = line.next, line.send, line.has_room, line.over
+
+    pair = Pair(front_with(talk=lambda line, call: Told(Reading(line), call)))
+    call = pair.open(TALK)
+    pair.exchange()
+    together.clear()
+    pair.send(call, b"a", b"b", b"c")
+    writes = []
+    pair.wire.write = writes.append  # type: ignore[method-assign]
+    pair.deliver()
+    assert together == [True, True, False, False]  # and then it asked once more
+    assert len(writes) == 1
+    assert not pair.front._tasks
+
+
+@in_loop
+async def test_a_session_goes_on_when_its_caller_takes_answers_again() -> None:
+    pair = Pair(front_with(), settings={4: 0})
+    call = pair.open(TALK)
+    for _ in range(100):
+        pair.send(call, bytes(100_000))
+    pair.send(call, end=True)
+    for _ in range(200):
+        pair.exchange()
+        await Turn()
+    assert pair.connection._h2.queued_body_size(call) < UNREAD_BYTES + 200_000
+    pair.caller.set_local_window_size(1 << 24, stream_id=call)
+    pair.caller.set_local_window_size(1 << 24)
+    heard = await pair.answer(call)
+    assert (len(heard.messages), heard.status) == (100, 0)
+    assert pair.front._held == 0
+
+
+@pytest.mark.parametrize(
+    ("end", "reset", "status"),
+    [(Overloaded("enough"), NO_ERROR, number(Code.RESOURCE_EXHAUSTED)), (asyncio.CancelledError(), CANCEL, None)],
+)
+@in_loop
+async def test_a_session_that_ends_by_itself_ends_its_stream(
+    end: BaseException, reset: int, status: int | None
+) -> None:
+    sessions: list[Talk] = []
+
+    def opened(line: Any, call: Call) -> Talk:
+        sessions.append(Talk(line, call))
+        return sessions[0]
+
+    pair = Pair(front_with(talk=opened))
+    call = pair.open(TALK)
+    pair.send(call, b"a")
+    pair.exchange()
+    sessions[0].end(end)
+    heard = await pair.answer(call)
+    assert (heard.messages, heard.status, heard.reset) == ([b"a"], status, reset)
+
+
+@pytest.mark.parametrize("lost", [True, False])
+@in_loop
+async def test_a_session_is_told_when_nobody_waits_any_more(lost: bool) -> None:
+    ends: list[BaseException | None] = []
+
+    class Told(Talk):
+        def end(self, error: BaseException | None) -> None:
+            ends.append(error)
+            super().end(error)
+
+    pair = Pair(front_with(talk=Told))
+    call = pair.open(TALK)
+    pair.send(call, b"a")
+    pair.exchange()
+    if lost:
+        pair.connection.connection_lost(None)
+    else:
+        pair.caller.reset_stream(call, CANCEL)
+        pair.exchange()
+    assert [type(end) for end in ends] == [asyncio.CancelledError]
 
 
 async def reads_nothing(requests: Any, call: Call) -> Any:
