@@ -9,6 +9,7 @@ once when it is done.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import threading
 import time
@@ -28,6 +29,8 @@ from service.inference.pressure import Pressure
 from service.inference.run_costs import Costs, RunCosts
 from service.inference.session import Stop
 from service.inference.statistics import Statistics
+
+log = logging.getLogger(__name__)
 
 SHORT_RUN_NS, SHORT_BATCH = 150_000, 8
 """Runs expected to take less are made in the event loop; those for several requests may take that many times as long:
@@ -126,7 +129,7 @@ class Answer(NamedTuple):
 
 
 class Waiter(Protocol):
-    """Who waits for an answer: a future, or what is told in its place. It raises nothing."""
+    """Who waits for an answer: a future, or what is told in its place."""
 
     def done(self) -> bool: ...
     def set_result(self, answer: Answer, /) -> None: ...
@@ -467,10 +470,13 @@ class Batcher:
         for pending, answer in zip(batch.waiting, outcome.answers, strict=True):
             if pending.waiter.done():
                 continue  # its caller left
-            if isinstance(answer, Answer):
-                pending.waiter.set_result(answer)
-            else:
-                pending.waiter.set_exception(answer)
+            try:
+                if isinstance(answer, Answer):
+                    pending.waiter.set_result(answer)
+                else:
+                    pending.waiter.set_exception(answer)
+            except Exception:  # the others must get theirs
+                log.exception("model %s: an answer could not be given", self._name)
         if batch.stop.asked:
             self._statistics.dropped["stopped"] += len(batch.waiting)
         else:

@@ -169,6 +169,9 @@ class Http2Connection(asyncio.Protocol):
         if len(message) > self.limits.message_bytes:
             call.refuse(_too_large_answer(message, self.limits.message_bytes))
             return
+        if self._takes_too_little():
+            call.refuse(_NOT_TAKEN)
+            return
         number = call.id
         call.said = True
         self._h2.send_response(number, RESPONSE)
@@ -222,7 +225,11 @@ class Http2Connection(asyncio.Protocol):
         if self._paused or self._closing:
             return self._closing
         waits = self._h2.queued_body_size(call.id)
-        return waits < size and (not waits or self._h2.queued_body_size() <= self.limits.message_bytes + UNTAKEN_BYTES)
+        return waits < size and (not waits or not self._takes_too_little())
+
+    def _takes_too_little(self) -> bool:
+        """Whether more answers wait for the caller than may."""
+        return self._h2.queued_body_size() > self.limits.message_bytes + UNTAKEN_BYTES
 
     def when_room(self, call: Exchange, then: Callable[[], None]) -> None:
         """Call `then` when the caller has taken most of what waits for it, or its stream is closed."""
@@ -309,8 +316,8 @@ class Http2Connection(asyncio.Protocol):
             return transport_status(Code.RESOURCE_EXHAUSTED, f"{text} max_metadata_bytes", "METADATA_TOO_LARGE")
         if method is None:
             return _UNKNOWN_METHOD
-        if self._h2.queued_body_size() > self.limits.message_bytes + UNTAKEN_BYTES:
-            return transport_status(Code.RESOURCE_EXHAUSTED, "answers wait to be taken", "ANSWERS_NOT_TAKEN")
+        if self._takes_too_little():
+            return _NOT_TAKEN
         return None
 
     def _unknown(self, number: int, opening: Opening, *, heard: bool) -> Exchange:
@@ -558,6 +565,7 @@ def _settings(limits: ConnectionLimits) -> dict[Setting, int]:
 
 
 _UNKNOWN_METHOD = transport_status(Code.UNIMPLEMENTED, "Method not found!", "UNKNOWN_METHOD")
+_NOT_TAKEN = transport_status(Code.RESOURCE_EXHAUSTED, "answers wait to be taken", "ANSWERS_NOT_TAKEN")
 
 
 def _too_large_answer(message: bytes, most: int) -> Status:

@@ -76,9 +76,8 @@ def _laid_out(plan: Plan, answer: Answer, final: bool) -> _Layout:
     sizes = [run.arrays[name].nbytes for name, _ in values]
     if plan.rows == 1 and run.rows and run.rows > 1 and all(sizes) and sum(sizes) <= JOINED_BYTES:
         return _Layout(run, plan, final, before, after, values, *_joined(run, values))
-    return _Layout(
-        None, None, final, before, after, values
-    )  # nothing is kept of a long run, nor of one that nobody shares
+    # Nothing is kept of a long run, nor of one that nobody shares.
+    return _Layout(None, None, final, before, after, values)
 
 
 def _joined(run: Run, values: Sequence[tuple[str, bytes]]) -> tuple[memoryview, int]:

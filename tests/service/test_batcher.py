@@ -449,6 +449,20 @@ async def test_an_idle_model_refuses_nothing_however_much_one_turn_of_the_loop_b
 
 
 @running
+async def test_an_answer_that_cannot_be_given_is_logged_and_the_others_get_theirs(model: Model) -> None:
+    class Broken(asyncio.Future[Answer]):
+        def set_result(self, _: Answer) -> None:
+            raise RuntimeError("nobody is there")
+
+    batcher = batcher_of(model)
+    waiting = [submit(batcher, 1)]
+    batcher.submit_for(Broken(), LANE, [rows(2)], 1, math.inf)
+    waiting.append(submit(batcher, 3))
+    assert [doubled(answer) for answer in await asyncio.gather(*waiting)] == [[2], [6]]
+    assert doubled(await submit(batcher, 4)) == [8]
+
+
+@running
 async def test_draining_waits_for_what_is_queued_and_for_what_runs(model: Model) -> None:
     batcher = batcher_of(model, short=False)
     model.go_on.clear()

@@ -695,14 +695,17 @@ async def test_a_caller_that_reads_nothing_is_read_no_more_and_cut() -> None:
 @in_loop
 async def test_answers_that_are_not_taken_are_bounded_and_cut() -> None:
     pair = Pair(front_with(ConnectionLimits(message_bytes=1 << 20, streams=100)), settings={4: 0})
-    calls = [pair.ask(ECHO, bytes(1 << 19)) for _ in range(8)]
-    await pair.until(lambda: pair.connection._h2.queued_body_size() > 3 << 20)
+    calls = [pair.ask(ECHO, bytes(1 << 19)) for _ in range(12)]
+    await pair.until(lambda: sum(pair.heard[call].status is not None for call in calls) == 8)
+    waits = [call for call in calls if pair.heard[call].status is None]
+    assert {pair.heard[call].status for call in {*calls} - {*waits}} == {number(Code.RESOURCE_EXHAUSTED)}
+    assert pair.connection._h2.queued_body_size() == 4 * ((1 << 19) + 5)  # what is more than 2 MiB
     for _ in range(8):
         assert (await pair.answer(pair.ask(ECHO, b""))).status == number(Code.RESOURCE_EXHAUSTED)
     now = asyncio.get_running_loop().time()
     pair.connection.check(now)
     pair.connection.check(now + 30)
-    await pair.until(lambda: all(pair.heard[call].closed for call in calls))
+    await pair.until(lambda: all(pair.heard[call].closed for call in waits))
     assert not pair.connection._calls
 
 
