@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sqlite3
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from service import errors
 from service.store.blobs import Blobs
 from service.store.catalogue import ActivationRow, Catalogue, OperationRow, RevisionRow
 from service.store.files import write_whole
-from service.store.following import next_look
+from service.store.following import seconds_left
 
 
 def revision(model: str = "m", artifact: str = "a") -> RevisionRow:
@@ -142,18 +141,5 @@ def test_a_write_that_is_interrupted_leaves_the_old_file(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize(("now", "left"), [(7.25, 0.75), (8.0, 1.0), (7.9999, 1.0001), (8.0001, 0.9999)])
-def test_those_who_follow_the_store_look_at_the_same_moments(
-    monkeypatch: pytest.MonkeyPatch, now: float, left: float
-) -> None:
-    waits = list[float]()
-
-    async def wait(seconds: float) -> None:
-        waits.append(seconds)
-
-    async def look() -> None:
-        monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: now)
-        await next_look(1.0)
-
-    monkeypatch.setattr(asyncio, "sleep", wait)
-    asyncio.run(look())
-    assert waits == [pytest.approx(left)]
+def test_those_who_follow_the_store_look_at_the_same_moments(now: float, left: float) -> None:
+    assert seconds_left(1.0, now) == pytest.approx(left)
