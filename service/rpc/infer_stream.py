@@ -61,11 +61,11 @@ class InferStream:
 
     def go_on(self, _: object = None) -> None:
         try:
-            while True:
-                self._read()
-                is_full = len(self._waiting) == MOST_IN_FLIGHT
-                if not (self._answer() and is_full):
-                    break
+            self._read()
+            is_full = len(self._waiting) == MOST_IN_FLIGHT
+            if self._answer() and is_full:  # there may be more, and others have their turn before
+                asyncio.get_running_loop().call_soon(self.go_on)
+                return
         except Exception as error:
             self.end(error)
         if self._heard and not self._waiting:

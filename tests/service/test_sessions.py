@@ -121,6 +121,21 @@ def test_so_many_wait_and_one_more_is_read_when_one_is_answered() -> None:
     run(test)
 
 
+def test_of_a_flood_so_many_are_answered_before_others_have_their_turn() -> None:
+    async def test() -> None:
+        desk = Desk(*[b"bad"] * (3 * MOST_IN_FLIGHT))
+        desk.room, desk.heard = 4 * MOST_IN_FLIGHT, True
+        desk.stream.go_on()
+        counts = [len(desk.answers)]
+        while not desk.ends:
+            await Turn()
+            counts.append(len(desk.answers))
+        assert counts[:3] == [MOST_IN_FLIGHT, 2 * MOST_IN_FLIGHT, 3 * MOST_IN_FLIGHT]
+        assert desk.ends == [None]
+
+    run(test)
+
+
 def test_what_the_caller_does_not_take_waits_and_no_more_is_read() -> None:
     async def test() -> None:
         names = [b"%d" % number for number in range(2 * MOST_IN_FLIGHT)]
@@ -129,6 +144,8 @@ def test_what_the_caller_does_not_take_waits_and_no_more_is_read() -> None:
         desk.stream.go_on()
         desk.done(*names[:MOST_IN_FLIGHT])
         await turns_until(lambda: len(desk.answers) == 2)
+        await turns_until(lambda: len(desk.runs) == MOST_IN_FLIGHT + 2)
+        await Turn()
         assert len(desk.runs) == MOST_IN_FLIGHT + 2
         desk.room = 3
         desk.stream.go_on()
