@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 STREAM_ANSWER_TAG = b"\x12"  # ModelStreamInferResponse.infer_response, field 2
 MOST_IN_FLIGHT = 128
 """Requests of one stream that may wait for their answers; more are not read until one is answered."""
+MOST_REFUSED = 16
+"""Requests that are refused as they are read, in one turn of the loop: each takes longer than one that is queued."""
 
 
 class Begun(NamedTuple):
@@ -61,9 +63,8 @@ class InferStream:
 
     def go_on(self, _: object = None) -> None:
         try:
-            self._read()
-            is_full = len(self._waiting) == MOST_IN_FLIGHT
-            if self._answer() and is_full:  # there may be more, and others have their turn before
+            may_be_more = self._read()
+            if self._answer() and may_be_more:  # others have their turn before
                 asyncio.get_running_loop().call_soon(self.go_on)
                 return
         except Exception as error:
@@ -80,18 +81,22 @@ class InferStream:
         self._waiting.clear()
         self._line.over(error)
 
-    def _read(self) -> None:
-        """Queue what has come."""
+    def _read(self) -> bool:
+        """Queue what has come; whether that is as much as may be queued now."""
+        refused = 0
         try:
-            while not self._heard and len(self._waiting) < MOST_IN_FLIGHT:
-                data = self._line.next()
+            while len(self._waiting) < MOST_IN_FLIGHT and refused < MOST_REFUSED:
+                data = None if self._heard else self._line.next()
                 if data is None:
-                    break
-                self._waiting.append((data, self._begin_ahead(data)))
+                    return False
+                begun = self._begin_ahead(data)
+                refused += isinstance(begun, Exception)
+                self._waiting.append((data, begun))
         except StopIteration:
             self._heard = True
         except Exception as error:  # ends the stream when what came before is answered
             self._heard, self._error = True, error
+        return not self._heard
 
     def _answer(self) -> bool:
         """Answer what is done, up to the first request that is not; whether there was anything."""

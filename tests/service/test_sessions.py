@@ -12,7 +12,7 @@ import pytest
 
 from service.errors import Overloaded
 from service.rpc import sessions
-from service.rpc.infer_stream import MOST_IN_FLIGHT, STREAM_ANSWER_TAG, Begun, InferStream
+from service.rpc.infer_stream import MOST_IN_FLIGHT, MOST_REFUSED, STREAM_ANSWER_TAG, Begun, InferStream
 from service.rpc.methods import Call, Method
 from service.rpc.observed import observed
 from service.rpc.sessions import iterated
@@ -130,7 +130,8 @@ def test_of_a_flood_so_many_are_answered_before_others_have_their_turn() -> None
         while not desk.ends:
             await Turn()
             counts.append(len(desk.answers))
-        assert counts[:3] == [MOST_IN_FLIGHT, 2 * MOST_IN_FLIGHT, 3 * MOST_IN_FLIGHT]
+        assert counts[:3] == [MOST_REFUSED, 2 * MOST_REFUSED, 3 * MOST_REFUSED]
+        assert counts[-1] == 3 * MOST_IN_FLIGHT
         assert desk.ends == [None]
 
     run(test)
